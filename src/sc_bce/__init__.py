@@ -1,0 +1,16 @@
+"""Self-calibrating binary cross entropy for PyTorch."""
+
+from .adaptive import AdaptivePerturbation
+from .calibration import CalibrationHistogram
+from .data import IndexedDataset
+from .functional import perturb_target, sc_bce_with_logits
+from .loss import SCBCEWithLogitsLoss
+
+__all__ = [
+    "AdaptivePerturbation",
+    "CalibrationHistogram",
+    "IndexedDataset",
+    "SCBCEWithLogitsLoss",
+    "perturb_target",
+    "sc_bce_with_logits",
+]

@@ -1,0 +1,495 @@
+"""The loss that owns one perturbation level per training sample: table, update, merge."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import _checks
+from .functional import sample_statistics, sc_bce_with_logits
+from .loss import draw
+
+__all__ = ["AdaptivePerturbation"]
+
+Criterion = TypeVar("Criterion", bound="AdaptivePerturbation")
+
+_CHUNK = 1 << 24  # rows merged at a time: bounds the extra memory of a merge
+_PATIENCE = 10_000  # batches without a step before the warning, where no epoch can be counted
+
+
+class AdaptivePerturbation(nn.Module):
+    r"""Self-calibrating binary cross entropy that learns one perturbation level per sample (ASLP).
+
+    .. math::
+        \ell(x_i, y_i) = \mathrm{BCE}\big(x_i, (1 - \alpha_i\beta)\, y_i
+        + \tfrac{\alpha_i\beta}{2}\big)
+
+    with :math:`x_i` the logits of training sample :math:`i`, :math:`y_i` its target,
+    :math:`\alpha_i` the probability that its labels are perturbed, 0 at the start, and
+    :math:`\beta` the strength. The network descends on this loss, each :math:`\alpha_i` climbs:
+
+    .. math::
+        \alpha_i \leftarrow \mathrm{clip}\big(\alpha_i + \eta\,(g_i + \lambda R_i),\,
+        0,\, \min(1, \tfrac{1}{\beta} - 0.01)\big), \qquad
+        g_i = \tfrac{\beta}{2}\, \mathrm{mean}\,[(2y_i - 1)\, x_i]
+
+    with :math:`\eta` the ``lr``, :math:`\lambda` the ``penalty`` and :math:`R_i` the constraint
+    of the ``objective``, from the validation accuracy :math:`A` and mean confidence :math:`C`
+    given to :meth:`step`:
+
+    - ``"max_entropy"`` (the paper's MEI): :math:`\min(A - A_\mathrm{ref}, 0)`, the most entropy
+      that keeps accuracy;
+    - ``"calibration"`` (the paper's MC): :math:`\min(r - \beta\alpha_i/2, 0)` with the budget
+      :math:`r = 1 - A`, so that the expected confidence of the target equals the accuracy;
+    - ``"feedback"`` (ours): the same with a budget :math:`u` that each step moves by half of the
+      measured gap :math:`C - A`, so that confidence itself arrives at accuracy.
+
+    Special cases: ``num_samples=None`` learns one level for all samples; during the warm-up, and
+    under ``eval()`` or ``no_grad`` at any time, this is
+    :func:`torch.nn.functional.binary_cross_entropy_with_logits`, bit for bit.
+
+    Args:
+        num_samples: number M of training samples, or None for one shared level, which needs no
+            index (streams, or no way to pass one).
+        beta: perturbation strength, in (0, 2]. Default: 2.
+        objective: ``"calibration"``, ``"max_entropy"`` or ``"feedback"``. Default:
+            ``"calibration"``.
+        lr: step size of the levels, positive. Default: 0.002.
+        penalty: weight of the constraint, not negative. Default: 2000.
+        warmup: epochs before the levels move, that is calls of :meth:`step`, of which there is
+            at least one. Default: 5.
+        solver: ``"proximal"`` is stable for every ``lr`` and ``penalty``; ``"explicit"`` is the
+            published rule, with the same fixed point. Both are one for ``"max_entropy"``.
+            Default: ``"proximal"``.
+        focus: exponent k that shares the budget out by difficulty: sample i gets
+            :math:`\min(r w_i, 0.45)`, :math:`w_i` its :math:`(1 - \bar A_i)^k` over the mean of
+            all seen, with :math:`\bar A_i` a running mean of its training accuracy. 0 is the
+            paper. No effect on ``"max_entropy"``, which has no budget. Default: 0.
+        sampling: ``"sample"`` draws once per sample, ``"element"`` once per element,
+            ``"expected"`` uses the mean. Default: ``"sample"``.
+        reference_accuracy: :math:`A_\mathrm{ref}` of ``"max_entropy"``; None is the best seen so
+            far. Default: None.
+        weight: as in torch; enters the gradient of the levels too. Default: None.
+        pos_weight: as in torch; does not enter it. Default: None.
+        ignore_index: elements whose target has this value count for nothing, neither in the loss
+            nor for the level. Default: None.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``. Default: ``"mean"``.
+        generator: source of the draws, on the device of the input; its state is saved in
+            ``state_dict``. None is torch's global one. Default: None.
+
+    Attributes:
+        alpha: the table of levels, shape (M,), float32 whatever the module is cast to.
+        flip_rate: mean of ``alpha`` times ``beta / 2``, a 0-d tensor.
+
+    Shape:
+        - input: :math:`(N, *)`, floating point.
+        - target: the same; bool, integer (0 and 1) or floating point in [0, 1].
+        - index: :math:`(N,)`, integer, each in [0, M).
+        - Returns: scalar, or the shape of ``input`` for ``reduction="none"``.
+
+    Raises:
+        ValueError: at construction, an argument out of its range or an unknown name; in use, a
+            missing index, one of another length, and what :func:`sc_bce_with_logits` refuses.
+        TypeError: an argument of the wrong type.
+        IndexError: an index negative or out of range, where it lies on the CPU.
+
+    Note:
+        A training forward returns the loss under the levels held before and then moves those of
+        its batch, once per sample: one that stands in the batch more than once takes one step
+        with the mean of its gradients. Samples without a valid element, and non-finite logits,
+        move nothing. The cost is O(batch), whatever M, and nothing waits for an accelerator. An
+        index that lies there is not checked: one out of range fails in the kernel.
+
+        Keep the module with the model: move it with ``to(device)``, save its ``state_dict`` for
+        an exact resume. In several processes :meth:`step` merges the tables.
+
+    References:
+        Liu et al., ICCV 2023, arXiv 2307.13539, Section 3 (ASLP: MEI and MC). The defaults are
+        those of its official code.
+
+    Example:
+        >>> import torch
+        >>> from sc_bce import AdaptivePerturbation
+        >>> criterion = AdaptivePerturbation(num_samples=4, warmup=1, sampling="expected")
+        >>> logits = torch.tensor([[4.0], [-2.0]], requires_grad=True)
+        >>> target = torch.tensor([[1], [0]])
+        >>> index = torch.tensor([0, 3])
+        >>> criterion.step(accuracy=0.9)  # once per epoch, after validation
+        >>> criterion(logits, target, index).detach()
+        tensor(0.0725)
+        >>> criterion.alpha
+        tensor([0.0080, 0.0000, 0.0000, 0.0040])
+    """
+
+    alpha: Tensor
+
+    def __init__(
+        self,
+        num_samples: int | None,
+        *,
+        beta: float = 2.0,
+        objective: str = "calibration",
+        lr: float = 0.002,
+        penalty: float = 2000.0,
+        warmup: int = 5,
+        solver: str = "proximal",
+        focus: float = 0.0,
+        sampling: str = "sample",
+        reference_accuracy: float | None = None,
+        weight: Tensor | None = None,
+        pos_weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        reduction: str = "mean",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if num_samples is not None:
+            _checks.positive_int("num_samples", num_samples)
+        _checks.positive("beta", beta, 2.0)
+        _checks.choice("objective", objective, ("calibration", "max_entropy", "feedback"))
+        _checks.positive("lr", lr)
+        _checks.number("penalty", penalty, 0.0, torch.finfo(torch.float32).max)
+        _checks.warmup(warmup)
+        _checks.choice("solver", solver, ("proximal", "explicit"))
+        _checks.number("focus", focus, 0.0, torch.finfo(torch.float32).max)
+        _checks.sampling(sampling)
+        if reference_accuracy is not None:
+            _checks.number("reference_accuracy", reference_accuracy, 0.0, 1.0)
+        _checks.ignore_index(ignore_index)
+        _checks.reduction(reduction)
+        _checks.generator(generator)
+        self.num_samples = num_samples
+        self.beta = beta
+        self.objective = objective
+        self.lr = lr
+        self.penalty = penalty
+        self.warmup = warmup
+        self.solver = solver
+        self.focus = focus
+        self.sampling = sampling
+        self.reference_accuracy = reference_accuracy
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.generator = generator
+        self.register_buffer("weight", weight)
+        self.register_buffer("pos_weight", pos_weight)
+        self.weight: Tensor | None
+        self.pos_weight: Tensor | None
+        # Plain attributes, carried by _apply and the state_dict methods below: a registered
+        # buffer would be overwritten by DistributedDataParallel at each forward, and cast by half.
+        rows = num_samples or 1
+        self.alpha = torch.zeros(rows)
+        self.moved = torch.zeros(rows, dtype=torch.bool)  # since the last merge
+        if focus > 0:
+            self.sample_accuracy = torch.full((rows,), 0.5)
+            self.seen = torch.zeros(rows, dtype=torch.bool)
+        # State of the epoch: tensors, so that a new value recompiles nothing.
+        self.accuracy = torch.zeros(())
+        self.best_accuracy = torch.zeros(())
+        self.budget = torch.zeros(())
+        self.difficulty = torch.full((), 0.5**focus)  # mean of (1 - sample accuracy)^focus
+        self._steps = 0
+        self._moving = False  # the warm-up is over
+        self._unstepped = 0  # samples trained on before the first step; -1 once warned
+
+    @property
+    def flip_rate(self) -> Tensor:
+        """Mean flip rate, ``alpha.mean() * beta / 2``: 0-d, for :class:`TemperatureScaling`."""
+        return self.alpha.mean() * (self.beta / 2)
+
+    @property
+    def _cap(self) -> float:
+        return min(1.0, 1 / self.beta - 0.01)
+
+    def forward(self, input: Tensor, target: Tensor, index: Tensor | None = None) -> Tensor:
+        if not (self.training and torch.is_grad_enabled()):
+            return self._loss(input, target, 0.0)
+        rows = self._rows(input, index)
+        if not self._moving:
+            if not torch.compiler.is_compiling():
+                self._warn_without_step(len(rows))
+            loss = self._loss(input, target, 0.0)
+            if self.focus == 0:
+                return loss
+        else:
+            alpha = self.alpha.index_select(0, rows).reshape(input.shape[:1])
+            if self.sampling != "expected":
+                alpha = draw(alpha, input, self.sampling, self.generator)
+            loss = self._loss(input, target, alpha)
+        self._move(input.detach(), target, rows)
+        return loss
+
+    def _loss(self, input: Tensor, target: Tensor, alpha: float | Tensor) -> Tensor:
+        return sc_bce_with_logits(
+            input,
+            target,
+            alpha,
+            self.beta,
+            weight=self.weight,
+            pos_weight=self.pos_weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def _rows(self, input: Tensor, index: Tensor | None) -> Tensor:
+        """The row of each sample of the batch, on the device of the table."""
+        _checks.logits(input)
+        _checks.same_device(input, self.alpha)
+        samples = input.shape[0] if input.dim() else 1
+        if self.num_samples is None:
+            return torch.zeros(samples, dtype=torch.int64, device=self.alpha.device)
+        rows = _checks.sample_index(index, input.shape[:1], self.num_samples)
+        return rows.reshape(samples).to(self.alpha.device, torch.int64, non_blocking=True)
+
+    @torch.no_grad()
+    def _move(self, input: Tensor, target: Tensor, rows: Tensor) -> None:
+        """Move the rows of a batch; where nothing valid and finite was seen, hold them."""
+        margin, hits = sample_statistics(input, target, self.weight, self.ignore_index)
+        counts = margin.isfinite()
+        merge = _RepeatedRows(rows, counts)
+        moves = merge.any
+        if self.focus > 0:
+            old = self.sample_accuracy.index_select(0, rows)
+            recent = torch.where(moves, 0.9 * old + 0.1 * merge.mean(hits), old)
+            self.sample_accuracy.index_copy_(0, rows, recent)
+            self.seen.index_copy_(0, rows, self.seen.index_select(0, rows) | moves)
+        if self._moving:
+            alpha = self.alpha.index_select(0, rows)
+            gradient = (self.beta / 2) * merge.mean(margin)
+            new = self._solve(alpha, gradient, self._budget_of(rows))
+            self.alpha.index_copy_(0, rows, torch.where(moves, new, alpha))
+        self.moved.index_copy_(0, rows, self.moved.index_select(0, rows) | moves)
+
+    def _budget_of(self, rows: Tensor) -> Tensor:
+        if self.focus == 0:
+            return self.budget
+        hardness = (1 - self.sample_accuracy.index_select(0, rows)) ** self.focus
+        return (self.budget * hardness / self.difficulty).clamp(max=0.45)
+
+    def _solve(self, alpha: Tensor, gradient: Tensor, budget: Tensor) -> Tensor:
+        step = alpha + self.lr * gradient
+        half, pull = self.beta / 2, self.lr * self.penalty
+        if self.objective == "max_entropy":
+            reference = self.best_accuracy
+            if self.reference_accuracy is not None:
+                reference = torch.full_like(reference, self.reference_accuracy)
+            step = step + pull * (self.accuracy - reference).clamp(max=0)
+        elif self.solver == "explicit":
+            step = step + pull * (budget - half * alpha).clamp(max=0)
+        else:
+            # The penalty at the new level instead of the old one: a contraction for every pull.
+            within = half * step <= budget
+            step = torch.where(within, step, (step + pull * budget) / (1 + pull * half))
+        return step.clamp(0.0, self._cap)
+
+    def step(self, accuracy: float | Tensor, confidence: float | Tensor | None = None) -> None:
+        """Tell the accuracy, and mean confidence, of the validation data: once per epoch.
+
+        Ends an epoch of the warm-up, sets the budget of the next epoch and, in several processes,
+        merges the tables: each row becomes the mean of its values over the ranks that moved it.
+        It is then collective: every rank calls it, with the same, already reduced, values. A call
+        on one rank alone waits for the others, until the process group's timeout.
+
+        Args:
+            accuracy: share of right predictions, in [0, 1]; a number or 0-d tensor.
+            confidence: mean top-label confidence, in [0, 1], from the same data. Needed by the
+                objective ``"feedback"``.
+
+        Raises:
+            ValueError: a value outside [0, 1] or nan; ``"feedback"`` without ``confidence``.
+            TypeError: not a number or 0-d tensor.
+
+        Example:
+            >>> from sc_bce import AdaptivePerturbation, CalibrationHistogram
+            >>> criterion = AdaptivePerturbation(num_samples=600, objective="feedback")
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(torch.tensor([3.0, -2.0]), torch.tensor([1, 1]))
+            >>> criterion.step(histogram.accuracy(), histogram.confidence())
+        """
+        accuracy = _checks.share("accuracy", accuracy)
+        if confidence is not None:
+            confidence = _checks.share("confidence", confidence)
+        elif self.objective == "feedback":
+            raise ValueError(
+                "Expected argument `confidence` to be given for objective 'feedback', but got "
+                "None; pass the validation's mean confidence, `step(h.accuracy(), h.confidence())`"
+            )
+        self._merge()
+        self._steps += 1
+        self._moving = self._steps >= max(self.warmup, 1)
+        self.accuracy.fill_(accuracy)
+        self.best_accuracy.clamp_(min=accuracy)
+        if self.objective == "calibration":
+            self.budget.fill_(1 - accuracy)
+        elif self.objective == "feedback" and self._moving and confidence is not None:
+            # The inner minimum keeps the budget from running away while the levels still climb.
+            used = min(float(self.budget), float(self.flip_rate))
+            high = min(0.45, self.beta * self._cap / 2)
+            self.budget.fill_(min(max(used + (confidence - accuracy) / 2, -0.45), high))
+        if self.focus > 0:
+            hardness = torch.where(self.seen, (1 - self.sample_accuracy) ** self.focus, 0.0)
+            mean = hardness.sum(dtype=torch.float64) / self.seen.sum()
+            # Nothing seen yet leaves it; all samples perfect would divide by 0.
+            mean = torch.where(mean.isfinite(), mean, self.difficulty).clamp(min=1e-12)
+            self.difficulty.copy_(mean)
+
+    def resize(self, num_samples: int) -> None:
+        """Grow the table to ``num_samples`` rows; new samples start at level 0.
+
+        Raises:
+            ValueError: fewer rows than now, or a module with one shared level.
+            TypeError: ``num_samples`` is not an int.
+        """
+        _checks.positive_int("num_samples", num_samples)
+        if self.num_samples is None or num_samples < self.num_samples:
+            raise ValueError(
+                f"Expected argument `num_samples` to be at least the table's {self.num_samples}, "
+                f"but got {num_samples}; build a new module for other samples"
+            )
+        for name in self._tables():
+            old = getattr(self, name)
+            start = 0.5 if name == "sample_accuracy" else 0
+            setattr(self, name, torch.cat((old, old.new_full((num_samples - len(old),), start))))
+        self.num_samples = num_samples
+
+    def _merge(self) -> None:
+        if _world_size() > 1:
+            # Into copies: if a rank dies on the way, this one's table is whole.
+            merged = {name: getattr(self, name).clone() for name in self._tables()}
+            for start in range(0, len(self.alpha), _CHUNK):
+                rows = slice(start, start + _CHUNK)
+                movers = self.moved[rows].float()
+                own = movers.clone()
+                dist.all_reduce(movers)
+                for name in self._tables():
+                    table = merged[name][rows]
+                    if table.dtype == torch.bool:  # `seen`; `moved` starts again below
+                        table |= movers > 0
+                        continue
+                    total = table * own
+                    dist.all_reduce(total)
+                    mean = (total / movers).clamp(0.0, self._cap if name == "alpha" else 1.0)
+                    table.copy_(torch.where(movers > 0, mean, table))
+            for name, table in merged.items():
+                getattr(self, name).copy_(table)
+        self.moved.zero_()
+
+    def _warn_without_step(self, samples: int) -> None:
+        if self._steps > 0 or self._unstepped < 0:
+            return
+        if self.num_samples is None:
+            self._unstepped += 1
+            limit = _PATIENCE
+        else:
+            self._unstepped += samples
+            limit = max(self.warmup, 1) * self.num_samples // _world_size()
+        if self._unstepped > limit:
+            self._unstepped = -1
+            warnings.warn(
+                "AdaptivePerturbation has trained past its warm-up, but step() was never called, "
+                "so the levels don't move and the loss is plain BCE; call "
+                "`criterion.step(accuracy)` after each epoch",
+                stacklevel=4,
+            )
+
+    def _tables(self) -> tuple[str, ...]:
+        return ("alpha", "moved", "sample_accuracy", "seen")[: 4 if self.focus > 0 else 2]
+
+    def _state(self) -> tuple[str, ...]:
+        return (*self._tables(), "accuracy", "best_accuracy", "budget", "difficulty")
+
+    def _apply(self: Criterion, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Criterion:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in self._state():
+            old = getattr(self, name)
+            new = fn(old)
+            # The device is followed, a dtype is not: bfloat16 would lose steps below 1/256.
+            setattr(self, name, new if new.dtype == old.dtype else old.to(new.device))
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._state():
+            destination[prefix + name] = getattr(self, name)
+        destination[prefix + "steps"] = torch.tensor(self._steps)
+        if self.generator is not None:
+            destination[prefix + "generator"] = self.generator.get_state()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = (*self._state(), "steps", *(("generator",) if self.generator else ()))
+        own = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        rest = {key: value for key, value in state_dict.items() if key[len(prefix) :] not in own}
+        _checks.saved_samples(own.get("alpha"), self.alpha)
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        missing_keys.extend(prefix + name for name in names if name not in own)
+        for name in self._state():
+            if name not in own:
+                continue
+            if local_metadata.get("assign_to_params_buffers", False):
+                setattr(self, name, own[name].to(getattr(self, name).dtype))
+            else:
+                getattr(self, name).copy_(own[name])
+        if "steps" in own:
+            self._steps = int(own["steps"])
+            self._moving = self._steps >= max(self.warmup, 1)
+        if self.generator is not None and "generator" in own:
+            self.generator.set_state(own["generator"].cpu())
+
+    def extra_repr(self) -> str:
+        shown = [
+            f"num_samples={self.num_samples}, beta={self.beta}, objective={self.objective!r}",
+            f"lr={self.lr}, penalty={self.penalty}, warmup={self.warmup}",
+            f"solver={self.solver!r}, focus={self.focus}, sampling={self.sampling!r}",
+        ]
+        if self.reference_accuracy is not None:
+            shown.append(f"reference_accuracy={self.reference_accuracy}")
+        if self.ignore_index is not None:
+            shown.append(f"ignore_index={self.ignore_index}")
+        shown.append(f"reduction={self.reduction!r}")
+        if not self.alpha.is_meta:
+            positive = float((self.alpha > 0).float().mean())
+            shown.append(f"mean_alpha={float(self.alpha.mean()):.4g}, above_zero={positive:.0%}")
+        return ", ".join(shown)
+
+
+class _RepeatedRows:
+    """Means over the places of a batch that share a row, given back to each such place.
+
+    By sorting, at O(batch): torch.unique would make an accelerator wait for its size.
+    """
+
+    def __init__(self, rows: Tensor, counts: Tensor) -> None:
+        ordered, order = rows.sort(stable=True)
+        self._counts = counts
+        starts = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)
+        self._group = torch.empty_like(order).scatter_(0, order, starts)
+        self._total = self._sum(counts.float())
+        self.any = self._total > 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        return self._sum(torch.where(self._counts, value, 0.0)) / self._total.clamp(min=1)
+
+    def _sum(self, value: Tensor) -> Tensor:
+        return torch.zeros_like(value).index_add_(0, self._group, value)[self._group]
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,0 +1,409 @@
+"""Streaming, exact, mergeable measurement of calibration for binary and dense predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _checks
+
+__all__ = ["CalibrationHistogram", "Reliability"]
+
+_BLOCK = 1 << 18  # elements worked on at a time: 2 MiB of float64, inside a CPU's cache
+
+
+class Reliability(NamedTuple):
+    """The table behind a reliability diagram; empty bins have nan in the last two columns."""
+
+    edges: Tensor
+    """(num_bins + 1,) edges of the confidence bins"""
+    count: Tensor  # type: ignore[assignment]
+    """(num_bins,) elements in each bin, int64"""
+    confidence: Tensor
+    """(num_bins,) mean confidence in each bin"""
+    accuracy: Tensor
+    """(num_bins,) accuracy (top label) or share of positives (positive class) in each bin"""
+
+
+class CalibrationHistogram:
+    r"""Accumulates predictions in fixed memory and derives every calibration measure from them.
+
+    Two readings of a binary prediction :math:`p` with outcome :math:`y`, chosen by ``kind``:
+    ``"top_label"`` (the default, the paper's): confidence :math:`\max(p, 1-p)`, outcome "the
+    prediction :math:`p \ge 1/2` is right"; ``"positive_class"``: confidence :math:`p`, outcome
+    :math:`y`. With bins :math:`m` of :math:`n_m` among :math:`n` elements,
+
+    .. math::
+        \mathrm{ECE} = \sum_m \tfrac{n_m}{n} |\mathrm{acc}_m - \mathrm{conf}_m|, \qquad
+        \mathrm{OE} = \sum_m \tfrac{n_m}{n}\, \mathrm{conf}_m
+        \max(\mathrm{conf}_m - \mathrm{acc}_m, 0).
+
+    Each element falls into one of ``num_cells`` fine cells over :math:`p`, which keep int64
+    counts and float64 sums of the confidence; NLL and Brier score are summed beside them. So
+    accuracy, confidence, NLL and Brier score are exact, and so is every measure on equal-width
+    bins whose number divides ``num_cells``. Otherwise a cell that a bin edge cuts goes whole into
+    the bin of its centre, which changes the ECE by at most twice the share of the elements in
+    such cells. Equal-mass bins (:meth:`adaptive_ece`, :meth:`sweep_ece`) take cells whole: the
+    elements of one cell, alike within 1 / ``num_cells``, are ties.
+
+    Args:
+        num_cells: cells over [0, 1], an even number. Default: 10,000 (240 kB).
+
+    Raises:
+        ValueError: ``num_cells`` not even and positive.
+
+    Note:
+        The state lives where the last update's input lived; updates never make an accelerator
+        wait. A value on an inner bin edge belongs to the bin farther from 1/2, so that p = 0.1
+        and p = 0.9 are the same confidence; p = 1 belongs to the last bin. Measures are 0-d
+        float64 tensors, nan before the first update.
+
+    References:
+        Guo et al., ICML 2017 (ECE, MCE); Thulasidasan et al., NeurIPS 2019 (OE); Nixon et al.,
+        CVPR Workshops 2019 (adaptive); Roelofs et al., AISTATS 2022 (sweep); Kumar et al.,
+        NeurIPS 2019 (debiased).
+
+    Example:
+        >>> import torch
+        >>> from sc_bce import CalibrationHistogram
+        >>> histogram = CalibrationHistogram()
+        >>> for logits, target in [(torch.tensor([2.0, -2.0]), torch.tensor([1, 1])),
+        ...                        (torch.tensor([[3.0]]), torch.tensor([[1]]))]:
+        ...     histogram.update(logits, target)
+        >>> histogram
+        CalibrationHistogram(num_cells=10000, count=3)
+        >>> histogram.accuracy()
+        tensor(0.6667, dtype=torch.float64)
+        >>> histogram.ece(num_bins=10)
+        tensor(0.2697, dtype=torch.float64)
+    """
+
+    def __init__(self, num_cells: int = 10_000) -> None:
+        _checks.positive_int("num_cells", num_cells)
+        if num_cells % 2:
+            raise ValueError(
+                f"Expected argument `num_cells` to be even, so that 1/2 is a cell's edge, but got "
+                f"{num_cells}"
+            )
+        self.num_cells = num_cells
+        half = num_cells // 2
+        # Cells are kept by (predicted class, confidence); counts also by label.
+        self._counts = torch.zeros(2, half, 2, dtype=torch.int64)
+        self._confidences = torch.zeros(2, half, dtype=torch.float64)
+        self._squared_error = torch.zeros((), dtype=torch.float64)
+        self._log_loss = torch.zeros((), dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        from_logits: bool = True,
+        ignore_index: int | None = None,
+    ) -> None:
+        """Add predictions.
+
+        Args:
+            input: logits, or probabilities with ``from_logits=False``; any shape and device.
+            target: 0 and 1 in any dtype, of the same size.
+            from_logits: whether ``input`` holds logits. Default: True.
+            ignore_index: target value of elements to leave out. Default: None.
+
+        Raises:
+            ValueError: sizes that differ; labels other than 0 and 1; nan; probabilities outside
+                [0, 1]. The histogram is then unchanged. On an accelerator, where a look would
+                wait, such elements make the measures nan instead.
+            TypeError: an argument of the wrong type.
+        """
+        _checks.logits(input)
+        _checks.label(target)
+        _checks.same_size(input, target)
+        _checks.ignore_index(ignore_index)
+        device = input.device
+        counts = torch.zeros(self.num_cells * 2, dtype=torch.int64, device=device)
+        confidences = torch.zeros(self.num_cells, dtype=torch.float64, device=device)
+        totals = torch.zeros(2, dtype=torch.float64, device=device)
+        blocks = (torch.split(part.reshape(-1), _BLOCK) for part in (input, target))
+        for x, y in zip(*blocks, strict=True):
+            self._add_block(x, y, from_logits, ignore_index, counts, confidences, totals)
+        self._move(device)
+        self._counts += counts.view_as(self._counts)
+        self._confidences += confidences.view_as(self._confidences)
+        self._squared_error += totals[0]
+        self._log_loss += totals[1]
+
+    def _add_block(
+        self,
+        x: Tensor,
+        target: Tensor,
+        from_logits: bool,
+        ignore_index: int | None,
+        counts: Tensor,
+        confidences: Tensor,
+        totals: Tensor,
+    ) -> None:
+        given = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = given.double()
+        valid = None
+        if ignore_index is not None:
+            valid = _checks.valid(target, ignore_index)
+            x = torch.where(valid, x, 0.0)
+            target = torch.where(valid, target, 0)
+        y = target == 1
+        illegal = ~(y | (target == 0)) | x.isnan()
+        if not from_logits:
+            illegal |= (x < 0) | (x > 1)
+        if not _checks.predictions(x, target, illegal, from_logits, ignore_index):
+            x = torch.where(illegal, torch.nan, x)
+        if from_logits:
+            # One exponential gives confidence, doubt and log loss, each to full precision.
+            margin = x.abs()
+            e = torch.exp(-margin)
+            confidence = 1 / (1 + e)
+            doubt = e * confidence
+            predicted = x >= 0
+            log_right = torch.log1p(e)
+            log_wrong = log_right + margin
+            place = confidence
+        else:
+            # In the precision given, 1 - 0.2 is 0.8: widened first, they would part at the edge.
+            place = torch.maximum(given, 1 - given).double()
+            confidence = torch.maximum(x, 1 - x)
+            doubt = torch.minimum(x, 1 - x)
+            predicted = x >= 0.5
+            log_right = -torch.log(confidence)
+            log_wrong = -torch.log(doubt)
+        right = predicted == y
+        squared = torch.where(right, doubt, confidence).square()
+        log_loss = torch.where(right, log_right, log_wrong)
+        half = self.num_cells // 2
+        # The clamp puts p = 1 into the last cell, and nan somewhere, where it spoils the sum.
+        cell = (place * self.num_cells).to(torch.int64).sub_(half).clamp_(0, half - 1)
+        cell += predicted * half
+        if valid is None:
+            ones = torch.ones_like(cell)
+        else:
+            ones = valid.to(torch.int64)
+            confidence, squared, log_loss = (
+                torch.where(valid, part, 0.0) for part in (confidence, squared, log_loss)
+            )
+        confidences.scatter_add_(0, cell, confidence)
+        counts.scatter_add_(0, cell * 2 + y, ones)
+        totals += torch.stack((squared.sum(), log_loss.sum()))
+
+    def merge(self, other: CalibrationHistogram) -> CalibrationHistogram:
+        """Add another histogram's elements to this one, and return this one.
+
+        Raises:
+            ValueError: the other has another number of cells.
+            TypeError: the other is no histogram.
+        """
+        if not isinstance(other, CalibrationHistogram):
+            raise TypeError(
+                "Expected argument `other` to be a CalibrationHistogram, but got "
+                f"{type(other).__name__}"
+            )
+        if other.num_cells != self.num_cells:
+            raise ValueError(
+                f"Expected argument `other` to have num_cells={self.num_cells}, but got "
+                f"num_cells={other.num_cells}; build both with the same number"
+            )
+        for mine, theirs in zip(self._state(), other._state(), strict=True):
+            mine += theirs.to(mine.device)
+        return self
+
+    def __add__(self, other: CalibrationHistogram) -> CalibrationHistogram:
+        if not isinstance(other, CalibrationHistogram):
+            return NotImplemented
+        return CalibrationHistogram(self.num_cells).merge(self).merge(other)
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> CalibrationHistogram:
+        """Sum over the processes of ``group``, in place, and return this histogram.
+
+        A collective call, once the local updates of an evaluation are done: a second call would
+        count everything again. Without an initialised process group it does nothing.
+        """
+        if dist.is_available() and dist.is_initialized():
+            if dist.get_backend(group) == "nccl":
+                self._move(torch.device("cuda", torch.cuda.current_device()))
+            for part in self._state():
+                dist.all_reduce(part, group=group)
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return copies of the counts and sums, to be saved."""
+        return {
+            "counts": self._counts.clone(),
+            "confidences": self._confidences.clone(),
+            "squared_error": self._squared_error.clone(),
+            "log_loss": self._log_loss.clone(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Replace the content by a saved one.
+
+        Raises:
+            ValueError: a key is missing or too many, or the number of cells differs; the
+                histogram is then unchanged.
+        """
+        own = self.state_dict()
+        if set(state_dict) != set(own):
+            raise ValueError(
+                f"Expected argument `state_dict` to have the keys {sorted(own)}, but got "
+                f"{sorted(state_dict)}"
+            )
+        saved = state_dict["counts"]
+        if saved.shape != self._counts.shape:
+            cells = saved.shape[1] * 2 if saved.dim() == 3 else "unknown"
+            raise ValueError(
+                f"Expected argument `state_dict` to have num_cells={self.num_cells}, but got "
+                f"num_cells={cells}; build the histogram with that number"
+            )
+        for mine, name in zip(self._state(), own, strict=True):
+            mine.copy_(state_dict[name])
+
+    def accuracy(self, kind: str = "top_label") -> Tensor:
+        """Share of right predictions (``"positive_class"``: share of positives)."""
+        count, outcome, _ = self._cells(kind)
+        return outcome.sum() / count.sum()
+
+    def confidence(self, kind: str = "top_label") -> Tensor:
+        """Mean confidence of the predicted label (``"positive_class"``: mean probability)."""
+        count, _, confidence = self._cells(kind)
+        return confidence.sum() / count.sum()
+
+    def ece(self, num_bins: int = 10, kind: str = "top_label") -> Tensor:
+        """Expected calibration error over ``num_bins`` equal-width bins of [0, 1]."""
+        return _ece(*self._equal_width(num_bins, kind))
+
+    def oe(self, num_bins: int = 10, kind: str = "top_label") -> Tensor:
+        """Overconfidence error: gaps above the accuracy only, weighted by confidence."""
+        count, outcome, confidence = self._equal_width(num_bins, kind)
+        over = (confidence - outcome).clamp(min=0)
+        weighted = torch.where(count > 0, confidence / count * over, 0.0)
+        return weighted.sum() / count.sum()
+
+    def mce(self, num_bins: int = 10, kind: str = "top_label") -> Tensor:
+        """Maximum calibration error: the largest gap of any bin that is not empty."""
+        count, outcome, confidence = self._equal_width(num_bins, kind)
+        gap = torch.where(count > 0, (outcome - confidence).abs() / count, 0.0).max()
+        return torch.where(count.sum() > 0, gap, torch.nan)
+
+    def adaptive_ece(self, num_bins: int = 10, kind: str = "top_label") -> Tensor:
+        """Expected calibration error over ``num_bins`` bins of equal mass."""
+        _checks.positive_int("num_bins", num_bins)
+        cells = self._cells(kind)
+        return _ece(*_equal_mass(cells, num_bins))
+
+    def sweep_ece(self, kind: str = "top_label") -> Tensor:
+        """Expected calibration error over the most equal-mass bins with monotone accuracy.
+
+        The number of bins grows from one until the accuracy first falls from a bin to the next.
+        """
+        cells = tuple(part.cpu() for part in self._cells(kind))
+        filled = cells[0] > 0
+        count, outcome, confidence = (part[filled] for part in cells)
+        best = _ece(count.sum()[None], outcome.sum()[None], confidence.sum()[None])
+        for num_bins in range(2, len(count) + 1):
+            bins = _equal_mass((count, outcome, confidence), num_bins)
+            accuracy = (bins[1] / bins[0])[bins[0] > 0]
+            if bool((accuracy.diff() < 0).any()):
+                break
+            best = _ece(*bins)
+        return best.to(self._counts.device)
+
+    def debiased_ece(self, num_bins: int = 10, kind: str = "top_label") -> Tensor:
+        r"""Debiased :math:`\ell_2` calibration error over equal-width bins.
+
+        The square root of the mean of :math:`(\mathrm{conf} - \mathrm{acc})^2` less its bias
+        :math:`\mathrm{acc} (1 - \mathrm{acc}) / (n_m - 1)`, or 0 where that is negative; bins of
+        fewer than two elements give 0.
+        """
+        count, outcome, confidence = self._equal_width(num_bins, kind)
+        accuracy = outcome / count
+        squared = (confidence / count - accuracy) ** 2 - accuracy * (1 - accuracy) / (count - 1)
+        mean = torch.where(count > 1, count * squared, 0.0).sum() / count.sum()
+        return mean.clamp(min=0).sqrt()
+
+    def brier(self, kind: str = "top_label") -> Tensor:
+        """Mean squared error of the probability; the same for both kinds."""
+        count, _, _ = self._cells(kind)
+        return self._squared_error / count.sum()
+
+    def nll(self, kind: str = "top_label") -> Tensor:
+        """Mean negative log-likelihood, in nats; the same for both kinds."""
+        count, _, _ = self._cells(kind)
+        return self._log_loss / count.sum()
+
+    def reliability(self, num_bins: int = 10, kind: str = "top_label") -> Reliability:
+        """Return the table of a reliability diagram over equal-width bins of [0, 1]."""
+        count, outcome, confidence = self._equal_width(num_bins, kind)
+        edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=count.device)
+        return Reliability(edges, count, confidence / count, outcome / count)
+
+    def _cells(self, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, outcomes and summed confidence of each cell, in order of confidence."""
+        _checks.choice("kind", kind, ("top_label", "positive_class"))
+        count = self._counts.sum(-1)
+        positive = self._counts[..., 1]
+        if kind == "top_label":
+            right = count[0] - positive[0] + positive[1]
+            return (count.sum(0), right.double(), self._confidences.sum(0))
+        # Below 1/2 the probability is the doubt, and the order of confidence turns round.
+        doubt = (count[0] - self._confidences[0]).flip(0)
+        return (
+            torch.cat((count[0].flip(0), count[1])),
+            torch.cat((positive[0].flip(0), positive[1])).double(),
+            torch.cat((doubt, self._confidences[1])),
+        )
+
+    def _equal_width(self, num_bins: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+        _checks.positive_int("num_bins", num_bins)
+        cells = self._cells(kind)
+        first = self.num_cells - len(cells[0])
+        cell = torch.arange(first, self.num_cells, device=cells[0].device)
+        # The bin of a cell's centre, in integers.
+        return _gather(cells, (2 * cell + 1) * num_bins // (2 * self.num_cells), num_bins)
+
+    def _state(self) -> tuple[Tensor, ...]:
+        return (self._counts, self._confidences, self._squared_error, self._log_loss)
+
+    def _move(self, device: torch.device) -> None:
+        self._counts = self._counts.to(device)
+        self._confidences = self._confidences.to(device)
+        self._squared_error = self._squared_error.to(device)
+        self._log_loss = self._log_loss.to(device)
+
+    def __repr__(self) -> str:
+        count = int(self._counts.sum())
+        return f"{type(self).__name__}(num_cells={self.num_cells}, count={count})"
+
+
+def _gather(
+    cells: tuple[Tensor, Tensor, Tensor], index: Tensor, num_bins: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    count, outcome, confidence = (
+        torch.zeros(num_bins, dtype=part.dtype, device=part.device).index_add_(0, index, part)
+        for part in cells
+    )
+    return count, outcome, confidence
+
+
+def _equal_mass(
+    cells: tuple[Tensor, Tensor, Tensor], num_bins: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = cells[0]
+    # A cell goes where its middle element would go if each element could be moved alone. In
+    # float64, since the product of a count and num_bins may pass int64's end.
+    middle = (count.cumsum(0) - count).double() + (count - 1).double() / 2
+    index = (middle * num_bins / count.sum()).floor().nan_to_num(0).clamp(0, num_bins - 1)
+    return _gather(cells, index.to(torch.int64), num_bins)
+
+
+def _ece(count: Tensor, outcome: Tensor, confidence: Tensor) -> Tensor:
+    return (outcome - confidence).abs().sum() / count.sum()

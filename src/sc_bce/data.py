@@ -1,0 +1,108 @@
+"""The data set that tells which sample it yields."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import namedtuple
+from collections.abc import MutableMapping, Sequence
+from functools import cache
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from . import _checks
+
+__all__ = ["IndexedDataset"]
+
+
+class IndexedDataset(Dataset[Any]):
+    """A map-style data set that also yields the index of each sample.
+
+    The index is that of the wrapped data set: it stays with the sample whatever the order, the
+    sampler, the workers, or a ``Subset`` around this one, so that
+    :class:`AdaptivePerturbation` finds the sample's level again.
+
+    An item that is a tuple or list gets the index appended, a namedtuple gets a field and a
+    mapping an entry named ``key``; any other item becomes ``(item, index)``.
+
+    Args:
+        dataset: what has ``__getitem__`` and ``__len__``. To join data sets, wrap the
+            ``ConcatDataset`` as a whole: wrapped parts would each count from 0.
+        key: name of the index in mappings and namedtuples. Default: ``"index"``.
+
+    Raises:
+        TypeError: an iterable-style data set, whose samples have no index; an index that is no
+            int.
+        ValueError: an item already has an entry of that name.
+        IndexError: an index out of range.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from sc_bce import IndexedDataset
+        >>> dataset = IndexedDataset(TensorDataset(torch.rand(3, 2), torch.tensor([0, 1, 1])))
+        >>> for input, target, index in DataLoader(dataset, batch_size=2):
+        ...     print(target, index)
+        tensor([0, 1]) tensor([0, 1])
+        tensor([1]) tensor([2])
+    """
+
+    def __init__(self, dataset: Any, key: str = "index") -> None:
+        _checks.map_style(dataset)
+        self.dataset = dataset
+        self.key = key
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        index = self._position(index)
+        return self._join(self.dataset[index], index)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """Fetch a batch at once where the wrapped data set can; DataLoader calls this."""
+        indices = [self._position(index) for index in indices]
+        if hasattr(self.dataset, "__getitems__"):
+            items = self.dataset.__getitems__(indices)
+        else:
+            items = [self.dataset[index] for index in indices]
+        return [self._join(item, index) for item, index in zip(items, indices, strict=True)]
+
+    def _position(self, index: int) -> int:
+        size = len(self)
+        position = operator.index(index)
+        if not -size <= position < size:
+            raise IndexError(
+                f"Expected argument `index` to be in [{-size}, {size - 1}], but got {position}"
+            )
+        return position % size
+
+    def _join(self, item: Any, index: int) -> Any:
+        if isinstance(item, MutableMapping):
+            _checks.unused_key(self.key, item)
+            item = copy.copy(item)  # the data set may hold on to its own
+            item[self.key] = index
+            return item
+        if isinstance(item, tuple) and hasattr(item, "_fields"):
+            _checks.unused_key(self.key, item._fields)
+            return _with_index(type(item), self.key)(*item, index)
+        if isinstance(item, (tuple, list)):
+            return type(item)((*item, index)) if type(item) in (tuple, list) else (*item, index)
+        return (item, index)
+
+
+@cache
+def _with_index(base: type, key: str) -> type:
+    """The namedtuple of a field more; workers pickle it by the one it was made from."""
+
+    def reduce(self: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_rebuild, (base, key, tuple(self)))
+
+    fields = (*base._fields, key)  # type: ignore[attr-defined]
+    longer = namedtuple(base.__name__, fields)  # type: ignore[misc]
+    return type(base.__name__, (longer,), {"__slots__": (), "__reduce__": reduce})
+
+
+def _rebuild(base: type, key: str, values: tuple[Any, ...]) -> Any:
+    return _with_index(base, key)(*values)

@@ -1,0 +1,28 @@
+"""Shared fixtures: fixed seeds, one Hypothesis profile."""
+
+import hypothesis
+import pytest
+import torch
+
+# Not timed: a test must not fail because the machine is busy. Derandomised: nor by luck.
+hypothesis.settings.register_profile(
+    "fixed",
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("fixed")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler(request):
+    """Compiled code of one test must not count as a recompilation of the next."""
+    yield
+    if "compile" in request.node.name:
+        torch._dynamo.reset()

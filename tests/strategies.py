@@ -1,0 +1,67 @@
+"""Hypothesis strategies: batches of logits and targets with levels, weights and masks."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MASKS = (torch.bool, torch.uint8, torch.int64, torch.int32, torch.int8)
+
+shapes = st.one_of(
+    st.just(()),
+    st.tuples(st.integers(1, 5)),
+    st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 3), st.integers(1, 3)),
+)
+betas = st.floats(0, 2)
+seeds = st.integers(0, 2**32 - 1)
+
+
+@st.composite
+def pairs(draw):
+    """alpha and beta as numbers that keep the label order"""
+    beta = draw(betas)
+    alpha = draw(st.floats(0, 1 if beta <= 1 else 1 / beta))
+    return (alpha, beta) if alpha * beta <= 1 else (alpha * 0.999, beta)
+
+
+class Batch(NamedTuple):
+    input: Tensor
+    target: Tensor
+    soft: bool
+
+
+@st.composite
+def batches(draw, shape=shapes, soft=None, scale=None):
+    """float64 logits, some extreme, and float64 targets, hard or soft"""
+    size = draw(shape)
+    rng = np.random.default_rng(draw(seeds))
+    soft = draw(st.booleans()) if soft is None else soft
+    spread = draw(st.sampled_from([1.0, 10.0, 1000.0])) if scale is None else scale
+    input = torch.from_numpy(np.asarray(rng.normal(0, spread, size)))
+    target = rng.random(size) if soft else rng.integers(0, 2, size).astype(np.float64)
+    return Batch(input, torch.from_numpy(np.asarray(target)), soft)
+
+
+@st.composite
+def levels(draw, shape, high=1.0):
+    """A level in one of its forms, with the NumPy array that it broadcasts to."""
+    forms = ["number", "0-d"]
+    if shape:
+        forms += ["per sample", "broadcast", "full"]
+    form = draw(st.sampled_from(forms))
+    rng = np.random.default_rng(draw(seeds))
+    if form in ("number", "0-d"):
+        value = draw(st.floats(0, high))
+        given = value if form == "number" else torch.tensor(value, dtype=torch.float64)
+        return given, np.asarray(value)
+    if form == "per sample":
+        array = rng.uniform(0, high, shape[0])
+        wide = array.reshape(shape[0], *(1 for _ in shape[1:]))
+        return torch.from_numpy(array), wide
+    size = shape if form == "full" or len(shape) == 1 else (1, *shape[1:])
+    array = rng.uniform(0, high, size)
+    return torch.from_numpy(array), array

@@ -1,0 +1,150 @@
+from collections import OrderedDict, namedtuple
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+)
+
+from sc_bce import IndexedDataset
+
+Pair = namedtuple("Pair", ["image", "mask"])
+ITEMS = {
+    "tuple": lambda i: (torch.tensor(float(i)), i % 2),
+    "list": lambda i: [torch.tensor(float(i)), i % 2],
+    "dict": lambda i: {"image": torch.tensor(float(i)), "mask": i % 2},
+    "ordered": lambda i: OrderedDict(image=torch.tensor(float(i)), mask=i % 2),
+    "namedtuple": lambda i: Pair(torch.tensor(float(i)), i % 2),
+    "tensor": lambda i: torch.tensor(float(i)),
+}
+
+
+class Numbers:
+    """Item i holds the number i, in one of the forms of ITEMS."""
+
+    def __init__(self, form, size=10):
+        self.form, self.size = form, size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        return ITEMS[self.form](i)
+
+
+def image_and_index(form, batch):
+    if form in ("dict", "ordered"):
+        return batch["image"], batch["index"]
+    if form == "namedtuple":
+        return batch.image, batch.index
+    return batch[0], batch[-1]
+
+
+@pytest.mark.parametrize("form", ITEMS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_index_stays_with_the_sample_through_shuffling_and_workers(form, workers):
+    loader = DataLoader(
+        IndexedDataset(Numbers(form)), batch_size=3, shuffle=True, num_workers=workers
+    )
+    seen = []
+    for batch in loader:
+        image, index = image_and_index(form, batch)
+        assert torch.equal(image.long(), index)
+        assert index.dtype == torch.int64
+        seen += index.tolist()
+    assert sorted(seen) == list(range(10))
+
+
+def test_items_keep_their_type():
+    assert IndexedDataset(Numbers("list"))[3] == [torch.tensor(3.0), 1, 3]
+    assert type(IndexedDataset(Numbers("ordered"))[3]) is OrderedDict
+    item = IndexedDataset(Numbers("namedtuple"), key="row")[3]
+    assert (item.image, item.mask, item.row) == (torch.tensor(3.0), 1, 3)
+    assert item._fields == ("image", "mask", "row")
+
+
+def test_with_replacement_and_through_subset_and_concatenation():
+    indexed = IndexedDataset(Numbers("tuple"))
+    for image, _, index in DataLoader(
+        indexed, sampler=RandomSampler(indexed, replacement=True, num_samples=30), batch_size=4
+    ):
+        assert torch.equal(image.long(), index)
+    # Around: the index of the wrapped data set. Inside: the place in the subset.
+    image, _, index = next(iter(DataLoader(Subset(indexed, [7, 2]), batch_size=2)))
+    assert index.tolist() == image.tolist() == [7, 2]
+    image, _, index = next(iter(DataLoader(IndexedDataset(Subset(indexed.dataset, [7, 2])),
+                                           batch_size=2)))  # fmt: skip
+    assert (index.tolist(), image.tolist()) == ([0, 1], [7, 2])
+    joined = IndexedDataset(ConcatDataset([Numbers("tuple", 4), Numbers("tuple", 3)]))
+    assert [item[-1] for item in (joined[i] for i in range(len(joined)))] == list(range(7))
+    around = ConcatDataset([indexed, indexed])
+    assert around[12][-1] == 2
+
+
+def test_negative_and_numpy_indices():
+    indexed = IndexedDataset(Numbers("tensor"))
+    assert indexed[-1] == (torch.tensor(9.0), 9)
+    assert indexed[np.int64(4)] == (torch.tensor(4.0), 4)
+    assert len(list(indexed)) == 10
+    for wrong in (10, -11):
+        with pytest.raises(IndexError, match=rf"in \[-10, 9\], but got {wrong}"):
+            indexed[wrong]
+    with pytest.raises(TypeError):
+        indexed["3"]
+
+
+def test_batches_are_fetched_at_once_where_the_data_set_can():
+    class Batched(Numbers):
+        calls = 0
+
+        def __getitems__(self, indices):
+            Batched.calls += 1
+            return [self[i] for i in indices]
+
+    batches = list(DataLoader(IndexedDataset(Batched("tuple")), batch_size=5))
+    assert Batched.calls == 2
+    assert batches[1][-1].tolist() == [5, 6, 7, 8, 9]
+
+
+def test_the_data_sets_own_item_is_not_changed():
+    cached = [{"image": 1.0}]
+    assert IndexedDataset(cached)[0] == {"image": 1.0, "index": 0}
+    assert cached == [{"image": 1.0}]
+
+
+def test_a_tensor_data_set_with_a_custom_tuple_gets_a_plain_one():
+    class Row(tuple):
+        __slots__ = ()
+
+    assert IndexedDataset([Row((1, 2))])[0] == (1, 2, 0)
+
+
+def test_errors():
+    class Stream(IterableDataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return i
+
+        def __iter__(self):
+            return iter(range(3))
+
+    for wrong in (Stream(), iter([1, 2]), 3):
+        with pytest.raises(TypeError, match=r"map-style.*num_samples=None"):
+            IndexedDataset(wrong)
+    with pytest.raises(ValueError, match="new name in the items, but got 'image', which is there"):
+        IndexedDataset(Numbers("dict"), key="image")[0]
+    with pytest.raises(ValueError, match="got 'mask'"):
+        IndexedDataset(Numbers("namedtuple"), key="mask")[0]
+
+
+def test_tensor_data_set():
+    data = TensorDataset(torch.arange(4.0), torch.arange(4))
+    assert [item[-1] for item in IndexedDataset(data)] == [0, 1, 2, 3]

@@ -1,0 +1,491 @@
+import math
+
+import numpy as np
+import pytest
+import reference as ref
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import FLOATS, MASKS, batches, betas, levels, pairs, seeds
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+from sc_bce import perturb_target, sc_bce_with_logits
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def close(actual, expected, rtol=1e-9, atol=1e-9):
+    np.testing.assert_allclose(actual.detach().double().numpy(), expected, rtol=rtol, atol=atol)
+
+
+# --- against the reference -------------------------------------------------------------------
+
+
+@given(st.data(), batches(), st.sampled_from(REDUCTIONS))
+def test_loss_is_the_reference_formula(data, batch, reduction):
+    shape = tuple(batch.input.shape)
+    alpha, alpha_array = data.draw(levels(shape, 0.5))
+    beta, beta_array = data.draw(levels(shape, 2.0))
+    weight = data.draw(st.sampled_from([None, 0.5, 3.0]))
+    pos_weight = data.draw(st.sampled_from([None, 0.25, 4.0]))
+    got = sc_bce_with_logits(
+        batch.input,
+        batch.target,
+        alpha,
+        beta,
+        weight=None if weight is None else torch.tensor(weight, dtype=torch.float64),
+        pos_weight=None if pos_weight is None else torch.tensor(pos_weight, dtype=torch.float64),
+        reduction=reduction,
+    )
+    want = ref.sc_bce(
+        batch.input.numpy(), batch.target.numpy(), alpha_array, beta_array,
+        weight or 1.0, pos_weight or 1.0, reduction=reduction,
+    )  # fmt: skip
+    close(got, want)
+
+
+@given(st.data(), batches())
+def test_target_is_the_reference_formula_and_stays_in_the_unit_interval(data, batch):
+    shape = tuple(batch.target.shape)
+    alpha, alpha_array = data.draw(levels(shape, 0.5))
+    beta, beta_array = data.draw(levels(shape, 2.0))
+    got = perturb_target(batch.target, alpha, beta)
+    close(got, ref.effective(batch.target.numpy(), alpha_array, beta_array))
+    for dtype in FLOATS:
+        q = perturb_target(batch.target, alpha, beta, dtype=dtype)
+        assert q.dtype == dtype
+        assert bool(((q >= 0) & (q <= 1)).all())
+
+
+@given(batches(), pairs(), st.sampled_from(REDUCTIONS), seeds)
+def test_ignored_elements_leave_the_loss_of_the_others(batch, pair, reduction, seed):
+    valid = np.random.default_rng(seed).random(tuple(batch.input.shape)) < 0.6
+    target = torch.where(torch.from_numpy(np.asarray(valid)), batch.target, -1.0)
+    got = sc_bce_with_logits(batch.input, target, *pair, ignore_index=-1, reduction=reduction)
+    want = ref.sc_bce(
+        batch.input.numpy(), batch.target.numpy(), *pair, valid=valid, reduction=reduction
+    )
+    close(got, want)
+    # Masked equals subset.
+    if reduction != "none" and valid.any():
+        subset = torch.from_numpy(np.asarray(valid))
+        alone = sc_bce_with_logits(
+            batch.input[subset], batch.target[subset], *pair, reduction=reduction
+        )
+        assert_close(got, alone)
+
+
+# --- the identities of the theory, each a property -------------------------------------------
+
+
+@given(batches(), pairs())
+def test_identity_shrunk_target_plus_constant_penalty(batch, pair):
+    s = pair[0] * pair[1]
+    x, y = batch.input.numpy(), batch.target.numpy()
+    got = sc_bce_with_logits(batch.input, batch.target, *pair, reduction="none")
+    close(got, (1 - s) * ref.bce(x, y) + s / 2 * (ref.softplus(x) + ref.softplus(-x)))
+
+
+@given(batches(), pairs())
+def test_identity_linear_penalty_on_the_signed_margin(batch, pair):
+    s = pair[0] * pair[1]
+    x, y = batch.input.numpy(), batch.target.numpy()
+    got = sc_bce_with_logits(batch.input, batch.target, *pair, reduction="none")
+    close(got, ref.bce(x, y) + s / 2 * (2 * y - 1) * x)
+
+
+@given(batches(), pairs())
+def test_identity_flip_rate(batch, pair):
+    g = pair[0] * pair[1] / 2
+    x, y = batch.input.numpy(), batch.target.numpy()
+    got = sc_bce_with_logits(batch.input, batch.target, *pair, reduction="none")
+    close(got, (1 - g) * ref.bce(x, y) + g * ref.bce(x, 1 - y))
+
+
+@given(batches(), pairs())
+def test_gradient_is_sigmoid_minus_effective_target(batch, pair):
+    x = batch.input.clone().requires_grad_()
+    sc_bce_with_logits(x, batch.target, *pair, reduction="sum").backward()
+    close(x.grad, ref.sigmoid(batch.input.numpy()) - ref.effective(batch.target.numpy(), *pair))
+
+
+@given(pairs(), st.booleans())
+def test_minimiser_says_one_minus_the_flip_rate_for_the_label(pair, positive):
+    alpha, beta = pair
+    q = perturb_target(torch.tensor(float(positive), dtype=torch.float64), alpha, beta)
+    confidence = float(q if positive else 1 - q)
+    assert confidence == pytest.approx(1 - alpha * beta / 2)
+    # The label order is kept iff alpha * beta < 1.
+    assert (confidence > 0.5) == (alpha * beta < 1) or confidence == pytest.approx(0.5)
+    x = torch.logit(q.clamp(1e-12, 1 - 1e-12)).requires_grad_()
+    sc_bce_with_logits(x, torch.tensor(float(positive)).double(), alpha, beta).backward()
+    assert x.grad.abs() < 1e-9
+
+
+@given(batches(), betas, seeds)
+def test_a_draw_is_an_alpha_of_zeros_and_ones(batch, beta, seed):
+    z = np.random.default_rng(seed).random(tuple(batch.input.shape)) < 0.5
+    drawn = torch.from_numpy(np.asarray(z))
+    y = batch.target.numpy()
+    want = ref.bce(batch.input.numpy(), np.where(z, ref.perturbed(y, beta), y))
+    close(sc_bce_with_logits(batch.input, batch.target, drawn, beta, reduction="none"), want)
+
+
+@given(batches(), st.floats(0, 1))
+def test_only_the_product_matters_in_expectation(batch, flip):
+    one = sc_bce_with_logits(batch.input, batch.target, flip / 2, 2.0)
+    two = sc_bce_with_logits(batch.input, batch.target, flip, 1.0)
+    assert_close(one, two)
+
+
+@given(st.floats(0, 1), betas)
+def test_label_variance_of_a_draw(alpha, beta):
+    g = alpha * beta / 2
+    for y in (0.0, 1.0):
+        drawn = ref.perturbed(y, beta)
+        mean = alpha * drawn + (1 - alpha) * y
+        variance = alpha * (drawn - mean) ** 2 + (1 - alpha) * (y - mean) ** 2
+        assert variance == pytest.approx(g * (beta / 2 - g), abs=1e-12)
+
+
+@given(batches(), pairs(), st.floats(0.1, 10))
+def test_pos_weight_shifts_the_minimiser_by_its_log(batch, pair, weight):
+    q = perturb_target(batch.target, *pair)
+    if not bool(((q > 1e-6) & (q < 1 - 1e-6)).all()):
+        return
+    x = (torch.logit(q) + math.log(weight)).requires_grad_()
+    w = torch.tensor(weight, dtype=torch.float64)
+    sc_bce_with_logits(x, batch.target, *pair, pos_weight=w, reduction="sum").backward()
+    assert_close(x.grad, torch.zeros_like(x), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.1, 0.2])
+def test_label_smoothing_is_torch_cross_entropy_with_two_classes(eps):
+    x = torch.randn(50, dtype=torch.float64)
+    y = torch.randint(0, 2, (50,))
+    two = torch.stack((torch.zeros_like(x), x), dim=1)
+    assert_close(sc_bce_with_logits(x, y, 1.0, eps), F.cross_entropy(two, y, label_smoothing=eps))
+
+
+# --- dtypes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("mask", [*MASKS, *FLOATS])
+@pytest.mark.parametrize("alpha", [0.0, 0.1, "per sample"])
+def test_every_mask_dtype_gives_the_float_result_in_torchs_dtype(dtype, mask, alpha):
+    x = torch.randn(4, 3).to(dtype)
+    y = torch.randint(0, 2, (4, 3))
+    if alpha == "per sample":
+        alpha = torch.tensor([0.0, 0.1, 0.2, 0.3])
+    got = sc_bce_with_logits(x, y.to(mask), alpha)
+    float_target = y.to(mask) if mask.is_floating_point else y.to(dtype)
+    assert got.dtype == F.binary_cross_entropy_with_logits(x, float_target).dtype
+    wide = sc_bce_with_logits(x.double(), y.double(), alpha)
+    least = max(torch.finfo(got.dtype).eps, torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    assert_close(got.double(), wide, rtol=4 * least, atol=4 * least)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_smooths_both_labels_alike(dtype):
+    x = torch.zeros(2, dtype=dtype, requires_grad=True)
+    # In bfloat16 1 - 0.0005 is 1: the gradient there would be -0.5 against 0.4995.
+    sc_bce_with_logits(x, torch.tensor([1, 0]), 0.001, 1.0, reduction="sum").backward()
+    assert x.grad[0] == -x.grad[1]
+    q = perturb_target(torch.tensor([1.0, 0.0], dtype=dtype), 0.001, 1.0)
+    assert q.dtype == torch.float32
+    assert_close(q, torch.tensor([0.9995, 0.0005]))
+
+
+def test_perturb_target_keeps_default_and_given_dtypes():
+    assert perturb_target(torch.tensor([True])).dtype == torch.float32
+    assert perturb_target(torch.ones(1, dtype=torch.float64), 0.1).dtype == torch.float64
+    assert perturb_target(torch.ones(1, dtype=torch.float16), 0.1).dtype == torch.float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert perturb_target(torch.tensor([1]), 0.1).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_perturb_target_leaves_ignored_elements_as_they_are():
+    target = torch.tensor([0, 1, 255], dtype=torch.uint8)
+    got = perturb_target(target, 0.2, 1.0, ignore_index=255)
+    assert_close(got, torch.tensor([0.1, 0.9, 255.0]))
+
+
+# --- ignore_index -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("alpha", [0.0, 0.2])
+@pytest.mark.parametrize("mask", [torch.uint8, torch.float32])
+def test_ignored_logits_reach_neither_loss_nor_gradient(bad, reduction, alpha, mask):
+    x = torch.tensor([1.0, bad, -2.0], requires_grad=True)
+    y = torch.tensor([1, 255, 0]).to(mask)
+    loss = sc_bce_with_logits(x, y, alpha, ignore_index=255, reduction=reduction)
+    loss.sum().backward()
+    kept = torch.tensor([1.0, -2.0], requires_grad=True)
+    expected = sc_bce_with_logits(kept, torch.tensor([1.0, 0.0]), alpha, reduction=reduction)
+    expected.sum().backward()
+    assert x.grad[1] == 0
+    assert_close(x.grad[[0, 2]], kept.grad)
+    if reduction == "none":
+        assert loss[1] == 0
+        loss = loss[[0, 2]]
+    assert_close(loss, expected)
+
+
+def test_all_ignored_is_zero_and_an_empty_mean_is_nan():
+    x = torch.randn(3, requires_grad=True)
+    loss = sc_bce_with_logits(x, torch.full((3,), -1), 0.1, ignore_index=-1)
+    loss.backward()
+    assert loss == 0
+    assert_close(x.grad, torch.zeros(3))
+    for ignored in (None, 255):
+        empty = sc_bce_with_logits(torch.empty(0, 2), torch.empty(0, 2), 0.1, ignore_index=ignored)
+        assert empty.isnan()
+        total = sc_bce_with_logits(
+            torch.empty(0, 2), torch.empty(0, 2), 0.1, ignore_index=ignored, reduction="sum"
+        )
+        assert total == 0
+
+
+def test_an_ignore_index_outside_the_dtype_ignores_nothing():
+    # torch compares a uint8 255 with -1 as equal: the foreground would vanish in silence.
+    with pytest.raises(ValueError, match="got the value 255"):
+        sc_bce_with_logits(
+            torch.zeros(2), torch.tensor([0, 255], dtype=torch.uint8), 0.1, ignore_index=-1
+        )
+
+
+def test_half_precision_means_over_many_elements_do_not_overflow():
+    x = torch.full((200_000,), 10.0, dtype=torch.float16)
+    y = torch.zeros(200_000, dtype=torch.uint8)
+    assert sc_bce_with_logits(x, y, 0.0, ignore_index=255) == 10
+    assert_close(sc_bce_with_logits(x, y, 0.1), torch.tensor(9.0, dtype=torch.float16))
+
+
+# --- extreme logits ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_extreme_logits_have_finite_value_gradient_and_hessian(dtype):
+    big = torch.finfo(dtype).max / 4
+    x = torch.tensor([-big, -1.0, 0.0, 1.0, big], dtype=dtype, requires_grad=True)
+    y = torch.tensor([1, 1, 0, 0, 0])
+    loss = sc_bce_with_logits(x, y, 0.1, reduction="none")
+    assert loss.isfinite().all()
+    (grad,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+    assert grad.isfinite().all()
+    (hess,) = torch.autograd.grad(grad.sum(), x)
+    assert hess.isfinite().all()
+
+
+# --- differentiation --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ignored", [None, -1])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradients_in_input_target_alpha_and_beta(ignored, reduction):
+    def loss(x, y, alpha, beta):
+        return sc_bce_with_logits(
+            x, y, alpha, beta, pos_weight=torch.tensor(2.0).double(), weight=torch.rand(2).double(),
+            ignore_index=ignored, reduction=reduction,
+        )  # fmt: skip
+
+    torch.manual_seed(1)
+    arguments = (
+        torch.randn(3, 2, dtype=torch.float64, requires_grad=True),
+        torch.rand(3, 2, dtype=torch.float64, requires_grad=True),
+        (torch.rand(3, dtype=torch.float64) / 2).requires_grad_(),
+        torch.rand(3, 1, dtype=torch.float64, requires_grad=True),
+    )
+
+    def seeded(*args):
+        torch.manual_seed(2)
+        return loss(*args)
+
+    assert gradcheck(seeded, arguments, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(seeded, arguments)
+
+
+def test_jvp_and_hessian_through_torch_func():
+    x, y = torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+    alpha = torch.full((4,), 0.2, dtype=torch.float64)
+    _, tangent = torch.func.jvp(
+        lambda a: sc_bce_with_logits(x, y, a, 1.0, reduction="sum"), (alpha,), (alpha,)
+    )
+    # d/d alpha of the loss is beta/2 (2y - 1) x.
+    assert_close(tangent, (0.5 * (2 * y - 1) * x * alpha).sum())
+    hessian = torch.func.hessian(lambda x: sc_bce_with_logits(x, y, alpha, reduction="sum"))(x)
+    p = torch.sigmoid(x)
+    assert_close(hessian, torch.diag(p * (1 - p)))
+
+
+# --- transforms and devices -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", [torch.float32, torch.bool, torch.int64])
+def test_vmap_over_samples_equals_a_loop(mask):
+    x, y = torch.randn(5, 3), torch.randint(0, 2, (5, 3)).to(mask)
+    alpha = torch.rand(5) / 2
+    got = torch.func.vmap(sc_bce_with_logits)(x, y, alpha)
+    want = torch.stack([sc_bce_with_logits(*row) for row in zip(x, y, alpha, strict=True)])
+    assert_close(got, want)
+    grads = torch.func.vmap(torch.func.grad(sc_bce_with_logits))(x, y, alpha)
+    assert_close(grads, (torch.sigmoid(x) - perturb_target(y, alpha)) / 3)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, "0-d", "per sample", "full"])
+@pytest.mark.parametrize("mask", [torch.float32, torch.bool, torch.uint8])
+@pytest.mark.parametrize("ignored", [None, 255])
+def test_compile_fullgraph_equals_eager(alpha, mask, ignored):
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    y = torch.randint(0, 2, (4, 3, 5)).to(mask)
+    alpha = {"0-d": torch.tensor(0.1), "per sample": torch.rand(4) / 2,
+             "full": torch.rand(4, 3, 5) / 2}.get(alpha, alpha)  # fmt: skip
+    compiled = torch.compile(sc_bce_with_logits, fullgraph=True, backend="aot_eager")
+    got = compiled(x, y, alpha, ignore_index=ignored)
+    want = sc_bce_with_logits(x, y, alpha, ignore_index=ignored)
+    assert_close(got, want)
+    assert_close(torch.autograd.grad(got, x)[0], torch.autograd.grad(want, x)[0])
+
+
+def test_compile_inductor_and_low_precision():
+    x = torch.randn(4, 3, dtype=torch.bfloat16)
+    y = torch.randint(0, 2, (4, 3))
+    compiled = torch.compile(sc_bce_with_logits, fullgraph=True)
+    got = compiled(x, y, torch.rand(4) / 2)
+    assert got.dtype == torch.bfloat16
+    assert_close(compiled(x, y, 0.1), sc_bce_with_logits(x, y, 0.1), rtol=0.01, atol=0.01)
+
+
+def test_compile_does_not_repeat_when_alpha_changes():
+    count = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(sc_bce_with_logits, fullgraph=True, backend=count)
+    for _ in range(4):
+        compiled(torch.randn(4, 3), torch.rand(4, 3), torch.rand(4))
+    assert count.frame_count == 1
+
+
+def test_export_equals_eager():
+    class Loss(torch.nn.Module):
+        def forward(self, x, y, alpha):
+            return sc_bce_with_logits(x, y, alpha, ignore_index=255)
+
+    arguments = (torch.randn(4, 3), torch.randint(0, 2, (4, 3)), torch.rand(4) / 2)
+    exported = torch.export.export(Loss(), arguments, strict=True)
+    assert_close(exported.module()(*arguments), Loss()(*arguments))
+
+
+def test_meta_and_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.empty(3, 2, device="meta", dtype=dtype)
+        y = torch.empty(3, 2, device="meta", dtype=torch.int64)
+        loss = sc_bce_with_logits(x, y, 0.1, ignore_index=255, reduction="none")
+        assert loss.is_meta
+        assert (loss.shape, loss.dtype) == ((3, 2), dtype)
+    with FakeTensorMode():
+        loss = sc_bce_with_logits(torch.randn(3, 2), torch.ones(3, 2, dtype=torch.long), 0.1)
+        assert (loss.shape, loss.dtype) == ((), torch.float32)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, "per sample"])
+def test_autocast_gives_what_torch_gives(alpha):
+    alpha = torch.rand(4) / 2 if alpha == "per sample" else alpha
+    x, y = torch.randn(4, 3), torch.randint(0, 2, (4, 3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for dtype in (torch.bfloat16, torch.float32):
+            want = F.binary_cross_entropy_with_logits(x.to(dtype), y.to(dtype))
+            assert sc_bce_with_logits(x.to(dtype), y, alpha).dtype == want.dtype == torch.float32
+
+
+def test_scalars_and_empty_batches():
+    want = ref.sc_bce(np.array(0.3), np.array(1.0), 0.1, 2.0)
+    got = sc_bce_with_logits(torch.tensor(0.3).double(), torch.tensor(1), 0.1)
+    assert float(got) == pytest.approx(float(want))
+    empty = sc_bce_with_logits(torch.empty(0, 3), torch.empty(0, 3), torch.empty(0))
+    assert empty.isnan()
+
+
+# --- where values can't be read, an illegal integer is nan ------------------------------------
+
+
+def test_illegal_integers_give_nan_where_they_cannot_be_read():
+    x, y = torch.zeros(3), torch.tensor([0, 255, 1])
+    assert torch.func.vmap(sc_bce_with_logits)(x, y, torch.zeros(3))[1].isnan()
+    compiled = torch.compile(sc_bce_with_logits, fullgraph=True, backend="aot_eager")
+    for alpha in (0.0, 0.1):
+        loss = compiled(x, y, alpha, reduction="none")
+        assert loss.isnan().tolist() == [False, True, False]
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+X, Y = torch.zeros(4, 2), torch.ones(4, 2)
+ERRORS = [
+    (dict(alpha=-0.1), ValueError, r"`alpha` to be in \[0, 1\], but got -0.1"),
+    (dict(alpha=1.5), ValueError, r"`alpha` to be in \[0, 1\], but got 1.5"),
+    (dict(alpha=math.nan), ValueError, r"`alpha` to be in \[0, 1\], but got nan"),
+    (dict(alpha="0.1"), TypeError, r"`alpha` to be a number in \[0, 1\], but got '0.1' \(str\)"),
+    (dict(alpha=None), TypeError, r"`alpha` to be a number"),
+    (dict(alpha=0.1, beta=2.1), ValueError, r"`beta` to be in \[0, 2\], but got 2.1"),
+    (dict(beta=math.nan), ValueError, r"`beta` to be in \[0, 2\], but got nan"),
+    (dict(alpha=0.6, beta=2.0), ValueError, r"alpha \* beta = 0.6 \* 2.0 > 1; lower one"),
+    (dict(alpha=torch.ones(1)), ValueError, r"4 values, one per sample .* got shape \(1,\)"),
+    (dict(alpha=torch.ones(2)), ValueError, r"broadcasts to \(4, 2\), but got shape \(2,\)"),
+    (dict(alpha=torch.ones(4, 3)), ValueError, r"`alpha` .* but got shape \(4, 3\)"),
+    (dict(alpha=0.1, beta=torch.ones(3)), ValueError, r"`beta` .* but got shape \(3,\)"),
+    (dict(alpha=0.1, reduction="avg"), ValueError, r"'none', 'mean', 'sum', but got 'avg'"),
+    (dict(alpha=0.1, ignore_index="void"), TypeError, r"`ignore_index` to be an int or None"),
+    (dict(ignore_index=math.nan), ValueError, r"equals no target; mark ignored elements"),
+    (dict(alpha=0.1, target=Y[:3]), ValueError, r"have the size of `input`.*reshape"),
+    (dict(alpha=0.1, target=[1.0]), TypeError, r"`target` to be a Tensor, but got list"),
+    (dict(alpha=0.1, target=Y.to(torch.complex64)), TypeError, r"got torch.complex64; pass"),
+    (dict(alpha=0.1, input=[1.0]), TypeError, r"`input` to be a Tensor, but got list"),
+    (dict(alpha=0.1, input=X.long()), TypeError, r"floating-point logits, but got torch.int64"),
+    (
+        dict(alpha=0.1, target=(Y * 255).byte()),
+        ValueError,
+        r"only 0 and 1, but got the value 255; .*`mask > 0` or `mask / 255`",
+    ),
+    (dict(alpha=0.0, target=(Y * 255).byte()), ValueError, r"got the value 255"),
+    (dict(alpha=0.1, target=-Y.long()), ValueError, r"got the value -1"),
+    (
+        dict(alpha=0.1, target=Y.long() * 7, ignore_index=255),
+        ValueError,
+        r"\(besides ignore_index=255\), but got the value 7",
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "kind", "text"), ERRORS, ids=range(len(ERRORS)))
+def test_bad_input_is_named_with_its_remedy(wrong, kind, text):
+    with pytest.raises(kind, match=text):
+        sc_bce_with_logits(**{"input": X, "target": Y, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "text"),
+    [case for case in ERRORS if not {"input", "reduction"} & set(case[0])
+     and "size of `input`" not in case[2]],
+)  # fmt: skip
+def test_perturb_target_refuses_the_same(wrong, kind, text):
+    with pytest.raises(kind, match=text):
+        perturb_target(**{"target": Y, **wrong})
+
+
+def test_perturb_target_refuses_an_integer_dtype():
+    with pytest.raises(TypeError, match="`dtype` to be floating point, but got torch.int64"):
+        perturb_target(Y, 0.1, dtype=torch.int64)
+
+
+def test_levels_of_a_scalar_have_no_dimension():
+    with pytest.raises(ValueError, match="0-d tensor, no dimension"):
+        sc_bce_with_logits(torch.tensor(0.0), torch.tensor(1.0), torch.ones(1))

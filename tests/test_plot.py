@@ -1,0 +1,71 @@
+import sys
+
+import pytest
+import torch
+
+from sc_bce import CalibrationHistogram
+from sc_bce.plot import reliability_diagram
+
+
+def histogram(scale=2.0, n=2000):
+    x = torch.randn(n)
+    made = CalibrationHistogram()
+    made.update(scale * x, torch.rand(n) < torch.sigmoid(x))
+    return made
+
+
+def bars(axes, container):
+    return [(round(bar.get_x(), 6), bar.get_height()) for bar in axes.containers[container]]
+
+
+def test_bars_are_the_reliability_table():
+    one = histogram()
+    figure = reliability_diagram(one, num_bins=10)
+    table = one.reliability(10)
+    above, below = figure.axes
+    accuracy, gap, share = bars(above, 0), bars(above, 1), bars(below, 0)
+    assert [left for left, _ in accuracy] == [0.5, 0.6, 0.7, 0.8, 0.9]
+    for m, (have, between, count) in enumerate(zip(accuracy, gap, share, strict=True), start=5):
+        assert have[1] == pytest.approx(float(table.accuracy[m]))
+        assert have[1] + between[1] == pytest.approx(float(table.confidence[m]))
+        assert count[1] == pytest.approx(float(table.count[m] / 2000))
+    assert above.get_xlim() == (0.5, 1)
+    written = above.texts[0].get_text()
+    assert written == f"ECE {float(one.ece()):.3f}\nOE {float(one.oe()):.3f}"
+
+
+def test_several_models_side_by_side_and_positive_class(tmp_path):
+    models = {"plain": histogram(3.0), "smoothed": histogram(1.0), "empty": CalibrationHistogram()}
+    figure = reliability_diagram(models, kind="positive_class", num_bins=5)
+    assert [axes.get_title() for axes in figure.axes[:3]] == list(models)
+    assert figure.axes[0].get_xlim() == (0, 1)
+    assert figure.axes[0].get_ylabel() == "share of positives"
+    assert len(figure.axes[0].containers[0]) == 5
+    assert len(figure.axes[2].containers[0]) == 0
+    figure.savefig(tmp_path / "diagram.png")
+    assert (tmp_path / "diagram.png").stat().st_size > 10_000
+
+
+def test_no_figure_is_left_in_pyplot():
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    before = pyplot.get_fignums()
+    reliability_diagram(histogram())
+    assert pyplot.get_fignums() == before
+
+
+def test_errors(monkeypatch):
+    with pytest.raises(TypeError, match="CalibrationHistogram or a mapping .* got 3"):
+        reliability_diagram({"plain": 3})
+    with pytest.raises(TypeError, match="but got list"):
+        reliability_diagram([histogram()])
+    with pytest.raises(ValueError, match="to hold a histogram, but got none"):
+        reliability_diagram({})
+    with pytest.raises(ValueError, match="`kind` to be one of"):
+        reliability_diagram(histogram(), kind="both")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install sc-bce\[plot\]"):
+        reliability_diagram(histogram())
