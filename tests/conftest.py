@@ -15,6 +15,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fixed")
 
 
+# Small tensors: a second thread only waits, for milliseconds where other tests run beside.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

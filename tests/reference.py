@@ -1,5 +1,8 @@
 """The formulas in NumPy float64. Imports nothing of the package."""
 
+from itertools import pairwise
+from math import prod
+
 import numpy as np
 
 
@@ -44,7 +47,7 @@ def sc_bce(x, y, alpha, beta, weight=1.0, pos_weight=1.0, valid=None, reduction=
 
 def margin(x, y, weight=1.0, valid=None):
     """mean over the valid elements of weight (2y - 1) x, one per sample; nan without any"""
-    x = np.asarray(x, dtype=np.float64).reshape(len(x), -1)
+    x = np.asarray(x, dtype=np.float64).reshape(len(x), prod(np.shape(x)[1:]))
     y = np.asarray(y, dtype=np.float64).reshape(x.shape)
     weight = np.broadcast_to(weight, x.shape) if np.ndim(weight) == 0 else weight.reshape(x.shape)
     valid = np.ones(x.shape, dtype=bool) if valid is None else valid.reshape(x.shape)
@@ -54,7 +57,8 @@ def margin(x, y, weight=1.0, valid=None):
 
 def hits(x, y, valid=None):
     """share of the valid elements whose decision at 1/2 is right, one per sample"""
-    x, y = np.asarray(x).reshape(len(x), -1), np.asarray(y).reshape(len(x), -1)
+    x = np.asarray(x).reshape(len(x), prod(np.shape(x)[1:]))
+    y = np.asarray(y).reshape(x.shape)
     valid = np.ones(x.shape, dtype=bool) if valid is None else valid.reshape(x.shape)
     with np.errstate(invalid="ignore"):
         return (((x >= 0) == (y >= 0.5)) & valid).sum(1) / valid.sum(1)
@@ -179,7 +183,7 @@ def sweep(conf, outcome):
     for num_bins in range(2, len(conf) + 1):
         bins = equal_mass(conf, outcome, num_bins)
         accuracy = [b[1] for b in bins]
-        if any(later < earlier for earlier, later in zip(accuracy, accuracy[1:], strict=False)):
+        if any(later < earlier for earlier, later in pairwise(accuracy)):
             break
         best = bins
     return ece(best)

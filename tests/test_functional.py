@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
@@ -482,7 +483,7 @@ def test_perturb_target_refuses_the_same(wrong, kind, text):
 
 
 def test_perturb_target_refuses_an_integer_dtype():
-    with pytest.raises(TypeError, match="`dtype` to be floating point, but got torch.int64"):
+    with pytest.raises(TypeError, match=r"`dtype` to be floating point, but got torch\.int64"):
         perturb_target(Y, 0.1, dtype=torch.int64)
 
 

@@ -58,7 +58,7 @@ def test_no_figure_is_left_in_pyplot():
 
 
 def test_errors(monkeypatch):
-    with pytest.raises(TypeError, match="CalibrationHistogram or a mapping .* got 3"):
+    with pytest.raises(TypeError, match=r"CalibrationHistogram or a mapping .* got 3"):
         reliability_diagram({"plain": 3})
     with pytest.raises(TypeError, match="but got list"):
         reliability_diagram([histogram()])

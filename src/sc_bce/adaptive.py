@@ -394,7 +394,7 @@ class AdaptivePerturbation(nn.Module):
                 "AdaptivePerturbation has trained past its warm-up, but step() was never called, "
                 "so the levels don't move and the loss is plain BCE; call "
                 "`criterion.step(accuracy)` after each epoch",
-                stacklevel=4,
+                stacklevel=5,  # past forward and the two frames of Module.__call__
             )
 
     def _tables(self) -> tuple[str, ...]:

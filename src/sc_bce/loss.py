@@ -179,13 +179,18 @@ def draw(
     shape = input.shape if sampling == "element" else input.shape[:1]
     if isinstance(alpha, Tensor) and alpha.dim() == 1:
         alpha = alpha.reshape(alpha.shape[0], *(1 for _ in shape[1:]))
-    # float32 whatever the input: a bfloat16 uniform has 256 values and would draw 0.001 as 0.004.
-    uniform = torch.rand(shape, generator=generator, device=input.device, dtype=torch.float32)
-    return uniform < alpha
+    return _uniform(shape, input.device, generator) < alpha
 
 
 def _truncated_normal(input: Tensor, bound: float, generator: torch.Generator | None) -> Tensor:
     # By inverting the distribution function: no rejection, hence no data-dependent loop.
     reach = math.erf(bound / math.sqrt(2))
-    uniform = torch.rand(input.shape, generator=generator, device=input.device, dtype=torch.float32)
+    uniform = _uniform(input.shape, input.device, generator)
     return math.sqrt(2) * torch.erfinv(reach * (2 * uniform - 1))
+
+
+def _uniform(shape: torch.Size, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    # float32 whatever the input: a bfloat16 uniform has 256 values and would draw 0.001 as 0.004.
+    if generator is None:  # compile can't trace the keyword with a dynamic shape, even as None
+        return torch.rand(shape, device=device, dtype=torch.float32)
+    return torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
