@@ -387,7 +387,8 @@ class AdaptivePerturbation(nn.Module):
             limit = _PATIENCE
         else:
             self._unstepped += samples
-            limit = max(self.warmup, 1) * self.num_samples // _world_size()
+            share = -(-self.num_samples // _world_size())  # rounded up, as a sampler pads
+            limit = max(self.warmup, 1) * share
         if self._unstepped > limit:
             self._unstepped = -1
             warnings.warn(
