@@ -5,12 +5,14 @@ from .calibration import CalibrationHistogram
 from .data import IndexedDataset
 from .functional import perturb_target, sc_bce_with_logits
 from .loss import SCBCEWithLogitsLoss
+from .temperature import TemperatureScaling
 
 __all__ = [
     "AdaptivePerturbation",
     "CalibrationHistogram",
     "IndexedDataset",
     "SCBCEWithLogitsLoss",
+    "TemperatureScaling",
     "perturb_target",
     "sc_bce_with_logits",
 ]

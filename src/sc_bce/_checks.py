@@ -46,6 +46,16 @@ def share(name: str, value: object) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
+def flip_rate(value: object) -> float:
+    rate = share("flip_rate", value)
+    if rate >= 0.5:
+        raise ValueError(
+            f"Expected argument `flip_rate` to be below 1/2, where labels still say something, "
+            f"but got {rate:g}; it is alpha * beta / 2"
+        )
+    return rate
+
+
 def warmup(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
@@ -295,6 +305,29 @@ def predictions(
             )
         hard_labels(target, illegal, ignored)
     return found is not None
+
+
+def validation_data(logits: Tensor, target: Tensor) -> None:
+    """What a temperature can be fitted to; its values are waited for."""
+    if not len(target):
+        raise ValueError("Expected argument `target` to hold an element to fit to, but got none")
+    if not bool(logits.isfinite().all()):
+        raise ValueError(
+            "Expected argument `logits` to be finite, but got inf or nan; the model has diverged, "
+            "or a void element lacks its `ignore_index`"
+        )
+    illegal = ~((target >= 0) & (target <= 1))
+    if bool(illegal.any()):
+        raise ValueError(
+            f"Expected argument `target` to be in [0, 1], but got {target[illegal][0].item():g}; "
+            "for a 0/255 mask pass `mask > 0` or `mask / 255`, and name a void label with "
+            "`ignore_index`"
+        )
+    if bool((target == target[0]).all()) and float(target[0]) in (0, 1):
+        raise ValueError(
+            f"Expected argument `target` to hold both classes, but got only "
+            f"{float(target[0]):g}; fit to validation data with positives and negatives"
+        )
 
 
 def _any(mask: Tensor) -> bool | None:

@@ -32,8 +32,11 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     :meth:`soft_inversion`, :meth:`moderation` and :meth:`dynamic_moderation` name the others.
 
     Args:
-        weight, size_average, reduce, reduction, pos_weight: as in
-            :class:`torch.nn.BCEWithLogitsLoss`.
+        weight: as in torch, rescales the loss of each element. Default: None.
+        size_average: deprecated, as in torch. Default: None.
+        reduce: deprecated, as in torch. Default: None.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``. Default: ``"mean"``.
+        pos_weight: as in torch, the weight of positive examples. Default: None.
         alpha: perturbation probability, in [0, 1]. Default: 0.
         beta: perturbation strength, in [0, 2]; ``alpha * beta`` at most 1. Default: 2.
         sampling: ``"expected"`` uses the effective target ``q``; ``"sample"`` draws once per
