@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 from torch.utils.benchmark import Timer
 
 from sc_bce import AdaptivePerturbation
@@ -79,7 +80,9 @@ def main() -> None:
     steps = time_steps(options.seconds)
     store, merged = options.out.with_suffix(".store"), options.out.with_suffix(".merge")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(merge, args=(2, str(store.resolve()), str(merged)), nprocs=2)
+    spawn(  # type: ignore[no-untyped-call]
+        merge, args=(2, str(store.resolve()), str(merged)), nprocs=2
+    )
     result = {
         "torch": torch.__version__,
         "python": platform.python_version(),

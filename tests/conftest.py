@@ -1,5 +1,7 @@
 """Shared fixtures: fixed seeds, one Hypothesis profile."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -14,6 +16,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("fixed")
 
+
+# Inductor compiles in this process: its pool of workers costs more than our graphs, and torch 2.4
+# can deadlock in it.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # Small tensors: a second thread only waits, for milliseconds where other tests run beside.
 torch.set_num_threads(1)

@@ -68,6 +68,12 @@ def test_equal_mass_measures_equal_numpy_on_the_raw_data(seed, n, kind, num_bins
     assert float(histogram.sweep_ece(kind)) == pytest.approx(ref.sweep(conf, outcome))
 
 
+def test_equal_mass_bins_take_a_cell_where_its_middle_element_goes():
+    # One element, then a tie of three: their middle, the third of four, is in the second bin.
+    histogram = measured(torch.tensor([0.6, 0.9, 0.9, 0.9]).double(), torch.tensor([0, 1, 1, 1]))
+    assert float(histogram.adaptive_ece(2)) == pytest.approx((0.6 + 0.3) / 4)
+
+
 @pytest.mark.parametrize("num_bins", [3, 15, 64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bins_off_the_grid_stay_within_the_documented_bound(num_bins, kind):

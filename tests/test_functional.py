@@ -211,6 +211,14 @@ def test_perturb_target_keeps_default_and_given_dtypes():
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_perturb_target_rounds_to_low_precision_once(dtype):
+    target = torch.rand(200)
+    alpha = torch.rand(200) / 2
+    want = perturb_target(target, alpha).to(dtype)
+    assert torch.equal(perturb_target(target, alpha, dtype=dtype), want)
+
+
 def test_perturb_target_leaves_ignored_elements_as_they_are():
     target = torch.tensor([0, 1, 255], dtype=torch.uint8)
     got = perturb_target(target, 0.2, 1.0, ignore_index=255)

@@ -1,0 +1,361 @@
+"""Does it calibrate? One small network, trained with each loss on the same dense binary task.
+
+    python benchmarks/calibration.py --quick
+    python benchmarks/calibration.py --data FOLDER --seeds 0 1 2 3 4
+
+The first line needs no download. Finished runs are kept under ``--out``: an interrupted study
+goes on where it stopped when the same line is given again.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from methods import METHODS, PLAIN, QUICK
+from numpy.typing import NDArray
+from report import report
+from saliency import (
+    SaliencyData,
+    SmallUNet,
+    digit_scenes,
+    folder_data,
+    folder_ood,
+    to_tensors,
+)
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
+
+from sc_bce import AdaptivePerturbation, CalibrationHistogram
+
+Result = dict[str, Any]
+Arrays = dict[str, Any]
+Task = tuple[str, int]
+
+PARTS = ("val", "test", "ood")
+QUICK_COUNTS = {"train": 40, "val": 40, "test": 120, "ood": 60}
+STUDY_COUNTS = {"train": 200, "val": 150, "test": 250, "ood": 200}
+GALLERY = 4  # training samples shown with the highest and with the lowest level
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every run of one study shares."""
+
+    epochs: int
+    size: int
+    width: int
+    batch: int
+    lr: float
+    mirror: bool
+
+
+# ---------------------------------------------------------------- one run
+
+
+def train_one(
+    name: str,
+    seed: int,
+    data: SaliencyData,
+    settings: Settings,
+    on_epoch: Callable[[], None] = lambda: None,
+) -> tuple[Result, Arrays]:
+    """Train the network once: measures and history (for JSON), logits and levels (arrays).
+
+    Initial weights, batches and the criterion's draws come from three generators, so that the
+    runs of one seed differ in nothing but the method.
+    """
+    started, method = time.perf_counter(), METHODS[name]
+    torch.manual_seed(seed)
+    model = SmallUNet(settings.width)
+    order, draws = Generator().manual_seed(seed), Generator().manual_seed(seed + 1_000_000)
+    criterion = method.build(len(data.train), draws)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs)
+    images, masks = to_tensors(data.train)
+    val_images, val_masks = to_tensors(data.val)
+    history, levels = [], []
+    for _ in range(settings.epochs):
+        model.train()
+        for index, image, mask in _batches(images, masks, settings, order):
+            logits = model(image)
+            loss = criterion(logits, mask, index) if method.indexed else criterion(logits, mask)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+        seen = histogram(predict(model, val_images), val_masks)
+        history.append(_epoch_row(seen))
+        if isinstance(criterion, AdaptivePerturbation):
+            criterion.step(seen.accuracy(), seen.confidence())
+            levels.append(criterion.alpha.detach().clone())
+            history[-1]["alpha"] = float(levels[-1].mean())
+        on_epoch()
+    splits = {part: to_tensors(getattr(data, part)) for part in PARTS}
+    arrays: Arrays = {part: predict(model, x).numpy() for part, (x, _) in splits.items()}
+    measures = measure({part: (arrays[part], y.numpy()) for part, (_, y) in splits.items()})
+    if levels:
+        arrays |= _gallery(model, images, levels[-1])
+        arrays["levels"] = torch.stack(levels).numpy()
+    seconds = time.perf_counter() - started
+    result = {"method": name, "seed": seed, "seconds": seconds, "measures": measures}
+    return result | {"history": history}, arrays
+
+
+def _batches(
+    images: Tensor, masks: Tensor, settings: Settings, order: Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """One pass over the training samples in random order, each mirrored at random."""
+    for index in torch.split(torch.randperm(len(images), generator=order), settings.batch):
+        image, mask = images[index], masks[index]
+        if settings.mirror:
+            flip = torch.rand(len(index), 1, 1, 1, generator=order) < 0.5
+            image, mask = (torch.where(flip, x.flip(-1), x) for x in (image, mask))
+        yield index, image, mask
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """The logits of all images, (N, 1, H, W)."""
+    model.eval()
+    return torch.cat([model(batch) for batch in torch.split(images, 64)])
+
+
+def histogram(logits: Tensor, target: Tensor) -> CalibrationHistogram:
+    seen = CalibrationHistogram()
+    seen.update(logits, target)
+    return seen
+
+
+def _epoch_row(seen: CalibrationHistogram) -> dict[str, float]:
+    return {
+        "accuracy": float(seen.accuracy()),
+        "confidence": float(seen.confidence()),
+        "ece": float(seen.ece(num_bins=10)),
+    }
+
+
+def _gallery(model: nn.Module, images: Tensor, level: Tensor) -> Arrays:
+    """The network's answers on the training samples of the highest and the lowest levels."""
+    if len(level) != len(images):
+        return {}
+    ranked = level.argsort(descending=True, stable=True)
+    shown = torch.cat([ranked[:GALLERY], ranked.flip(0)[:GALLERY]])
+    return {"shown": shown.numpy(), "shown_logits": predict(model, images[shown]).numpy()}
+
+
+# ---------------------------------------------------------------- measures
+
+
+def measure(answers: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, dict[str, float]]:
+    """Every measure for each part, from its logits and masks."""
+    measures = {part: _measure_part(*answer) for part, answer in answers.items()}
+    return measures | {"shift": _separation(answers["test"][0], answers["ood"][0])}
+
+
+def _measure_part(logits: NDArray[Any], masks: NDArray[Any]) -> dict[str, float]:
+    seen = histogram(torch.from_numpy(logits), torch.from_numpy(masks))
+    values = {
+        "accuracy": seen.accuracy(),
+        "nll": seen.nll(),
+        "brier": seen.brier(),
+        "ece": seen.ece(num_bins=10),
+        "adaptive_ece": seen.adaptive_ece(),
+        "debiased_ece": seen.debiased_ece(),
+        "oe": seen.oe(),
+        "confidence": seen.confidence(),
+    }
+    return {name: float(v) for name, v in values.items()} | {"f": _f_measure(logits >= 0, masks)}
+
+
+def _f_measure(found: NDArray[Any], masks: NDArray[Any], beta2: float = 0.3) -> float:
+    """F-measure of all pixels together; beta squared is 0.3, as usual for saliency."""
+    hits = float((found * masks).sum())
+    return (1 + beta2) * hits / max(float(found.sum()) + beta2 * float(masks.sum()), 1.0)
+
+
+def _separation(inside: NDArray[Any], outside: NDArray[Any]) -> dict[str, float]:
+    """Area under the ROC curve of confidence as a sign of being in distribution.
+
+    Once with every pixel as a case, once with every image as a case (its mean confidence). The
+    first is what the tables show: images differ in how many edges they have, pixels are alike.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    sure = [1 / (1 + np.exp(-np.abs(logits.astype(np.float64)))) for logits in (inside, outside)]
+    cases = {
+        "auroc_pixel": [s.ravel() for s in sure],
+        "auroc_image": [s.reshape(len(s), -1).mean(1) for s in sure],
+    }
+    return {
+        name: float(roc_auc_score(np.repeat([1, 0], [len(a), len(b)]), np.concatenate([a, b])))
+        for name, (a, b) in cases.items()
+    }
+
+
+# ---------------------------------------------------------------- many runs, kept and resumed
+
+
+def run_study(
+    tasks: Sequence[Task], data: SaliencyData, settings: Settings, folder: Path, jobs: int
+) -> None:
+    """Train what is not yet in ``folder``, ``jobs`` runs at a time."""
+    missing = [task for task in tasks if not run_file(folder, task).exists()]
+    if not missing:
+        return
+    context = multiprocessing.get_context("spawn")
+    epochs: Synchronized[int] = context.Value("q", 0)
+    given = (data, settings, folder, epochs)
+    total, title = len(missing) * settings.epochs, f"{len(missing)} runs"
+    with (
+        ProcessPoolExecutor(min(jobs, len(missing)), context, _start_worker, given) as pool,
+        tqdm(total=total, desc=title, unit=" epochs") as bar,
+    ):
+        running = {pool.submit(_run, task) for task in missing}
+        try:
+            while running:
+                done, running = wait(running, timeout=0.5)
+                bar.update(epochs.value - bar.n)
+                for future in done:
+                    future.result()  # a failed run ends the study here
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what runs already is finished and kept
+            raise
+
+
+def prepare(folder: Path, data: SaliencyData, settings: Settings) -> None:
+    """Make the folder of kept runs; runs of other settings or data must never be mixed in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = {"settings": asdict(settings), "data": data.fingerprint()}
+    path = folder / "stamp.json"
+    if not path.exists():
+        path.write_text(json.dumps(stamp, indent=1))
+    elif json.loads(path.read_text()) != stamp:
+        raise ValueError(
+            f"{folder} holds runs of other settings or data: remove it, or give another --out"
+        )
+
+
+def run_file(folder: Path, task: Task) -> Path:
+    return folder / f"{task[0]}-seed{task[1]}.json"
+
+
+_worker: dict[str, Any] = {}  # what each worker process is given once, at its start
+
+
+def _start_worker(
+    data: SaliencyData, settings: Settings, folder: Path, epochs: "Synchronized[int]"
+) -> None:
+    """One thread per process: the runs are independent, so this uses the cores best."""
+    torch.set_num_threads(1)
+    _worker.update(data=data, settings=settings, folder=folder, epochs=epochs)
+
+
+def _run(task: Task) -> None:
+    """Train one task and keep it; the JSON comes last and so marks a finished run."""
+    result, arrays = train_one(*task, _worker["data"], _worker["settings"], _count_epoch)
+    path = run_file(_worker["folder"], task)
+    np.savez(path.with_suffix(".npz"), **arrays)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(result))
+    os.replace(unfinished, path)
+
+
+def _count_epoch() -> None:
+    with _worker["epochs"].get_lock():
+        _worker["epochs"].value += 1
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train one small network with each loss and measure its calibration.",
+        epilog="methods: " + ", ".join(METHODS),
+    )
+    parser.add_argument("--quick", action="store_true", help="a small study, about a minute")
+    parser.add_argument("--data", type=Path, help="folder with images/ and masks/ of equal stems")
+    parser.add_argument("--ood", type=Path, help="folder of images that show no object")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: 0 to 4")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--size", type=int, help="pixels of a side, a multiple of 4")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/out/<name of the data>")
+    return parser.parse_args(argv)
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The defaults of the quick and of the full study, with what the user asked for."""
+    size = args.size if args.size is not None else 32 if args.quick else 48
+    usual = 120 if args.quick else 80 if args.data is None else 40
+    epochs = args.epochs if args.epochs is not None else usual
+    if size < 16 or size % 4:
+        raise ValueError(f"Expected --size to be a multiple of 4 from 16 on, but got {size}")
+    if epochs < 1 or args.jobs < 1:
+        raise ValueError(f"Expected --epochs and --jobs above 0, but got {epochs}, {args.jobs}")
+    mirror = args.data is not None  # a mirrored digit is no digit
+    if args.quick:
+        return Settings(epochs, size, width=8, batch=10, lr=5e-3, mirror=mirror)
+    return Settings(epochs, size, width=16, batch=16, lr=2e-3, mirror=mirror)
+
+
+def tasks_of(args: argparse.Namespace) -> list[Task]:
+    """Seed after seed, plain BCE always among the methods: the others are compared with it."""
+    names = args.methods or (QUICK if args.quick else METHODS)
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"Expected --methods from {', '.join(METHODS)}, but got {name}")
+    seeds = args.seeds or ([0] if args.quick else range(5))
+    unique = dict.fromkeys((PLAIN, *names))
+    return [(name, seed) for seed in dict.fromkeys(seeds) for name in unique]
+
+
+def load_data(args: argparse.Namespace, size: int) -> SaliencyData:
+    """The chosen data; a quick run takes a small part of it."""
+    counts = QUICK_COUNTS if args.quick else STUDY_COUNTS
+    if args.data is None:
+        data = digit_scenes(size, **counts)
+    else:
+        data = folder_data(args.data, size, ood=counts["ood"])
+    if args.ood is not None:
+        data = replace(data, ood=folder_ood(args.ood, size))
+    if args.quick:
+        data = replace(data, **{part: getattr(data, part).thin(counts[part]) for part in counts})
+    return data
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, then report; what the user can mend is said in one line."""
+    args = parse(argv)
+    try:
+        settings, tasks = settings_of(args), tasks_of(args)
+        data = load_data(args, settings.size)
+        out = args.out or Path(__file__).parent / "out" / data.name
+        runs = out / ("quick-runs" if args.quick else "runs")
+        if args.quick:
+            shutil.rmtree(runs, ignore_errors=True)
+        prepare(runs, data, settings)
+    except ValueError as error:
+        sys.exit(f"calibration.py: {error}")
+    try:
+        run_study(tasks, data, settings, runs, args.jobs)
+    except KeyboardInterrupt:
+        sys.exit("calibration.py: stopped; the same line goes on with what is missing")
+    report(tasks, data, asdict(settings), runs, out)
+
+
+if __name__ == "__main__":
+    main()
