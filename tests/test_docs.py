@@ -1,5 +1,6 @@
 """README, docs and docstrings say what is true: their code runs, their names exist."""
 
+import json
 import re
 import subprocess
 import sys
@@ -52,6 +53,23 @@ def test_changelog_speaks_of_this_version():
     version = metadata.version("sc-bce").split(".dev")[0]
     text = (ROOT / "CHANGELOG.md").read_text("utf-8")
     assert f"## [{version}]" in text or "## [Unreleased]" in text
+
+
+def test_the_readmes_table_is_the_committed_result():
+    results = ROOT / "benchmarks" / "results" / "quick" / "calibration.json"
+    methods = json.loads(results.read_text("utf-8"))["methods"]
+    printed = blocks(ROOT / "README.md", "text")[0]
+    columns = [
+        ("accuracy", "test", 4), ("nll", "test", 3), ("brier", "test", 4), ("ece", "test", 4),
+        ("oe", "test", 4), ("confidence", "test", 3), ("confidence", "ood", 3), ("ece", "ood", 4),
+        ("oe", "ood", 4), ("auroc_pixel", "shift", 3),
+    ]  # fmt: skip
+    assert len(printed.splitlines()) == 2 + len(methods)
+    for method in methods.values():
+        values = [
+            f"{method['measures'][part][key]['mean']:.{digits}f}" for key, part, digits in columns
+        ]
+        assert re.search(rf"^{re.escape(method['title'])} +{' +'.join(values)}$", printed, re.M)
 
 
 def test_importing_brings_nothing_but_torch():

@@ -1,0 +1,148 @@
+"""The main job as its users meet it: its data, its errors, its files."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from calibration import main
+from PIL import Image
+from saliency import SmallUNet, digit_scenes, folder_data, folder_ood
+
+COUNTS = dict(train=12, val=6, test=8, ood=5)
+
+
+def test_scenes_are_real_exact_and_repeatable():
+    data = digit_scenes(32, **COUNTS)
+    assert [len(getattr(data, part)) for part in COUNTS] == list(COUNTS.values())
+    assert data.train.images.shape == (12, 32, 32, 3)
+    assert set(np.unique(data.train.masks)) == {0, 1}
+    assert (data.train.masks.mean((1, 2)) > 0.01).all()
+    assert not data.ood.masks.any()
+    assert digit_scenes(32, **COUNTS).fingerprint() == data.fingerprint()
+    assert digit_scenes(32, **COUNTS, seed=1).fingerprint() != data.fingerprint()
+
+
+def test_the_network_is_small():
+    net = SmallUNet()
+    assert sum(p.numel() for p in net.parameters()) < 200_000
+    assert net(torch.zeros(2, 3, 48, 48)).shape == (2, 1, 48, 48)
+
+
+def paint(folder, count=20, size=(40, 30), white=255, suffix="png"):
+    """A folder of squares and their masks."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    for i in range(count):
+        mask = np.zeros(size[::-1], np.uint8)
+        mask[5:20, i : i + 15] = 1
+        shade = np.stack([mask * 180 + 20] * 3, -1).astype(np.uint8)
+        Image.fromarray(shade).save(folder / "images" / f"{i:03}.{suffix}")
+        Image.fromarray(mask * white).save(folder / "masks" / f"{i:03}.png")
+    return folder
+
+
+@pytest.mark.parametrize("white", [1, 255])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "JPEG"])
+def test_a_folder_is_read_and_split_in_the_order_of_names(tmp_path, white, suffix):
+    data = folder_data(paint(tmp_path / "squares", white=white, suffix=suffix), 16, ood=3)
+    assert data.name == "squares"
+    assert [len(part) for part in (data.train, data.val, data.test, data.ood)] == [12, 3, 5, 3]
+    # Sample 0 is a square of 15 in 40 x 30; a quarter of that area, but for whole pixels.
+    assert data.train.masks[0].mean() == pytest.approx(15 * 15 / 1200, abs=0.05)
+    assert data.train.masks[0, 8, 1] == 1
+    assert data.train.images[0, 8, 1].min() > 150
+
+
+def spoil(what, folder):
+    if what == "no folder":
+        return folder / "nowhere"
+    if what == "missing mask":
+        (folder / "masks" / "003.png").unlink()
+    if what == "missing image":
+        (folder / "images" / "003.png").unlink()
+    if what == "unequal sizes":
+        Image.new("L", (7, 9)).save(folder / "masks" / "003.png")
+    if what == "unreadable":
+        (folder / "images" / "003.png").write_bytes(b"no image")
+    if what == "grey mask":
+        Image.fromarray(np.full((30, 40), 100, np.uint8)).save(folder / "masks" / "003.png")
+    if what == "empty":
+        for path in (folder / "images").iterdir():
+            path.unlink()
+    if what == "twice":
+        Image.new("RGB", (40, 30)).save(folder / "images" / "003.jpg")
+    if what == "few":
+        for i in range(10):
+            (folder / "images" / f"{i:03}.png").unlink()
+            (folder / "masks" / f"{i:03}.png").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("no folder", r"Expected a folder .*nowhere.images, but there is none"),
+        ("missing mask", r"003.png has no mask: add .*masks.003.png"),
+        ("missing image", r"003.png has no image: add"),
+        ("unequal sizes", r"images.003.png has 40 x 30 pixels but .* has 7 x 9"),
+        ("unreadable", r"images.003.png can't be read as an image"),
+        ("grey mask", r"masks.003.png to hold only 0 and 255, .* but got 100"),
+        ("empty", r"Expected PNG or JPEG files in"),
+        ("twice", r"share one stem"),
+        ("few", r"at least 20 images"),
+    ],
+)
+def test_a_spoilt_folder_is_refused_in_one_line(tmp_path, what, text):
+    folder = spoil(what, paint(tmp_path / "squares"))
+    with pytest.raises(SystemExit, match=text) as refused:
+        main(["--data", str(folder), "--quick", "--out", str(tmp_path / "out")])
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--methods", "magic"], "Expected --methods from bce,.* but got magic"),
+        (["--size", "30"], "multiple of 4 from 16 on, but got 30"),
+        (["--epochs", "0"], "above 0, but got 0"),
+    ],
+)
+def test_bad_options_are_refused(arguments, text, tmp_path):
+    with pytest.raises(SystemExit, match=text):
+        main([*arguments, "--out", str(tmp_path)])
+
+
+def test_images_without_objects_have_empty_masks(tmp_path):
+    split = folder_ood(paint(tmp_path / "squares") / "images", 16)
+    assert len(split) == 20
+    assert not split.masks.any()
+
+
+def test_a_small_study_writes_its_files_and_goes_on_where_it_stopped(tmp_path, capsys):
+    folder = paint(tmp_path / "squares")
+    line = ["--data", str(folder), "--size", "16", "--epochs", "2", "--jobs", "1"]
+    line += ["--out", str(tmp_path / "out"), "--methods", "feedback-focus-2"]
+    main([*line, "--seeds", "0"])
+    runs = tmp_path / "out" / "runs"
+    kept = {path.name: path.stat().st_mtime_ns for path in runs.glob("*-seed0.json")}
+    assert set(kept) == {"bce-seed0.json", "feedback-focus-2-seed0.json"}
+    main([*line, "--seeds", "0", "1"])
+    assert {name: (runs / name).stat().st_mtime_ns for name in kept} == kept
+    summary = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert summary["seeds"] == [0, 1]
+    assert summary["versions"]["torch"] == torch.__version__
+    for measures in (summary["methods"][name]["measures"] for name in ("bce", "feedback-focus-2")):
+        for name in ("accuracy", "nll", "brier", "ece", "oe", "confidence"):
+            assert np.isfinite(measures["test"][name]["mean"])
+        assert len(measures["test"]["ece"]["interval"]) == 2
+        assert 0 <= measures["shift"]["auroc_pixel"]["mean"] <= 1
+    for picture in ("reliability.png", "levels.png"):
+        with Image.open(tmp_path / "out" / picture) as image:
+            assert min(image.size) > 300
+    printed = capsys.readouterr().out
+    assert "plain BCE" in printed
+    assert "ASLP feedback, focus 2" in printed
+    with pytest.raises(SystemExit, match="holds runs of other settings"):
+        main([*line, "--seeds", "0", "--size", "20"])
