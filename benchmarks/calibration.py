@@ -4,7 +4,7 @@
     python benchmarks/calibration.py --data FOLDER --seeds 0 1 2 3 4
 
 The first line needs no download. Finished runs are kept under ``--out``: an interrupted study
-goes on where it stopped when the same line is given again.
+goes on where it stopped when the same line is given again. ``study.py`` makes the report.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from methods import METHODS, PLAIN, QUICK
-from numpy.typing import NDArray
+from measures import Answers, auroc, histogram, measure
+from methods import METHODS, PLAIN, QUICK, ROWS, Method, PostHoc, Replay
+from posthoc import recalibrate
 from report import report
 from saliency import (
     SaliencyData,
@@ -37,7 +38,7 @@ from saliency import (
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from sc_bce import AdaptivePerturbation, CalibrationHistogram
+from sc_bce import AdaptivePerturbation, CalibrationHistogram, SCBCEWithLogitsLoss
 
 Result = dict[str, Any]
 Arrays = dict[str, Any]
@@ -46,7 +47,9 @@ Task = tuple[str, int]
 PARTS = ("val", "test", "ood")
 QUICK_COUNTS = {"train": 40, "val": 40, "test": 120, "ood": 60}
 STUDY_COUNTS = {"train": 200, "val": 150, "test": 250, "ood": 200}
+FORMAT = 2  # of the kept runs: raised when they hold something new
 GALLERY = 4  # training samples shown with the highest and with the lowest level
+WRONG_MASKS = 0.1  # share of the training masks replaced in the rows about label noise
 
 
 @dataclass(frozen=True)
@@ -70,20 +73,24 @@ def train_one(
     data: SaliencyData,
     settings: Settings,
     on_epoch: Callable[[], None] = lambda: None,
+    learned: Tensor | None = None,
 ) -> tuple[Result, Arrays]:
     """Train the network once: measures and history (for JSON), logits and levels (arrays).
 
     Initial weights, batches and the criterion's draws come from three generators, so that the
-    runs of one seed differ in nothing but the method.
+    runs of one seed differ in nothing but the method. ``learned`` holds the base's levels.
     """
     started, method = time.perf_counter(), METHODS[name]
     torch.manual_seed(seed)
     model = SmallUNet(settings.width)
     order, draws = Generator().manual_seed(seed), Generator().manual_seed(seed + 1_000_000)
-    criterion = method.build(len(data.train), draws)
+    extras = Generator().manual_seed(seed + 2_000_000)
+    criterion = _criterion(method, len(data.train), draws, learned, extras)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs)
     images, masks = to_tensors(data.train)
+    if method.noisy:
+        masks, wrong = _replace_masks(masks, extras)
     val_images, val_masks = to_tensors(data.val)
     history, levels = [], []
     for _ in range(settings.epochs):
@@ -104,13 +111,84 @@ def train_one(
         on_epoch()
     splits = {part: to_tensors(getattr(data, part)) for part in PARTS}
     arrays: Arrays = {part: predict(model, x).numpy() for part, (x, _) in splits.items()}
-    measures = measure({part: (arrays[part], y.numpy()) for part, (_, y) in splits.items()})
+    measures, tables = measure(answers_of(arrays, data))
+    result = {"flip_rate": _flip_rate(criterion), "reliability": tables, "history": history}
     if levels:
         arrays |= _gallery(model, images, levels[-1])
         arrays["levels"] = torch.stack(levels).numpy()
+        result["levels"] = levels[-1].tolist()
+        measures["level"] = {
+            "mean": float(levels[-1].mean()),
+            "std": float(levels[-1].std(correction=0)),
+        }
+    if method.noisy:
+        measures["noise"] = _detection(model, images, masks, wrong, levels)
     seconds = time.perf_counter() - started
-    result = {"method": name, "seed": seed, "seconds": seconds, "measures": measures}
-    return result | {"history": history}, arrays
+    return {"method": name, "seed": seed, "seconds": seconds, "measures": measures} | result, arrays
+
+
+def _criterion(
+    method: Method, num_samples: int, draws: Generator, learned: Tensor | None, extras: Generator
+) -> nn.Module:
+    if method.replay is None or learned is None:
+        return method.build(num_samples, draws)
+    return Replay(method.replay(learned, extras), draws)
+
+
+def _flip_rate(criterion: nn.Module) -> float:
+    """The flip rate that the network was trained at, at the end."""
+    if isinstance(criterion, AdaptivePerturbation):
+        return float(criterion.flip_rate)
+    if isinstance(criterion, SCBCEWithLogitsLoss):
+        return criterion.alpha * criterion.beta / 2
+    return 0.0
+
+
+def _replace_masks(masks: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Some samples, drawn at random, pass their masks round; and which samples these are."""
+    count = max(2, round(WRONG_MASKS * len(masks)))
+    wrong = torch.randperm(len(masks), generator=generator)[:count]
+    masks = masks.clone()
+    masks[wrong] = masks[wrong.roll(1)]
+    return masks, wrong
+
+
+def _detection(
+    model: nn.Module, images: Tensor, masks: Tensor, wrong: Tensor, levels: Sequence[Tensor]
+) -> dict[str, float]:
+    """Area under the ROC curve for finding the replaced masks.
+
+    By the level of the sample and, what anybody can have without any level, by its loss.
+    """
+    loss = nn.functional.binary_cross_entropy_with_logits(
+        predict(model, images), masks, reduction="none"
+    )
+    signs = {"auroc_loss": loss.mean((1, 2, 3))}
+    if levels:
+        signs["auroc_level"] = levels[-1]
+    picked = torch.zeros(len(masks), dtype=torch.bool)
+    picked[wrong] = True
+    return {key: auroc(sign[picked].numpy(), sign[~picked].numpy()) for key, sign in signs.items()}
+
+
+def answers_of(arrays: Arrays, data: SaliencyData) -> Answers:
+    """The logits of each part beside its masks."""
+    return {part: (arrays[part], to_tensors(getattr(data, part))[1].numpy()) for part in PARTS}
+
+
+def recalibrate_one(row: PostHoc, task: Task, data: SaliencyData, folder: Path) -> Result:
+    """The measures of a post-hoc row, from the kept logits of its base."""
+    started, base = time.perf_counter(), (row.base, task[1])
+    flip_rate = json.loads(run_file(folder, base).read_text())["flip_rate"]
+    arrays = stored(folder, base)
+    measures, tables = measure(recalibrate(row.fit, answers_of(arrays, data), flip_rate))
+    return {
+        "method": task[0],
+        "seed": task[1],
+        "seconds": time.perf_counter() - started,
+        "measures": measures,
+        "reliability": tables,
+    }
 
 
 def _batches(
@@ -132,12 +210,6 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([model(batch) for batch in torch.split(images, 64)])
 
 
-def histogram(logits: Tensor, target: Tensor) -> CalibrationHistogram:
-    seen = CalibrationHistogram()
-    seen.update(logits, target)
-    return seen
-
-
 def _epoch_row(seen: CalibrationHistogram) -> dict[str, float]:
     return {
         "accuracy": float(seen.accuracy()),
@@ -155,69 +227,28 @@ def _gallery(model: nn.Module, images: Tensor, level: Tensor) -> Arrays:
     return {"shown": shown.numpy(), "shown_logits": predict(model, images[shown]).numpy()}
 
 
-# ---------------------------------------------------------------- measures
-
-
-def measure(answers: dict[str, tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, dict[str, float]]:
-    """Every measure for each part, from its logits and masks."""
-    measures = {part: _measure_part(*answer) for part, answer in answers.items()}
-    return measures | {"shift": _separation(answers["test"][0], answers["ood"][0])}
-
-
-def _measure_part(logits: NDArray[Any], masks: NDArray[Any]) -> dict[str, float]:
-    seen = histogram(torch.from_numpy(logits), torch.from_numpy(masks))
-    values = {
-        "accuracy": seen.accuracy(),
-        "nll": seen.nll(),
-        "brier": seen.brier(),
-        "ece": seen.ece(num_bins=10),
-        "adaptive_ece": seen.adaptive_ece(),
-        "debiased_ece": seen.debiased_ece(),
-        "oe": seen.oe(),
-        "confidence": seen.confidence(),
-    }
-    return {name: float(v) for name, v in values.items()} | {"f": _f_measure(logits >= 0, masks)}
-
-
-def _f_measure(found: NDArray[Any], masks: NDArray[Any], beta2: float = 0.3) -> float:
-    """F-measure of all pixels together; beta squared is 0.3, as usual for saliency."""
-    hits = float((found * masks).sum())
-    return (1 + beta2) * hits / max(float(found.sum()) + beta2 * float(masks.sum()), 1.0)
-
-
-def _separation(inside: NDArray[Any], outside: NDArray[Any]) -> dict[str, float]:
-    """Area under the ROC curve of confidence as a sign of being in distribution.
-
-    Once with every pixel as a case, once with every image as a case (its mean confidence). The
-    first is what the tables show: images differ in how many edges they have, pixels are alike.
-    """
-    from sklearn.metrics import roc_auc_score
-
-    sure = [1 / (1 + np.exp(-np.abs(logits.astype(np.float64)))) for logits in (inside, outside)]
-    cases = {
-        "auroc_pixel": [s.ravel() for s in sure],
-        "auroc_image": [s.reshape(len(s), -1).mean(1) for s in sure],
-    }
-    return {
-        name: float(roc_auc_score(np.repeat([1, 0], [len(a), len(b)]), np.concatenate([a, b])))
-        for name, (a, b) in cases.items()
-    }
-
-
 # ---------------------------------------------------------------- many runs, kept and resumed
 
 
 def run_study(
     tasks: Sequence[Task], data: SaliencyData, settings: Settings, folder: Path, jobs: int
 ) -> None:
-    """Train what is not yet in ``folder``, ``jobs`` runs at a time."""
+    """Finish what is not yet in ``folder``, ``jobs`` runs at a time; first what others build on."""
     missing = [task for task in tasks if not run_file(folder, task).exists()]
-    if not missing:
-        return
+    for first in (True, False):
+        turn = [task for task in missing if (ROWS[task[0]].base is None) == first]
+        if turn:
+            _run_all(turn, data, settings, folder, jobs)
+
+
+def _run_all(
+    missing: Sequence[Task], data: SaliencyData, settings: Settings, folder: Path, jobs: int
+) -> None:
     context = multiprocessing.get_context("spawn")
     epochs: Synchronized[int] = context.Value("q", 0)
     given = (data, settings, folder, epochs)
-    total, title = len(missing) * settings.epochs, f"{len(missing)} runs"
+    total = sum(settings.epochs if name in METHODS else 1 for name, _ in missing)
+    title = f"{len(missing)} runs"
     with (
         ProcessPoolExecutor(min(jobs, len(missing)), context, _start_worker, given) as pool,
         tqdm(total=total, desc=title, unit=" epochs") as bar,
@@ -237,7 +268,7 @@ def run_study(
 def prepare(folder: Path, data: SaliencyData, settings: Settings) -> None:
     """Make the folder of kept runs; runs of other settings or data must never be mixed in."""
     folder.mkdir(parents=True, exist_ok=True)
-    stamp = {"settings": asdict(settings), "data": data.fingerprint()}
+    stamp = {"format": FORMAT, "settings": asdict(settings), "data": data.fingerprint()}
     path = folder / "stamp.json"
     if not path.exists():
         path.write_text(json.dumps(stamp, indent=1))
@@ -249,6 +280,12 @@ def prepare(folder: Path, data: SaliencyData, settings: Settings) -> None:
 
 def run_file(folder: Path, task: Task) -> Path:
     return folder / f"{task[0]}-seed{task[1]}.json"
+
+
+def stored(folder: Path, task: Task) -> Arrays:
+    """The kept arrays of a finished run."""
+    with np.load(run_file(folder, task).with_suffix(".npz")) as kept:
+        return dict(kept)
 
 
 _worker: dict[str, Any] = {}  # what each worker process is given once, at its start
@@ -263,10 +300,18 @@ def _start_worker(
 
 
 def _run(task: Task) -> None:
-    """Train one task and keep it; the JSON comes last and so marks a finished run."""
-    result, arrays = train_one(*task, _worker["data"], _worker["settings"], _count_epoch)
-    path = run_file(_worker["folder"], task)
-    np.savez(path.with_suffix(".npz"), **arrays)
+    """Do one task and keep it; the JSON comes last and so marks a finished run."""
+    data, folder, row = _worker["data"], _worker["folder"], ROWS[task[0]]
+    path = run_file(folder, task)
+    if isinstance(row, PostHoc):
+        result = recalibrate_one(row, task, data, folder)
+        _count_epoch()
+    else:
+        learned = None
+        if row.base is not None:
+            learned = torch.from_numpy(stored(folder, (row.base, task[1]))["levels"])
+        result, arrays = train_one(*task, data, _worker["settings"], _count_epoch, learned)
+        np.savez(path.with_suffix(".npz"), **arrays)
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(result))
     os.replace(unfinished, path)
@@ -283,7 +328,7 @@ def _count_epoch() -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train one small network with each loss and measure its calibration.",
-        epilog="methods: " + ", ".join(METHODS),
+        epilog="methods: " + ", ".join(ROWS),
     )
     parser.add_argument("--quick", action="store_true", help="a small study, about a minute")
     parser.add_argument("--data", type=Path, help="folder with images/ and masks/ of equal stems")
@@ -313,13 +358,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def tasks_of(args: argparse.Namespace) -> list[Task]:
-    """Seed after seed, plain BCE always among the methods: the others are compared with it."""
-    names = args.methods or (QUICK if args.quick else METHODS)
-    for name in names:
-        if name not in METHODS:
-            raise ValueError(f"Expected --methods from {', '.join(METHODS)}, but got {name}")
+    """Seed after seed, each method after those that it is compared with or builds on."""
+    names = args.methods or (QUICK if args.quick else ROWS)
+    unique: dict[str, None] = {}
+    for name in (PLAIN, *names):
+        if name not in ROWS:
+            raise ValueError(f"Expected --methods from {', '.join(ROWS)}, but got {name}")
+        row = ROWS[name]
+        unique |= dict.fromkeys((row.reference, row.base or row.reference, name))
     seeds = args.seeds or ([0] if args.quick else range(5))
-    unique = dict.fromkeys((PLAIN, *names))
     return [(name, seed) for seed in dict.fromkeys(seeds) for name in unique]
 
 
@@ -354,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_study(tasks, data, settings, runs, args.jobs)
     except KeyboardInterrupt:
         sys.exit("calibration.py: stopped; the same line goes on with what is missing")
-    report(tasks, data, asdict(settings), runs, out)
+    report(tasks, data, asdict(settings), runs, out, full=not args.quick)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The losses that the study compares, as one table from name to criterion."""
+"""The rows of the study: losses, ablations that could refute them, and post-hoc fits."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import posthoc
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from sc_bce import AdaptivePerturbation, SCBCEWithLogitsLoss
 
 PLAIN = "bce"
+NOISY_PLAIN = "bce-noise"
 FLIP_RATE = 0.05  # of the hand-set methods, so that they differ in nothing but the draw
 
 
@@ -22,11 +24,36 @@ class Method:
         title: what tables and figures call it.
         build: the criterion, from the number of training samples and the generator of its draws.
         indexed: whether the criterion is called with the indices of the batch's samples.
+        group: the part of the report that it belongs to.
+        noisy: whether a tenth of the training masks is replaced by those of other samples.
+        base: the row that must be finished first, if any.
+        replay: what is made of the levels that the base learned, (epochs, samples), before they
+            are given to this row; the criterion then comes from them, and not from ``build``.
     """
 
     title: str
     build: Callable[[int, Generator], nn.Module]
     indexed: bool = False
+    group: str = "fixed"
+    noisy: bool = False
+    base: str | None = None
+    replay: Callable[[Tensor, Generator], Tensor] | None = None
+
+    @property
+    def reference(self) -> str:
+        """The row that this one is compared with: the same data, plain BCE."""
+        return NOISY_PLAIN if self.noisy else PLAIN
+
+
+@dataclass(frozen=True)
+class PostHoc:
+    """A row that is fitted on the validation logits of the row ``base``."""
+
+    title: str
+    fit: posthoc.Fit
+    base: str
+    group: str = "posthoc"
+    reference: str = PLAIN
 
 
 class FocalLoss(nn.Module):
@@ -40,6 +67,36 @@ class FocalLoss(nn.Module):
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         miss = torch.sigmoid((1 - 2 * target) * logits)
         return (miss**self.gamma * loss).mean()
+
+
+class Replay(AdaptivePerturbation):
+    """Levels that another run learned: drawn as there in each epoch, and never moved here.
+
+    The row of ``levels`` that an epoch ended with is what the next one trained with, since a
+    sample moves only after its turn. With the levels unchanged this is the other run, bit for bit.
+    """
+
+    def __init__(self, levels: Tensor, generator: Generator) -> None:
+        # Without penalty, and with steps too small for float32, nothing moves but by replay.
+        still = torch.finfo(torch.float32).tiny
+        super().__init__(
+            levels.shape[1], objective="max_entropy", lr=still, penalty=0.0, generator=generator
+        )
+        self.levels = iter(levels)
+
+    def step(self, accuracy: float | Tensor, confidence: float | Tensor | None = None) -> None:
+        super().step(accuracy, confidence)
+        self.alpha.copy_(next(self.levels))
+
+
+def _mean(levels: Tensor, generator: Generator) -> Tensor:
+    """Every sample gets the mean of its epoch."""
+    return levels.mean(1, keepdim=True).expand_as(levels)
+
+
+def _shuffled(levels: Tensor, generator: Generator) -> Tensor:
+    """Every sample gets the levels of another one, the same in all epochs."""
+    return levels[:, torch.randperm(levels.shape[1], generator=generator)]
 
 
 def _fixed(build: Callable[[Generator], nn.Module]) -> Callable[[int, Generator], nn.Module]:
@@ -60,6 +117,7 @@ def _adaptive(title: str, objective: str, **options: Any) -> Method:
         f"ASLP {title}",
         lambda n, g: AdaptivePerturbation(n, objective=objective, generator=g, **options),
         indexed=True,
+        group="adaptive",
     )
 
 
@@ -68,8 +126,19 @@ def _shared(title: str, objective: str, **options: Any) -> Method:
     return Method(
         f"ASLP {title}, one shared level",
         _fixed(lambda g: AdaptivePerturbation(None, objective=objective, generator=g, **options)),
+        group="adaptive",
     )
 
+
+PENALTIES = (10, 50, 200)  # beside the 2000 of the rows that have no penalty in their name
+
+FITS: dict[str, tuple[str, posthoc.Fit]] = {
+    "temperature": ("temperature", posthoc.temperature),
+    "platt": ("Platt scaling", posthoc.platt),
+    "isotonic": ("isotonic regression", posthoc.isotonic),
+    "flip-temperature": ("flip removed, temperature", posthoc.flip_temperature),
+    "fitted-flip": ("flip fitted and removed, temperature", posthoc.fitted_flip),
+}
 
 METHODS: dict[str, Method] = {
     PLAIN: Method("plain BCE", _fixed(lambda g: SCBCEWithLogitsLoss(generator=g))),
@@ -112,6 +181,46 @@ METHODS: dict[str, Method] = {
     "feedback-focus-2": _adaptive("feedback, focus 2", "feedback", focus=2.0),
     "feedback-focus-3": _adaptive("feedback, focus 3", "feedback", focus=3.0),
 }
+
+
+def _ablations() -> dict[str, Method]:
+    """What could show that the levels of the samples, or their penalty, do not matter."""
+    rows = {}
+    for name in ("feedback", "feedback-focus-2"):
+        for kind, title, replay in (
+            ("mean", "the mean level for all", _mean),
+            ("shuffled", "levels shuffled across samples", _shuffled),
+        ):
+            rows[f"{name}-{kind}"] = replace(
+                METHODS[name],
+                title=f"{METHODS[name].title}: {title}",
+                group="ablation",
+                base=name,
+                replay=replay,
+            )
+    for name in ("calibration", "feedback"):
+        for penalty in PENALTIES:
+            row = _adaptive(f"{name}, penalty {penalty}", name, penalty=float(penalty))
+            rows[f"{name}-penalty-{penalty}"] = replace(row, group="penalty")
+    for name in (PLAIN, "feedback", "feedback-focus-2"):
+        row = METHODS[name]
+        title = f"{row.title}, a tenth of the masks wrong"
+        rows[f"{name}-noise"] = replace(row, title=title, group="noise", noisy=True)
+    return rows
+
+
+def _posthoc() -> dict[str, PostHoc]:
+    """Every fit on top of four rows; where no flip was trained in, none is removed."""
+    rows = {}
+    for name in (PLAIN, "smoothing-0.1", "feedback", "feedback-focus-2"):
+        for kind, (title, fit) in FITS.items():
+            if name != PLAIN or kind != "flip-temperature":
+                rows[f"{name}+{kind}"] = PostHoc(f"{METHODS[name].title} + {title}", fit, name)
+    return rows
+
+
+METHODS |= _ablations()
+ROWS: dict[str, Method | PostHoc] = {**METHODS, **_posthoc()}
 
 QUICK = (
     PLAIN,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from methods import METHODS, PLAIN
+from methods import METHODS, PLAIN, QUICK, ROWS
 from numpy.typing import NDArray
 from saliency import SaliencyData
 
@@ -33,14 +33,25 @@ COLUMNS = (
     ("OE", "ood", "oe", 4),
     ("AUROC", "shift", "auroc_pixel", 3),
 )
+MORE = (  # only in the full study: more ways to say the same
+    ("F", "test", "f", 3),
+    ("adaptive", "test", "adaptive_ece", 4),
+    ("debiased", "test", "debiased_ece", 4),
+)
 CELL = 9
+LEVEL_BINS = 40  # of the learned levels, from the lowest to the highest
 ACCURACY_MARGIN = 0.005
 NOT_OURS = (PLAIN, "focal")
 FEATURED = ("smoothing-0.1", "feedback", "feedback-focus-2")
 
 
 def report(
-    tasks: Sequence[Task], data: SaliencyData, settings: dict[str, Any], runs: Path, out: Path
+    tasks: Sequence[Task],
+    data: SaliencyData,
+    settings: dict[str, Any],
+    runs: Path,
+    out: Path,
+    full: bool,
 ) -> None:
     """Write everything to ``out`` and print the table and the verdict."""
     import matplotlib
@@ -65,7 +76,7 @@ def report(
     levels = _levels(tasks, data, runs)
     if levels is not None:
         pictures.append(_save(levels, out / "levels.png"))
-    print(table(summary))
+    print(table(summary, (*MORE, *COLUMNS) if full else COLUMNS))
     print(verdict(summary))
     print("written: " + ", ".join(str(p) for p in [path, *pictures]))
 
@@ -94,43 +105,67 @@ def _rounded(value: Any) -> Any:
 
 
 def aggregate(results: Sequence[dict[str, Any]]) -> dict[str, Summary]:
-    """Per method: mean and deviation over the seeds, difference to plain BCE, mean history."""
+    """Per method: mean and deviation over the seeds, difference to its reference, curves."""
     by_name: dict[str, dict[int, dict[str, Any]]] = {}
     for result in results:
         by_name.setdefault(result["method"], {})[result["seed"]] = result
-    plain = by_name[PLAIN]
-    return {
-        name: {
-            "title": METHODS[name].title,
-            "seconds": float(np.mean([r["seconds"] for r in runs.values()])),
-            "measures": {
-                part: {
-                    key: _statistics(
-                        [r["measures"][part][key] for r in runs.values()],
-                        [plain[seed]["measures"][part][key] for seed in runs],
-                    )
-                    for key in values
-                }
-                for part, values in next(iter(runs.values()))["measures"].items()
-            },
-            "history": _mean_history([r["history"] for r in runs.values()]),
-        }
-        for name, runs in by_name.items()
+    return {name: _aggregate_one(name, runs, by_name) for name, runs in by_name.items()}
+
+
+def _aggregate_one(
+    name: str, runs: dict[int, dict[str, Any]], by_name: dict[str, dict[int, dict[str, Any]]]
+) -> Summary:
+    """The runs of one method; measures that its reference lacks have no difference."""
+    row, some = ROWS[name], next(iter(runs.values()))
+    plain = by_name[row.reference]
+
+    def values(results: dict[int, dict[str, Any]], part: str, key: str) -> list[float]:
+        found = [results[seed]["measures"].get(part, {}).get(key) for seed in runs]
+        return [value for value in found if value is not None]
+
+    found: Summary = {
+        "title": row.title,
+        "group": row.group,
+        "reference": row.reference,
+        "seconds": float(np.mean([r["seconds"] for r in runs.values()])),
+        "measures": {
+            part: {key: _statistics(values(runs, part, key), values(plain, part, key)) for key in m}
+            for part, m in some["measures"].items()
+        },
+        "reliability": {
+            part: {
+                key: np.sum([r["reliability"][part][key] for r in runs.values()], axis=0).tolist()
+                for key in table
+            }
+            for part, table in some["reliability"].items()
+        },
     }
+    if "history" in some:
+        found["history"] = _mean_history([r["history"] for r in runs.values()])
+    if "levels" in some:
+        counts, edges = np.histogram([r["levels"] for r in runs.values()], bins=LEVEL_BINS)
+        found["levels"] = {"edges": edges.tolist(), "counts": counts.tolist()}
+    return found
 
 
 def _statistics(values: list[float], plain: list[float]) -> dict[str, Any]:
-    """Mean, deviation and, against plain BCE of the same seeds, the 95 % interval of Student."""
+    """Mean, deviation and the difference to the reference of the same seeds."""
     found: dict[str, Any] = {"values": values, "mean": float(np.mean(values))}
     if len(values) > 1:
-        from scipy.stats import t
-
-        gap = np.subtract(values, plain)
-        reach = t.ppf(0.975, len(gap) - 1) * gap.std(ddof=1) / np.sqrt(len(gap))
         found["std"] = float(np.std(values, ddof=1))
-        found["difference"] = float(gap.mean())
-        found["interval"] = [float(gap.mean() - reach), float(gap.mean() + reach)]
+        if plain:
+            found |= paired(values, plain)
     return found
+
+
+def paired(values: list[float], others: list[float]) -> dict[str, Any]:
+    """The mean difference of equal seeds, and its 95 % interval after Student."""
+    from scipy.stats import t
+
+    gap = np.subtract(values, others)
+    reach = t.ppf(0.975, len(gap) - 1) * gap.std(ddof=1) / np.sqrt(len(gap))
+    interval = [float(gap.mean() - reach), float(gap.mean() + reach)]
+    return {"difference": float(gap.mean()), "interval": interval}
 
 
 def _mean_history(histories: list[list[dict[str, float]]]) -> dict[str, list[float]]:
@@ -148,22 +183,23 @@ def _mean(methods: dict[str, Summary], name: str, part: str, key: str) -> float:
 def choose(methods: dict[str, Summary]) -> str:
     """The lowest validation ECE among those about as accurate there as plain BCE."""
     floor = _mean(methods, PLAIN, "val", "accuracy") - ACCURACY_MARGIN
-    ours = [name for name in methods if name not in NOT_OURS]
+    ours = [name for name in methods if name not in NOT_OURS and ROWS[name].base is None]
+    ours = [name for name in ours if ROWS[name].reference == PLAIN]
     able = [name for name in ours if _mean(methods, name, "val", "accuracy") >= floor]
     return min(able or [PLAIN], key=lambda name: _mean(methods, name, "val", "ece"))
 
 
-def table(summary: Summary) -> str:
+def table(summary: Summary, columns: Sequence[tuple[str, str, str, int]] = COLUMNS) -> str:
     """One line per method: means over the seeds on the test images and out of distribution."""
     methods = summary["methods"]
     width = max(len(m["title"]) for m in methods.values())
-    inside = sum(CELL for column in COLUMNS if column[1] == "test")
+    inside = sum(CELL for column in columns if column[1] == "test")
     lines = [
         " " * width + f"{'in distribution':>{inside}}" + f"{'out of distribution':>{CELL * 4}}",
-        " " * width + "".join(f"{column[0]:>{CELL}}" for column in COLUMNS),
+        " " * width + "".join(f"{column[0]:>{CELL}}" for column in columns),
     ]
     for name, method in methods.items():
-        cells = [f"{_mean(methods, name, p, k):{CELL}.{digits}f}" for _, p, k, digits in COLUMNS]
+        cells = [f"{_mean(methods, name, p, k):{CELL}.{digits}f}" for _, p, k, digits in columns]
         lines.append(f"{method['title']:<{width}}" + "".join(cells))
     return "\n".join(lines)
 
@@ -217,8 +253,9 @@ def _levels(tasks: Sequence[Task], data: SaliencyData, runs: Path) -> "Figure | 
     """The learned levels of the first seed, and the samples with the highest and lowest."""
     from matplotlib import pyplot as plt
 
-    first = tasks[0][1]
-    stored = {name: _arrays(runs, (name, seed)) for name, seed in tasks if seed == first}
+    first, trained = tasks[0][1], [name for name, _ in tasks if name in METHODS]
+    able = [name for name in dict.fromkeys(trained) if METHODS[name].group == "adaptive"]
+    stored = {name: _arrays(runs, (name, first)) for name in able if name in QUICK or not able[4:]}
     adaptive = {name: a for name, a in stored.items() if "shown" in a}
     if not adaptive:
         return None

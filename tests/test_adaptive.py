@@ -399,9 +399,31 @@ def test_focus_survives_a_perfect_and_an_unseen_epoch():
     assert criterion.difficulty == 0.5
     criterion.seen.fill_(True)
     criterion.sample_accuracy.fill_(1.0)
-    criterion.step(1.0)
+    criterion.step(0.9)
     criterion(torch.full((2, 1), 5.0), torch.ones(2, 1), torch.arange(2))
-    assert criterion.alpha.isfinite().all()
+    assert criterion.alpha.tolist() == pytest.approx([0.01, 0.01])
+
+
+def test_focus_gives_equal_samples_the_whole_budget_however_easy():
+    criterion = moving(2, focus=10.0, sampling="expected")
+    criterion.seen.fill_(True)
+    criterion.sample_accuracy.fill_(0.97)
+    criterion.step(0.9)
+    for _ in range(60):
+        criterion.sample_accuracy.fill_(0.97)
+        criterion(torch.full((2, 1), 5.0), torch.ones(2, 1), torch.arange(2))
+        criterion.sample_accuracy.fill_(0.97)
+        criterion.difficulty.fill_((1 - 0.9 * 0.97 - 0.1) ** 10)  # what this forward reads
+    assert criterion.alpha.tolist() == pytest.approx([0.1025, 0.1025], rel=1e-2)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_extreme_step_sizes_stay_finite(objective, solver):
+    criterion = moving(1, objective=objective, solver=solver, lr=1e15, penalty=1e15)
+    for x in (3.0, -3.0, 1e38, 0.0):
+        criterion(torch.full((1, 1), x), torch.ones(1, 1), torch.tensor([0]))
+        assert 0 <= float(criterion.alpha) <= 0.49 + 1e-6
 
 
 def test_flip_rate():
@@ -448,6 +470,15 @@ def test_compile_does_not_repeat_over_epochs_and_batch_sizes():
     assert frames == [1, 2, 2, 2]
 
 
+def test_compile_inductor_refuses_an_index_out_of_range():
+    criterion = moving(6, sampling="expected")
+    compiled = torch.compile(criterion, fullgraph=True)
+    for wrong in (-1, 6):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            compiled(torch.full((2, 1), 3.0), torch.ones(2, 1), torch.tensor([0, wrong]))
+    assert (criterion.alpha[1:] == 0).all()
+
+
 def test_compile_inductor_trains():
     criterion = moving(4)
     criterion.compile(fullgraph=True)
@@ -471,6 +502,30 @@ def test_casting_moves_weights_and_spares_the_table():
     assert criterion.pos_weight.dtype == torch.bfloat16
     assert criterion.to("meta").alpha.is_meta
     assert "mean_alpha" not in repr(criterion)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.float16])
+def test_the_table_is_float32_whatever_torchs_default(default):
+    torch.set_default_dtype(default)
+    try:
+        criterion = moving(6, focus=1.0, ignore_index=255)
+        x, y = torch.ones(2, 3, dtype=torch.float32), torch.ones(2, 3, dtype=torch.uint8)
+        criterion(x, y, torch.tensor([1, 2]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    floats = [v for v in criterion.state_dict().values() if v.is_floating_point()]
+    assert len(floats) == 6
+    assert all(value.dtype == torch.float32 for value in floats)
+    assert criterion.alpha[1] > 0
+
+
+def test_every_key_of_the_state_is_an_attribute():
+    # torch.distributed.checkpoint finds a model's state by name.
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    options = dict(focus=1.0, pos_weight=torch.ones(1), generator=torch.Generator())
+    model = torch.nn.ModuleDict({"criterion": moving(6, **options)})
+    assert set(get_model_state_dict(model)) == set(model.state_dict())
 
 
 def test_built_on_meta_and_loaded_by_assignment():
@@ -549,6 +604,31 @@ def test_loading_reports_missing_and_unexpected_keys():
         AdaptivePerturbation(3, generator=torch.Generator()).load_state_dict(state)
     with pytest.raises(RuntimeError, match=r'Missing key.*"sample_accuracy"'):
         AdaptivePerturbation(3, focus=1.0).load_state_dict(moving(3).state_dict())
+
+
+def test_a_spoilt_state_is_refused_whole():
+    criterion = moving(3, focus=1.0)
+    state = moving(3, focus=1.0).state_dict()
+    state["alpha"] = torch.full((3,), 0.2)
+    cases = [("accuracy", torch.zeros(3), "0-d tensor, but got shape"),
+             ("seen", torch.zeros(1, dtype=torch.bool), "num_samples=1")]  # fmt: skip
+    for name, wrong, text in cases:
+        with pytest.raises(ValueError, match=f"saved `{name}` to .*{text}"):
+            criterion.load_state_dict(state | {name: wrong})
+        assert (criterion.alpha == 0).all()
+
+
+def test_a_hook_may_rename_keys_while_loading():
+    source = moving(3)
+    source.alpha.fill_(0.2)
+    state = source.state_dict()
+    state["levels"] = state.pop("alpha")
+    criterion = AdaptivePerturbation(3)
+    criterion.register_load_state_dict_pre_hook(
+        lambda module, state, *rest: state.update(alpha=state.pop("levels"))
+    )
+    criterion.load_state_dict(state)
+    assert torch.equal(criterion.alpha, source.alpha)
 
 
 def test_resize_keeps_what_is_there():
@@ -673,6 +753,36 @@ def test_a_bad_index_is_refused_and_nothing_moves(index, kind, text, warm):
     with pytest.raises(kind, match=text):
         criterion(X, Y, index)
     assert (criterion.alpha == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
+def test_an_index_of_any_integer_dtype(dtype):
+    criterion = moving(3, sampling="expected")
+    criterion(X, Y, torch.tensor([2, 0]).to(dtype))
+    assert criterion.alpha.tolist() == pytest.approx([0.01, 0, 0.01])
+
+
+def test_a_refused_batch_draws_nothing_and_counts_for_nothing():
+    generator = torch.Generator().manual_seed(0)
+    criterion = moving(3, generator=generator)
+    before = generator.get_state()
+    for _ in range(3):
+        with pytest.raises(ValueError, match="mask > 0"):
+            criterion(X, (Y * 255).byte(), torch.tensor([0, 1]))
+    assert torch.equal(generator.get_state(), before)
+    waiting = AdaptivePerturbation(3, warmup=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            with pytest.raises(ValueError, match="mask > 0"):
+                waiting(X, (Y * 255).byte(), torch.tensor([0, 1]))
+        waiting(X, Y, torch.tensor([0, 1]))
+
+
+def test_numpy_integers_are_integers():
+    criterion = AdaptivePerturbation(np.int64(3), warmup=np.int32(1))
+    criterion.resize(np.int64(5))
+    assert repr(criterion).startswith("AdaptivePerturbation(num_samples=5, ")
 
 
 def test_other_bad_batches_are_refused_and_nothing_moves():

@@ -1,5 +1,6 @@
 import math
 import os
+import time
 
 import numpy as np
 import pytest
@@ -164,11 +165,16 @@ def test_memory_is_fixed_whatever_was_seen():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_probability_and_its_complement_are_the_same_confidence(dtype):
-    for p in (0.1, 0.2, 0.3, 0.4, 0.0):
-        low = torch.tensor([p], dtype=dtype)
-        low, high = (measured(q, y) for q, y in ((low, torch.tensor([0])),
-                                                 (1 - low, torch.tensor([1]))))  # fmt: skip
-        assert torch.equal(low.reliability(10).count, high.reliability(10).count)
+    for num_bins in (10, 20, 25, 50, 100):
+        for k in range(num_bins // 2):
+            low = measured(torch.tensor([k / num_bins], dtype=dtype), torch.tensor([0]))
+            high = measured(torch.tensor([1 - k / num_bins], dtype=dtype), torch.tensor([1]))
+            # On the edge of two bins, and so in the one farther from 1/2.
+            bin_of_both = min(num_bins - k, num_bins - 1)
+            assert low.reliability(num_bins).count.argmax() == bin_of_both
+            assert high.reliability(num_bins).count.argmax() == bin_of_both
+            positive = low.reliability(num_bins, "positive_class").count
+            assert positive.argmax() == max(k - 1, 0)
 
 
 def test_one_belongs_to_the_last_bin_and_one_half_is_a_positive_prediction():
@@ -268,8 +274,19 @@ def test_plus_makes_a_third_and_merge_returns_itself():
     assert one.reliability().count.sum() == 100
     assert one.merge(two) is one
     assert one.reliability().count.sum() == total.reliability().count.sum() == 200
+    assert sum([one, two, two]).reliability().count.sum() == 400
     with pytest.raises(TypeError, match="unsupported operand"):
         one + 1
+
+
+def test_updates_inside_and_outside_inference_mode_add_up():
+    with torch.inference_mode():
+        histogram = measured(*predictions(0, 100))
+    other = measured(*predictions(1, 100))
+    histogram.update(*predictions(2, 100), from_logits=False)
+    histogram.merge(other)
+    histogram.load_state_dict(histogram.state_dict())
+    assert histogram.reliability().count.sum() == 300
 
 
 def test_state_dict_resumes_exactly(tmp_path):
@@ -299,6 +316,7 @@ def _sum_over_ranks(rank, world, store, out):
     p, y = predictions(rank, 100 * (rank + 1), 2.0)
     histogram = measured(p, y).all_reduce()
     torch.save(histogram.state_dict(), f"{out}/{rank}.pt")
+    time.sleep(0.3)  # as in test_distributed.py
     dist.destroy_process_group()
 
 
@@ -357,6 +375,15 @@ ERRORS = [
 ]
 
 
+def test_a_spoilt_state_is_refused_whole():
+    histogram = measured(*predictions(0, 100))
+    for name, wrong in (("log_loss", torch.zeros(3)), ("confidences", torch.tensor(3.0))):
+        state = CalibrationHistogram().state_dict() | {name: wrong}
+        with pytest.raises(ValueError, match=f"saved `{name}` to be a Tensor of shape"):
+            histogram.load_state_dict(state)
+    assert histogram.reliability().count.sum() == 100
+
+
 @pytest.mark.parametrize(("call", "kind", "text"), ERRORS, ids=range(len(ERRORS)))
 def test_bad_input_is_refused(call, kind, text):
     with pytest.raises(kind, match=text):
@@ -384,9 +411,12 @@ def test_updates_inside_compile_give_nan_for_what_cannot_be_read():
 
     update(torch.tensor([2.0, -1.0]), torch.tensor([1, 0]))
     assert float(histogram.accuracy()) == 1
-    update(torch.tensor([2.0, math.nan]), torch.tensor([1, 0]))
-    assert histogram.ece().isnan()
-    assert histogram.nll().isnan()
+    for x, y in (([2.0, math.nan], [1, 0]), ([2.0, 1.0], [1, 255])):
+        histogram = CalibrationHistogram()
+        update(torch.tensor(x), torch.tensor(y))
+        for kind in KINDS:
+            for name in ("accuracy", "confidence", "ece", "nll", "brier"):
+                assert getattr(histogram, name)(kind=kind).isnan(), name
 
 
 def test_repr():

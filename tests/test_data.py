@@ -1,4 +1,5 @@
 from collections import OrderedDict, namedtuple
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -95,8 +96,9 @@ def test_negative_and_numpy_indices():
     for wrong in (10, -11):
         with pytest.raises(IndexError, match=rf"in \[-10, 9\], but got {wrong}"):
             indexed[wrong]
-    with pytest.raises(TypeError):
-        indexed["3"]
+    for wrong in ("3", 1.0, slice(2), [0, 1]):
+        with pytest.raises(TypeError, match=r"`index` to be an int, but got .*batch_sampler"):
+            indexed[wrong]
 
 
 def test_batches_are_fetched_at_once_where_the_data_set_can():
@@ -110,6 +112,24 @@ def test_batches_are_fetched_at_once_where_the_data_set_can():
     batches = list(DataLoader(IndexedDataset(Batched("tuple")), batch_size=5))
     assert Batched.calls == 2
     assert batches[1][-1].tolist() == [5, 6, 7, 8, 9]
+
+
+def test_a_data_set_whose_batch_is_no_list_of_items_is_refused():
+    class Columns(Numbers):
+        def __getitems__(self, indices):
+            return {"image": torch.zeros(len(indices)), "mask": torch.zeros(len(indices))}
+
+    with pytest.raises(TypeError, match="return a list of 2 items, but got dict"):
+        IndexedDataset(Columns("dict")).__getitems__([0, 1])
+
+    class Without(Numbers):
+        __getitems__ = None
+
+    assert IndexedDataset(Without("tensor")).__getitems__([3]) == [(torch.tensor(3.0), 3)]
+
+
+def test_a_read_only_mapping_gets_its_entry():
+    assert IndexedDataset([MappingProxyType({"image": 1.0})])[0] == {"image": 1.0, "index": 0}
 
 
 def test_the_data_sets_own_item_is_not_changed():
@@ -136,11 +156,14 @@ def test_errors():
         def __iter__(self):
             return iter(range(3))
 
-    for wrong in (Stream(), iter([1, 2]), 3):
+    for wrong in (Stream(), iter([1, 2]), 3, Numbers):
         with pytest.raises(TypeError, match=r"map-style.*num_samples=None"):
             IndexedDataset(wrong)
     with pytest.raises(ValueError, match="new name in the items, but got 'image', which is there"):
         IndexedDataset(Numbers("dict"), key="image")[0]
+    for key in ("sample id", "class", "_i"):
+        with pytest.raises(ValueError, match=f"field name .* got '{key}'"):
+            IndexedDataset(Numbers("namedtuple"), key=key)[0]
     with pytest.raises(ValueError, match="got 'mask'"):
         IndexedDataset(Numbers("namedtuple"), key="mask")[0]
 

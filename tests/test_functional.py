@@ -442,8 +442,11 @@ ERRORS = [
     (dict(alpha=-0.1), ValueError, r"`alpha` to be in \[0, 1\], but got -0.1"),
     (dict(alpha=1.5), ValueError, r"`alpha` to be in \[0, 1\], but got 1.5"),
     (dict(alpha=math.nan), ValueError, r"`alpha` to be in \[0, 1\], but got nan"),
-    (dict(alpha="0.1"), TypeError, r"`alpha` to be a number in \[0, 1\], but got '0.1' \(str\)"),
+    (dict(alpha="0.1"), TypeError, r"number in \[0, 1\] or a Tensor, but got '0.1' \(str\)"),
     (dict(alpha=None), TypeError, r"`alpha` to be a number"),
+    (dict(alpha=np.full(4, 0.1)), TypeError, r"got ndarray; pass `torch.as_tensor\(alpha\)`"),
+    (dict(alpha=0.1, ignore_index=1.5), ValueError, r"an int of 64 bits or None, but got 1.5"),
+    (dict(alpha=0.1, ignore_index=2**70), ValueError, r"an int of 64 bits"),
     (dict(alpha=0.1, beta=2.1), ValueError, r"`beta` to be in \[0, 2\], but got 2.1"),
     (dict(beta=math.nan), ValueError, r"`beta` to be in \[0, 2\], but got nan"),
     (dict(alpha=0.6, beta=2.0), ValueError, r"alpha \* beta = 0.6 \* 2.0 > 1; lower one"),
@@ -491,8 +494,23 @@ def test_perturb_target_refuses_the_same(wrong, kind, text):
 
 
 def test_perturb_target_refuses_an_integer_dtype():
-    with pytest.raises(TypeError, match=r"`dtype` to be floating point, but got torch\.int64"):
+    with pytest.raises(TypeError, match=r"floating-point torch.dtype, but got torch\.int64"):
         perturb_target(Y, 0.1, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"floating-point torch.dtype, but got 'float32'"):
+        perturb_target(Y, 0.1, dtype="float32")
+
+
+def test_input_that_is_no_tensor_is_refused_at_alpha_zero_too():
+    with pytest.raises(TypeError, match="`input` to be a Tensor, but got list"):
+        sc_bce_with_logits([1.0], torch.tensor([1]))
+
+
+def test_any_real_number_is_a_level():
+    from fractions import Fraction
+
+    want = sc_bce_with_logits(X, Y, 0.25, 1.5)
+    for alpha, beta in ((Fraction(1, 4), Fraction(3, 2)), (np.float32(0.25), np.float64(1.5))):
+        assert torch.equal(sc_bce_with_logits(X, Y, alpha, beta), want)
 
 
 def test_levels_of_a_scalar_have_no_dimension():

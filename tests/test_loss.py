@@ -180,6 +180,26 @@ def test_compile_with_a_generator_draws_outside_the_graph():
         assert_close(compiled(x, y), eager(x, y))
 
 
+def test_numpy_numbers_configure_a_loss_that_compiles():
+    criterion = SCBCEWithLogitsLoss(
+        alpha=np.float32(0.25), beta=np.float64(1.0), ignore_index=np.int64(255)
+    )
+    x, y = torch.randn(4, 3), torch.randint(0, 2, (4, 3))
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, y), sc_bce_with_logits(x, y, 0.25, 1.0))
+
+
+@pytest.mark.parametrize("sampling", ["sample", "element"])
+def test_a_refused_batch_draws_nothing(sampling):
+    criterion = SCBCEWithLogitsLoss.hard_inversion(0.3, sampling=sampling)
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="size of `input`"):
+        criterion(torch.zeros(3), torch.ones(2))
+    with pytest.raises(TypeError, match="but got list"):
+        criterion([1.0], torch.ones(1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_repr_shows_the_numbers():
     assert repr(SCBCEWithLogitsLoss.dynamic_moderation(0.25, ignore_index=255)) == (
         "SCBCEWithLogitsLoss(alpha=0.25, beta=1.0, sampling='sample', noise=0.25, "

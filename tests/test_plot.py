@@ -20,18 +20,24 @@ def bars(axes, container):
 
 def test_bars_are_the_reliability_table():
     one = histogram()
+    one.update(torch.full((9,), 0.55), torch.ones(9), from_logits=False)
     figure = reliability_diagram(one, num_bins=10)
     table = one.reliability(10)
     above, below = figure.axes
-    accuracy, gap, share = bars(above, 0), bars(above, 1), bars(below, 0)
+    accuracy, over, under = (bars(above, i) for i in range(3))
     assert [left for left, _ in accuracy] == [0.5, 0.6, 0.7, 0.8, 0.9]
-    for m, (have, between, count) in enumerate(zip(accuracy, gap, share, strict=True), start=5):
+    for m, (have, more, less, count) in enumerate(
+        zip(accuracy, over, under, bars(below, 0), strict=True), start=5
+    ):
+        gap = float(table.confidence[m] - table.accuracy[m])
         assert have[1] == pytest.approx(float(table.accuracy[m]))
-        assert have[1] + between[1] == pytest.approx(float(table.confidence[m]))
-        assert count[1] == pytest.approx(float(table.count[m] / 2000))
+        assert (more[1], less[1]) == pytest.approx((max(gap, 0), min(gap, 0)))
+        assert count[1] == int(table.count[m])
     assert above.get_xlim() == (0.5, 1)
     written = above.texts[0].get_text()
     assert written == f"ECE {float(one.ece()):.3f}\nOE {float(one.oe()):.3f}"
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["accuracy", "confidence above it", "confidence below it"]
 
 
 def test_several_models_side_by_side_and_positive_class(tmp_path):

@@ -146,14 +146,14 @@ def test_compile_and_export_with_the_model():
 
 Z, Y = torch.tensor([-1.0, 2.0]), torch.tensor([0, 1])
 FIT = [
-    ((Z, Y[:1]), ValueError, "size of `input`"),
+    ((Z, Y[:1]), ValueError, "size of `logits`"),
     ((Z, torch.ones(2)), ValueError, "both classes, but got only 1; fit to validation data"),
     ((Z, torch.zeros(2)), ValueError, "both classes, but got only 0"),
     ((Z * math.inf, Y), ValueError, "`logits` to be finite, but got inf or nan"),
     ((Z, Y * 255), ValueError, r"`target` to be in \[0, 1\], but got 255; .*`mask > 0`"),
     ((Z[:0], Y[:0]), ValueError, "an element to fit to, but got none"),
     ((Z.long(), Y), TypeError, "floating-point logits"),
-    (([1.0], Y), TypeError, "but got list"),
+    (([1.0], Y), TypeError, "`logits` to be a Tensor, but got list"),
 ]
 
 
@@ -162,6 +162,22 @@ def test_bad_validation_data_are_refused_and_nothing_changes(arguments, kind, te
     scaling = TemperatureScaling()
     with pytest.raises(kind, match=text):
         scaling.fit(*arguments)
+    assert scaling.temperature == 1
+
+
+def test_integer_logits_are_refused_rather_than_truncated():
+    with pytest.raises(TypeError, match=r"`logits` to hold .* but got torch.int64"):
+        TemperatureScaling(0.25)(torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("g", [0.001, 0.1, 0.49, 0.4999, 0.49999])
+def test_what_is_calibrated_is_never_beyond_the_clip(g):
+    z = torch.linspace(-30, 30, 1001)
+    assert TemperatureScaling(g)(z).abs().max() <= math.log(999) + 1e-5
+
+
+def test_logits_that_say_nothing_leave_the_temperature():
+    scaling = TemperatureScaling().fit(torch.zeros(4), torch.tensor([0, 1, 1, 1]))
     assert scaling.temperature == 1
 
 

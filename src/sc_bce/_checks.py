@@ -5,63 +5,68 @@ One sentence everywhere: "Expected argument `x` to be ..., but got ...", then th
 
 from __future__ import annotations
 
+import keyword
+import math
+import operator
 from collections.abc import Collection, Mapping
-from numbers import Real
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+LARGE = 1e15  # of a step size or a weight: products stay finite in float32
 
-def number(name: str, value: object, low: float, high: float) -> None:
+
+def number(name: str, value: object, low: float, high: float, remedy: str = "") -> None:
     """Refuse what is not a number in [low, high]; nan is in no interval."""
     if not isinstance(value, Real):
         raise TypeError(
-            f"Expected argument `{name}` to be a number in [{low:g}, {high:g}], "
-            f"but got {_describe(value)}"
+            f"Expected argument `{name}` to be a number in [{low:g}, {high:g}]"
+            f"{' or a Tensor' if remedy else ''}, but got {_describe(value)}{remedy}"
         )
-    if not low <= float(value) <= high:
+    if not low <= value <= high:  # type: ignore[operator]
         raise ValueError(
             f"Expected argument `{name}` to be in [{low:g}, {high:g}], but got {value}"
         )
 
 
-def positive(name: str, value: object, high: float = torch.finfo(torch.float32).max) -> None:
+def positive(name: str, value: object, high: float = LARGE) -> None:
     number(name, value, 0.0, high)
     if value == 0:
         raise ValueError(f"Expected argument `{name}` to be above 0, but got {value}")
 
 
-def share(name: str, value: object) -> float:
-    """A number or 0-d tensor in [0, 1], as a float; a tensor is waited for."""
+def share(name: str, value: object, high: float = 1.0) -> float:
+    """A number or 0-d tensor in [0, high], as a float; a tensor is waited for."""
     if isinstance(value, Tensor):
         if value.dim() > 0 or value.is_complex():
             raise TypeError(
-                f"Expected argument `{name}` to be a number or a 0-d tensor in [0, 1], but got a "
-                f"tensor of shape {tuple(value.shape)}; pass its mean"
+                f"Expected argument `{name}` to be a number or a 0-d tensor in [0, {high:g}], but "
+                f"got a tensor of shape {tuple(value.shape)}; pass its mean"
             )
         value = value.item()
-    number(name, value, 0.0, 1.0)
+    number(name, value, 0.0, high)
     return float(value)  # type: ignore[arg-type]
 
 
 def flip_rate(value: object) -> float:
-    rate = share("flip_rate", value)
-    if rate >= 0.5:
+    rate = share("flip_rate", value, high=0.5)
+    if rate == 0.5:
         raise ValueError(
-            f"Expected argument `flip_rate` to be below 1/2, where labels still say something, "
-            f"but got {rate:g}; it is alpha * beta / 2"
+            "Expected argument `flip_rate` to be below 1/2, where labels still say something, "
+            "but got 0.5; it is alpha * beta / 2"
         )
     return rate
 
 
 def warmup(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(
             f"Expected argument `warmup` to be an int, 0 or more, but got {_describe(value)}"
         )
-    if value < 0:
+    if int(value) < 0:
         raise ValueError(f"Expected argument `warmup` to be an int, 0 or more, but got {value}")
 
 
@@ -73,7 +78,7 @@ def perturbation(alpha: object, beta: object) -> None:
     """
     for name, value, high in (("alpha", alpha, 1.0), ("beta", beta, 2.0)):
         if not isinstance(value, Tensor):
-            number(name, value, 0.0, high)
+            number(name, value, 0.0, high, f"; pass `torch.as_tensor({name})`")
     if isinstance(alpha, Tensor) or isinstance(beta, Tensor):
         return
     if alpha * beta > 1:  # type: ignore[operator]
@@ -84,11 +89,11 @@ def perturbation(alpha: object, beta: object) -> None:
 
 
 def positive_int(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(
             f"Expected argument `{name}` to be a positive int, but got {_describe(value)}"
         )
-    if value < 1:
+    if int(value) < 1:
         raise ValueError(f"Expected argument `{name}` to be a positive int, but got {value}")
 
 
@@ -123,10 +128,11 @@ def generator(value: object) -> None:
         )
 
 
-def ignore_index(value: object) -> None:
+def ignore_index(value: object) -> int | None:
+    """The value as Python's own int, which compile can take in."""
     if value is None:
-        return
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float, Real)):
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real) or value in (math.inf, -math.inf):
         raise TypeError(
             f"Expected argument `ignore_index` to be an int or None, but got {_describe(value)}"
         )
@@ -135,15 +141,21 @@ def ignore_index(value: object) -> None:
             "Expected argument `ignore_index` to be an int or None, but got nan, which equals "
             "no target; mark ignored elements by a number"
         )
+    whole = int(value)  # type: ignore[call-overload]
+    if whole != value or not -(2**63) <= whole < 2**63:
+        raise ValueError(
+            f"Expected argument `ignore_index` to be an int of 64 bits or None, but got {value}"
+        )
+    return int(whole)
 
 
-def logits(input: object) -> None:
+def logits(input: object, name: str = "input") -> None:
     if not isinstance(input, Tensor):
-        raise TypeError(f"Expected argument `input` to be a Tensor, but got {_describe(input)}")
+        raise TypeError(f"Expected argument `{name}` to be a Tensor, but got {_describe(input)}")
     if not input.is_floating_point():
         raise TypeError(
-            f"Expected argument `input` to hold floating-point logits, but got {input.dtype}; "
-            "pass the raw output of the network, or `input.float()`"
+            f"Expected argument `{name}` to hold floating-point logits, but got {input.dtype}; "
+            f"pass the raw output of the network, or `{name}.float()`"
         )
 
 
@@ -157,11 +169,22 @@ def label(target: object) -> None:
         )
 
 
-def same_size(input: Tensor, target: Tensor) -> None:
+def batch(input: Tensor, target: Tensor, name: str = "input") -> None:
+    """Logits, labels, and torch's rule: their sizes are equal."""
+    logits(input, name)
+    label(target)
     if target.size() != input.size():
         raise ValueError(
-            f"Expected argument `target` to have the size of `input`, {input.size()}, "
+            f"Expected argument `target` to have the size of `{name}`, {input.size()}, "
             f"but got {target.size()}; reshape one of them (for example `target.unsqueeze(1)`)"
+        )
+
+
+def floating(name: str, dtype: object) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(
+            f"Expected argument `{name}` to be a floating-point torch.dtype, but got {dtype!r}; "
+            "pass `torch.float32`"
         )
 
 
@@ -224,6 +247,7 @@ def sample_index(index: object, shape: torch.Size, num_samples: int) -> Tensor:
             f"Expected argument `index` to have one entry per sample, shape {tuple(shape)}, but "
             f"got shape {tuple(index.shape)}"
         )
+    index = index.to(torch.int64)
     if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
         low, high = (int(end) for end in index.aminmax())
         if low < 0 or high >= num_samples:
@@ -235,26 +259,71 @@ def sample_index(index: object, shape: torch.Size, num_samples: int) -> Tensor:
     return index
 
 
-def saved_samples(saved: object, table: Tensor) -> None:
-    if isinstance(saved, Tensor) and saved.shape != table.shape:
+def saved_shape(name: str, saved: object, own: Tensor) -> None:
+    if not isinstance(saved, Tensor) or saved.shape == own.shape:
+        return
+    if own.dim() == 0:
         raise ValueError(
-            f"Expected the saved table to have num_samples={len(table)}, but got "
-            f"num_samples={saved.numel()}; build the module with that number, load, then `resize`"
+            f"Expected the saved `{name}` to be a 0-d tensor, but got shape {tuple(saved.shape)}"
+        )
+    raise ValueError(
+        f"Expected the saved `{name}` to have num_samples={len(own)}, but got "
+        f"num_samples={saved.numel()}; build the module with that number, load, then `resize`"
+    )
+
+
+def saved_cells(name: str, saved: object, own: Tensor) -> None:
+    if not isinstance(saved, Tensor) or saved.dim() != own.dim():
+        raise ValueError(
+            f"Expected the saved `{name}` to be a Tensor of shape {tuple(own.shape)}, but got "
+            f"{tuple(saved.shape) if isinstance(saved, Tensor) else _describe(saved)}"
+        )
+    if saved.shape != own.shape:
+        raise ValueError(
+            f"Expected argument `state_dict` to have num_cells={2 * own.shape[1]}, but got "
+            f"num_cells={2 * saved.shape[1]}; build the histogram with that number"
+        )
+
+
+def position(index: object, size: int) -> int:
+    """The index of a data set, negative ones counted from the end."""
+    if not isinstance(index, SupportsIndex):
+        raise TypeError(
+            f"Expected argument `index` to be an int, but got {_describe(index)}; a sampler of "
+            "batches belongs into DataLoader's `batch_sampler`"
+        )
+    place = operator.index(index)
+    if not -size <= place < size:
+        raise IndexError(
+            f"Expected argument `index` to be in [{-size}, {size - 1}], but got {place}"
+        )
+    return place % size
+
+
+def fetched(items: object, count: int) -> None:
+    if not isinstance(items, (list, tuple)) or len(items) != count:
+        raise TypeError(
+            f"Expected the data set's `__getitems__` to return a list of {count} items, but got "
+            f"{_describe(items)}; a data set of columns has no item to put an index into"
         )
 
 
 def map_style(dataset: object) -> None:
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or isinstance(
-        dataset, IterableDataset
-    ):
+    complete = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not complete or isinstance(dataset, (IterableDataset, type)):
         raise TypeError(
             "Expected argument `dataset` to be a map-style data set, with __getitem__ and "
-            f"__len__, but got {type(dataset).__name__}; samples of a stream have no index: use "
+            f"__len__, but got {_describe(dataset)}; samples of a stream have no index: use "
             "AdaptivePerturbation(num_samples=None) there"
         )
 
 
-def unused_key(key: str, names: Collection[str]) -> None:
+def unused_key(key: str, names: Collection[str], field: bool = False) -> None:
+    if field and (not key.isidentifier() or keyword.iskeyword(key) or key.startswith("_")):
+        raise ValueError(
+            f"Expected argument `key` to be a field name of the items' namedtuple, but got "
+            f"{key!r}; choose an identifier without a leading underscore"
+        )
     if key in names:
         raise ValueError(
             f"Expected argument `key` to be a new name in the items, but got {key!r}, which is "
@@ -344,6 +413,8 @@ def _any(mask: Tensor) -> bool | None:
 
 
 def _describe(value: Any) -> str:
-    if isinstance(value, (Tensor, Collection)) and not isinstance(value, str):
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if not isinstance(value, (int, float, str, type(None))):
         return type(value).__name__
     return f"{value!r} ({type(value).__name__})"

@@ -18,7 +18,7 @@ __all__ = ["AdaptivePerturbation"]
 
 Criterion = TypeVar("Criterion", bound="AdaptivePerturbation")
 
-_CHUNK = 1 << 24  # rows merged at a time: bounds the extra memory of a merge
+_CHUNK = 1 << 24  # rows that a step works on at a time: bounds its extra memory
 _PATIENCE = 10_000  # batches without a step before the warning, where no epoch can be counted
 
 
@@ -153,27 +153,26 @@ class AdaptivePerturbation(nn.Module):
         _checks.positive("beta", beta, 2.0)
         _checks.choice("objective", objective, ("calibration", "max_entropy", "feedback"))
         _checks.positive("lr", lr)
-        _checks.number("penalty", penalty, 0.0, torch.finfo(torch.float32).max)
+        _checks.number("penalty", penalty, 0.0, _checks.LARGE)
         _checks.warmup(warmup)
         _checks.choice("solver", solver, ("proximal", "explicit"))
-        _checks.number("focus", focus, 0.0, torch.finfo(torch.float32).max)
+        _checks.number("focus", focus, 0.0, _checks.LARGE)
         _checks.sampling(sampling)
         if reference_accuracy is not None:
             _checks.number("reference_accuracy", reference_accuracy, 0.0, 1.0)
-        _checks.ignore_index(ignore_index)
         _checks.reduction(reduction)
         _checks.generator(generator)
-        self.num_samples = num_samples
-        self.beta = beta
+        self.num_samples = None if num_samples is None else int(num_samples)
+        self.beta = float(beta)
         self.objective = objective
-        self.lr = lr
-        self.penalty = penalty
-        self.warmup = warmup
+        self.lr = float(lr)
+        self.penalty = float(penalty)
+        self.warmup = int(warmup)
         self.solver = solver
-        self.focus = focus
+        self.focus = float(focus)
         self.sampling = sampling
         self.reference_accuracy = reference_accuracy
-        self.ignore_index = ignore_index
+        self.ignore_index = _checks.ignore_index(ignore_index)
         self.reduction = reduction
         self.generator = generator
         self.register_buffer("weight", weight)
@@ -182,20 +181,23 @@ class AdaptivePerturbation(nn.Module):
         self.pos_weight: Tensor | None
         # Plain attributes, carried by _apply and the state_dict methods below: a registered
         # buffer would be overwritten by DistributedDataParallel at each forward, and cast by half.
-        rows = num_samples or 1
-        self.alpha = torch.zeros(rows)
+        rows = self.num_samples or 1
+        single = torch.float32  # whatever torch's default is
+        self.alpha = torch.zeros(rows, dtype=single)
         self.moved = torch.zeros(rows, dtype=torch.bool)  # since the last merge
         if focus > 0:
-            self.sample_accuracy = torch.full((rows,), 0.5)
+            self.sample_accuracy = torch.full((rows,), 0.5, dtype=single)
             self.seen = torch.zeros(rows, dtype=torch.bool)
         # State of the epoch: tensors, so that a new value recompiles nothing.
-        self.accuracy = torch.zeros(())
-        self.best_accuracy = torch.zeros(())
-        self.budget = torch.zeros(())
-        self.difficulty = torch.full((), 0.5**focus)  # mean of (1 - sample accuracy)^focus
-        self._steps = 0
+        self.steps = torch.zeros((), dtype=torch.int64)
+        self.accuracy = torch.zeros((), dtype=single)
+        self.best_accuracy = torch.zeros((), dtype=single)
+        self.budget = torch.zeros((), dtype=single)
+        # Mean of (1 - sample accuracy)^focus among the samples seen.
+        self.difficulty = torch.full((), 0.5**focus, dtype=single)
         self._moving = False  # the warm-up is over
-        self._unstepped = 0  # samples trained on before the first step; -1 once warned
+        self._unstepped = 0  # samples trained on before the first step; -1 where none is awaited
+        self._generators: Tensor | None = None  # every rank's generator state at the last step
 
     @property
     def flip_rate(self) -> Tensor:
@@ -211,17 +213,19 @@ class AdaptivePerturbation(nn.Module):
             return self._loss(input, target, 0.0)
         rows = self._rows(input, index)
         if not self._moving:
+            loss = self._loss(input, target, 0.0)
+            if self.focus > 0:
+                self._move(rows, *self._statistics(input, target))
             if not torch.compiler.is_compiling():
                 self._warn_without_step(len(rows))
-            loss = self._loss(input, target, 0.0)
-            if self.focus == 0:
-                return loss
-        else:
-            alpha = self.alpha.index_select(0, rows).reshape(input.shape[:1])
-            if self.sampling != "expected":
-                alpha = draw(alpha, input, self.sampling, self.generator)
-            loss = self._loss(input, target, alpha)
-        self._move(input.detach(), target, rows)
+            return loss
+        # Before the draw: a batch that is refused leaves the generator where it was.
+        statistics = self._statistics(input, target)
+        alpha = self.alpha.index_select(0, rows).reshape(input.shape[:1])
+        if self.sampling != "expected":
+            alpha = draw(alpha, input, self.sampling, self.generator)
+        loss = self._loss(input, target, alpha)
+        self._move(rows, *statistics)
         return loss
 
     def _loss(self, input: Tensor, target: Tensor, alpha: float | Tensor) -> Tensor:
@@ -243,13 +247,20 @@ class AdaptivePerturbation(nn.Module):
         samples = input.shape[0] if input.dim() else 1
         if self.num_samples is None:
             return torch.zeros(samples, dtype=torch.int64, device=self.alpha.device)
-        rows = _checks.sample_index(index, input.shape[:1], self.num_samples)
-        return rows.reshape(samples).to(self.alpha.device, torch.int64, non_blocking=True)
+        rows = _checks.sample_index(index, input.shape[:1], self.num_samples).reshape(samples)
+        # Only towards an accelerator: what comes from one is read on arrival.
+        rows = rows.to(self.alpha.device, non_blocking=rows.device.type == "cpu")
+        if torch.compiler.is_compiling():
+            # Inductor reads a negative index from the end; beyond it, the bounds check finds it.
+            rows = torch.where(rows < 0, self.num_samples, rows)
+        return rows
+
+    def _statistics(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return sample_statistics(input, target, self.weight, self.ignore_index)
 
     @torch.no_grad()
-    def _move(self, input: Tensor, target: Tensor, rows: Tensor) -> None:
+    def _move(self, rows: Tensor, margin: Tensor, hits: Tensor) -> None:
         """Move the rows of a batch; where nothing valid and finite was seen, hold them."""
-        margin, hits = sample_statistics(input, target, self.weight, self.ignore_index)
         counts = margin.isfinite()
         merge = _RepeatedRows(rows, counts)
         moves = merge.any
@@ -269,7 +280,9 @@ class AdaptivePerturbation(nn.Module):
         if self.focus == 0:
             return self.budget
         hardness = (1 - self.sample_accuracy.index_select(0, rows)) ** self.focus
-        return (self.budget * hardness / self.difficulty).clamp(max=0.45)
+        # Where every sample seen is perfect, all are alike.
+        share = torch.where(self.difficulty > 0, hardness / self.difficulty, 1.0)
+        return (self.budget * share).clamp(max=0.45)
 
     def _solve(self, alpha: Tensor, gradient: Tensor, budget: Tensor) -> Tensor:
         step = alpha + self.lr * gradient
@@ -283,8 +296,8 @@ class AdaptivePerturbation(nn.Module):
             step = step + pull * (budget - half * alpha).clamp(max=0)
         else:
             # The penalty at the new level instead of the old one: a contraction for every pull.
-            within = half * step <= budget
-            step = torch.where(within, step, (step + pull * budget) / (1 + pull * half))
+            rest = budget / half
+            step = torch.where(step <= rest, step, rest + (step - rest) / (1 + pull * half))
         return step.clamp(0.0, self._cap)
 
     def step(self, accuracy: float | Tensor, confidence: float | Tensor | None = None) -> None:
@@ -320,8 +333,8 @@ class AdaptivePerturbation(nn.Module):
                 "None; pass the validation's mean confidence, `step(h.accuracy(), h.confidence())`"
             )
         self._merge()
-        self._steps += 1
-        self._moving = self._steps >= max(self.warmup, 1)
+        self.steps += 1
+        self._count_steps()
         self.accuracy.fill_(accuracy)
         self.best_accuracy.clamp_(min=accuracy)
         if self.objective == "calibration":
@@ -331,12 +344,23 @@ class AdaptivePerturbation(nn.Module):
             used = min(float(self.budget), float(self.flip_rate))
             high = min(0.45, self.beta * self._cap / 2)
             self.budget.fill_(min(max(used + (confidence - accuracy) / 2, -0.45), high))
-        if self.focus > 0:
-            hardness = torch.where(self.seen, (1 - self.sample_accuracy) ** self.focus, 0.0)
-            mean = hardness.sum(dtype=torch.float64) / self.seen.sum()
-            # Nothing seen yet leaves it; all samples perfect would divide by 0.
-            mean = torch.where(mean.isfinite(), mean, self.difficulty).clamp(min=1e-12)
-            self.difficulty.copy_(mean)
+        if self.focus > 0 and bool(self.seen.any()):
+            total = 0.0
+            for start in range(0, len(self.seen), _CHUNK):
+                rows = slice(start, start + _CHUNK)
+                hardness = (1 - self.sample_accuracy[rows]) ** self.focus
+                hardness = torch.where(self.seen[rows], hardness, 0.0)
+                total += float(hardness.sum(dtype=torch.float64))
+            self.difficulty.fill_(total / int(self.seen.sum()))
+        if self.generator is not None:
+            self._generators = _gather(self.generator.get_state(), self.alpha.device)
+
+    def _count_steps(self) -> None:
+        """What the host must know of the steps: two facts, each of which changes once."""
+        steps = int(self.steps)
+        self._moving = steps >= max(self.warmup, 1)
+        if steps > 0:
+            self._unstepped = -1
 
     def resize(self, num_samples: int) -> None:
         """Grow the table to ``num_samples`` rows; new samples start at level 0.
@@ -346,6 +370,7 @@ class AdaptivePerturbation(nn.Module):
             TypeError: ``num_samples`` is not an int.
         """
         _checks.positive_int("num_samples", num_samples)
+        num_samples = int(num_samples)
         if self.num_samples is None or num_samples < self.num_samples:
             raise ValueError(
                 f"Expected argument `num_samples` to be at least the table's {self.num_samples}, "
@@ -380,7 +405,7 @@ class AdaptivePerturbation(nn.Module):
         self.moved.zero_()
 
     def _warn_without_step(self, samples: int) -> None:
-        if self._steps > 0 or self._unstepped < 0:
+        if self._unstepped < 0:
             return
         if self.num_samples is None:
             self._unstepped += 1
@@ -402,7 +427,8 @@ class AdaptivePerturbation(nn.Module):
         return ("alpha", "moved", "sample_accuracy", "seen")[: 4 if self.focus > 0 else 2]
 
     def _state(self) -> tuple[str, ...]:
-        return (*self._tables(), "accuracy", "best_accuracy", "budget", "difficulty")
+        epoch = ("steps", "accuracy", "best_accuracy", "budget", "difficulty")
+        return (*self._tables(), *epoch)
 
     def _apply(self: Criterion, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Criterion:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -419,9 +445,11 @@ class AdaptivePerturbation(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._state():
             destination[prefix + name] = getattr(self, name)
-        destination[prefix + "steps"] = torch.tensor(self._steps)
         if self.generator is not None:
-            destination[prefix + "generator"] = self.generator.get_state()
+            state, everyone = self.generator.get_state(), self._generators
+            # Right after a step any rank's checkpoint serves all ranks: it has all their states.
+            fresh = everyone is not None and torch.equal(everyone[_rank()], state)
+            destination[prefix + "generator"] = everyone if fresh else state
 
     def _load_from_state_dict(
         self,
@@ -433,26 +461,29 @@ class AdaptivePerturbation(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = (*self._state(), "steps", *(("generator",) if self.generator else ()))
-        own = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        rest = {key: value for key, value in state_dict.items() if key[len(prefix) :] not in own}
-        _checks.saved_samples(own.get("alpha"), self.alpha)
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        missing_keys.extend(prefix + name for name in names if name not in own)
+        names = (*self._state(), *(("generator",) if self.generator else ()))
         for name in self._state():
-            if name not in own:
-                continue
+            _checks.saved_shape(name, state_dict.get(prefix + name), getattr(self, name))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        own = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        missing_keys.extend(prefix + name for name in names if name not in own)
+        unexpected_keys[:] = [k for k in unexpected_keys if k[len(prefix) :] not in own]
+        for name in own.keys() - {"generator"}:
             if local_metadata.get("assign_to_params_buffers", False):
                 setattr(self, name, own[name].to(getattr(self, name).dtype))
             else:
                 getattr(self, name).copy_(own[name])
-        if "steps" in own:
-            self._steps = int(own["steps"])
-            self._moving = self._steps >= max(self.warmup, 1)
+        if not self.steps.is_meta:
+            self._count_steps()
         if self.generator is not None and "generator" in own:
-            self.generator.set_state(own["generator"].cpu())
+            saved = own["generator"].cpu()
+            self._generators = saved if saved.dim() == 2 else None
+            mine = saved[_rank()] if saved.dim() == 2 else saved
+            self.generator.set_state(
+                mine.clone()
+            )  # set_state reads a view from its storage's start
 
     def extra_repr(self) -> str:
         shown = [
@@ -466,7 +497,7 @@ class AdaptivePerturbation(nn.Module):
             shown.append(f"ignore_index={self.ignore_index}")
         shown.append(f"reduction={self.reduction!r}")
         if not self.alpha.is_meta:
-            positive = float((self.alpha > 0).float().mean())
+            positive = float(self.alpha.count_nonzero()) / len(self.alpha)
             shown.append(f"mean_alpha={float(self.alpha.mean()):.4g}, above_zero={positive:.0%}")
         return ", ".join(shown)
 
@@ -492,5 +523,22 @@ class _RepeatedRows:
         return torch.zeros_like(value).index_add_(0, self._group, value)[self._group]
 
 
+def _connected() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _connected() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if _connected() else 0
+
+
+def _gather(state: Tensor, device: torch.device) -> Tensor:
+    """The generator state of every rank, (world size, bytes); collective."""
+    states = [torch.empty_like(state, device=device) for _ in range(_world_size())]
+    if len(states) == 1:
+        return state[None]
+    dist.all_gather(states, state.to(device))
+    return torch.stack(states).cpu()

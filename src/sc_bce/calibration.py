@@ -58,8 +58,9 @@ class CalibrationHistogram:
 
     Note:
         The state lives where the last update's input lived; updates never make an accelerator
-        wait. A value on an inner bin edge belongs to the bin farther from 1/2, so that p = 0.1
-        and p = 0.9 are the same confidence; p = 1 belongs to the last bin. Measures are 0-d
+        wait. A value on an inner bin edge, to two units of its precision, belongs to the bin
+        farther from 1/2, so that p = 0.1 and p = 0.9 are the same confidence; p = 1 belongs to
+        the last bin. Measures are 0-d
         float64 tensors, nan before the first update.
 
     References:
@@ -89,7 +90,7 @@ class CalibrationHistogram:
                 f"Expected argument `num_cells` to be even, so that 1/2 is a cell's edge, but got "
                 f"{num_cells}"
             )
-        self.num_cells = num_cells
+        self.num_cells = int(num_cells)
         half = num_cells // 2
         # Cells are kept by (predicted class, confidence); counts also by label.
         self._counts = torch.zeros(2, half, 2, dtype=torch.int64)
@@ -120,10 +121,8 @@ class CalibrationHistogram:
                 wait, such elements make the measures nan instead.
             TypeError: an argument of the wrong type.
         """
-        _checks.logits(input)
-        _checks.label(target)
-        _checks.same_size(input, target)
-        _checks.ignore_index(ignore_index)
+        _checks.batch(input, target)
+        ignore_index = _checks.ignore_index(ignore_index)
         device = input.device
         counts = torch.zeros(self.num_cells * 2, dtype=torch.int64, device=device)
         confidences = torch.zeros(self.num_cells, dtype=torch.float64, device=device)
@@ -132,10 +131,7 @@ class CalibrationHistogram:
         for x, y in zip(*blocks, strict=True):
             self._add_block(x, y, from_logits, ignore_index, counts, confidences, totals)
         self._move(device)
-        self._counts += counts.view_as(self._counts)
-        self._confidences += confidences.view_as(self._confidences)
-        self._squared_error += totals[0]
-        self._log_loss += totals[1]
+        self._add((counts.view_as(self._counts), confidences.view_as(self._confidences), *totals))
 
     def _add_block(
         self,
@@ -147,8 +143,8 @@ class CalibrationHistogram:
         confidences: Tensor,
         totals: Tensor,
     ) -> None:
-        given = x.to(torch.promote_types(x.dtype, torch.float32))
-        x = given.double()
+        precision = torch.float64 if from_logits else torch.promote_types(x.dtype, torch.float32)
+        x = x.double()
         valid = None
         if ignore_index is not None:
             valid = _checks.valid(target, ignore_index)
@@ -169,10 +165,7 @@ class CalibrationHistogram:
             predicted = x >= 0
             log_right = torch.log1p(e)
             log_wrong = log_right + margin
-            place = confidence
         else:
-            # In the precision given, 1 - 0.2 is 0.8: widened first, they would part at the edge.
-            place = torch.maximum(given, 1 - given).double()
             confidence = torch.maximum(x, 1 - x)
             doubt = torch.minimum(x, 1 - x)
             predicted = x >= 0.5
@@ -182,8 +175,11 @@ class CalibrationHistogram:
         squared = torch.where(right, doubt, confidence).square()
         log_loss = torch.where(right, log_right, log_wrong)
         half = self.num_cells // 2
+        # What rounding left just below an edge is on it: 0.9 in float32, or 1 - 0.2.
+        slack = 2 * self.num_cells * torch.finfo(precision).eps
         # The clamp puts p = 1 into the last cell, and nan somewhere, where it spoils the sum.
-        cell = (place * self.num_cells).to(torch.int64).sub_(half).clamp_(0, half - 1)
+        cell = (confidence * self.num_cells + slack).to(torch.int64)
+        cell = cell.sub_(half).clamp_(0, half - 1)
         cell += predicted * half
         if valid is None:
             ones = torch.ones_like(cell)
@@ -213,14 +209,17 @@ class CalibrationHistogram:
                 f"Expected argument `other` to have num_cells={self.num_cells}, but got "
                 f"num_cells={other.num_cells}; build both with the same number"
             )
-        for mine, theirs in zip(self._state(), other._state(), strict=True):
-            mine += theirs.to(mine.device)
+        self._add(tuple(part.to(self._counts.device) for part in other._state()))
         return self
 
     def __add__(self, other: CalibrationHistogram) -> CalibrationHistogram:
         if not isinstance(other, CalibrationHistogram):
             return NotImplemented
         return CalibrationHistogram(self.num_cells).merge(self).merge(other)
+
+    def __radd__(self, other: object) -> CalibrationHistogram:
+        """For ``sum(histograms)``, which begins at 0."""
+        return self + CalibrationHistogram(self.num_cells) if other == 0 else NotImplemented
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> CalibrationHistogram:
         """Sum over the processes of ``group``, in place, and return this histogram.
@@ -257,15 +256,9 @@ class CalibrationHistogram:
                 f"Expected argument `state_dict` to have the keys {sorted(own)}, but got "
                 f"{sorted(state_dict)}"
             )
-        saved = state_dict["counts"]
-        if saved.shape != self._counts.shape:
-            cells = saved.shape[1] * 2 if saved.dim() == 3 else "unknown"
-            raise ValueError(
-                f"Expected argument `state_dict` to have num_cells={self.num_cells}, but got "
-                f"num_cells={cells}; build the histogram with that number"
-            )
-        for mine, name in zip(self._state(), own, strict=True):
-            mine.copy_(state_dict[name])
+        for name, value in own.items():
+            _checks.saved_cells(name, state_dict[name], value)
+        self._set(tuple(state_dict[name].to(part) for name, part in own.items()))
 
     def accuracy(self, kind: str = "top_label") -> Tensor:
         """Share of right predictions (``"positive_class"``: share of positives)."""
@@ -343,22 +336,23 @@ class CalibrationHistogram:
     def reliability(self, num_bins: int = 10, kind: str = "top_label") -> Reliability:
         """Return the table of a reliability diagram over equal-width bins of [0, 1]."""
         count, outcome, confidence = self._equal_width(num_bins, kind)
-        edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64, device=count.device)
+        edges = torch.arange(num_bins + 1, dtype=torch.float64, device=count.device) / num_bins
         return Reliability(edges, count, confidence / count, outcome / count)
 
     def _cells(self, kind: str) -> tuple[Tensor, Tensor, Tensor]:
         """Count, outcomes and summed confidence of each cell, in order of confidence."""
         _checks.choice("kind", kind, ("top_label", "positive_class"))
         count = self._counts.sum(-1)
-        positive = self._counts[..., 1]
+        # A cell that nan has spoilt has no outcome either.
+        positive = self._counts[..., 1] + 0 * self._confidences
         if kind == "top_label":
             right = count[0] - positive[0] + positive[1]
-            return (count.sum(0), right.double(), self._confidences.sum(0))
+            return (count.sum(0), right, self._confidences.sum(0))
         # Below 1/2 the probability is the doubt, and the order of confidence turns round.
         doubt = (count[0] - self._confidences[0]).flip(0)
         return (
             torch.cat((count[0].flip(0), count[1])),
-            torch.cat((positive[0].flip(0), positive[1])).double(),
+            torch.cat((positive[0].flip(0), positive[1])),
             torch.cat((doubt, self._confidences[1])),
         )
 
@@ -373,11 +367,15 @@ class CalibrationHistogram:
     def _state(self) -> tuple[Tensor, ...]:
         return (self._counts, self._confidences, self._squared_error, self._log_loss)
 
+    def _add(self, parts: tuple[Tensor, ...]) -> None:
+        # Not in place: a state made in inference mode could not be changed outside it.
+        self._set(tuple(mine + part for mine, part in zip(self._state(), parts, strict=True)))
+
+    def _set(self, parts: tuple[Tensor, ...]) -> None:
+        self._counts, self._confidences, self._squared_error, self._log_loss = parts
+
     def _move(self, device: torch.device) -> None:
-        self._counts = self._counts.to(device)
-        self._confidences = self._confidences.to(device)
-        self._squared_error = self._squared_error.to(device)
-        self._log_loss = self._log_loss.to(device)
+        self._set(tuple(part.to(device) for part in self._state()))
 
     def __repr__(self) -> str:
         count = int(self._counts.sum())

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections import namedtuple
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -57,35 +56,27 @@ class IndexedDataset(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        index = self._position(index)
+        index = _checks.position(index, len(self))
         return self._join(self.dataset[index], index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Fetch a batch at once where the wrapped data set can; DataLoader calls this."""
-        indices = [self._position(index) for index in indices]
-        if hasattr(self.dataset, "__getitems__"):
-            items = self.dataset.__getitems__(indices)
-        else:
-            items = [self.dataset[index] for index in indices]
+        indices = [_checks.position(index, len(self)) for index in indices]
+        fetch = getattr(self.dataset, "__getitems__", None)
+        items = fetch(indices) if fetch else [self.dataset[index] for index in indices]
+        _checks.fetched(items, len(indices))
         return [self._join(item, index) for item, index in zip(items, indices, strict=True)]
 
-    def _position(self, index: int) -> int:
-        size = len(self)
-        position = operator.index(index)
-        if not -size <= position < size:
-            raise IndexError(
-                f"Expected argument `index` to be in [{-size}, {size - 1}], but got {position}"
-            )
-        return position % size
-
     def _join(self, item: Any, index: int) -> Any:
-        if isinstance(item, MutableMapping):
+        if isinstance(item, Mapping):
             _checks.unused_key(self.key, item)
+            if not isinstance(item, MutableMapping):
+                return {**item, self.key: index}
             item = copy.copy(item)  # the data set may hold on to its own
             item[self.key] = index
             return item
         if isinstance(item, tuple) and hasattr(item, "_fields"):
-            _checks.unused_key(self.key, item._fields)
+            _checks.unused_key(self.key, item._fields, field=True)
             return _with_index(type(item), self.key)(*item, index)
         if isinstance(item, (tuple, list)):
             return type(item)((*item, index)) if type(item) in (tuple, list) else (*item, index)

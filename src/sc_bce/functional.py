@@ -74,12 +74,11 @@ def perturb_target(
     """
     _checks.perturbation(alpha, beta)
     _checks.label(target)
-    _checks.ignore_index(ignore_index)
+    ignore_index = _checks.ignore_index(ignore_index)
     if dtype is None:
         own = target.dtype if target.is_floating_point() else torch.get_default_dtype()
         dtype = torch.promote_types(own, torch.float32)
-    elif not dtype.is_floating_point:
-        raise TypeError(f"Expected argument `dtype` to be floating point, but got {dtype}")
+    _checks.floating("dtype", dtype)
     wide = torch.promote_types(dtype, torch.float32)
     y = _floating(target, wide, ignore_index)
     strength = _level("alpha", alpha, y) * _level("beta", beta, y)
@@ -145,11 +144,12 @@ def sc_bce_with_logits(
         TypeError: an argument of the wrong type.
 
     Note:
-        Half and bfloat16 are computed in float32; the result has torch's dtype. Differentiable
-        in input, target, alpha and beta; works under compile, export, vmap, forward-mode AD,
-        double backward and autocast. Integer labels are checked on the CPU; where their values
-        can't be read without waiting (an accelerator, compile, vmap), an illegal one gives nan.
-        With everything ignored the mean is 0; the mean of an empty batch is nan, as in torch.
+        Half and bfloat16 are computed in float32, but at a number ``alpha=0`` as torch does; the
+        result has torch's dtype. Differentiable in input, target, alpha and beta; works under
+        compile, export, vmap, forward-mode AD, double backward and autocast. Integer labels are
+        checked on the CPU; where their values can't be read without waiting (an accelerator,
+        compile, vmap), an illegal one gives nan. With everything ignored the mean is 0; the mean
+        of an empty batch is nan, as in torch.
 
     References:
         Liu et al., ICCV 2023, arXiv 2307.13539, Section 3 (SC-BCE).
@@ -167,18 +167,17 @@ def sc_bce_with_logits(
         tensor(0.3714)
     """
     _checks.perturbation(alpha, beta)
-    _checks.ignore_index(ignore_index)
+    ignore_index = _checks.ignore_index(ignore_index)
     plain = not isinstance(alpha, Tensor) and alpha == 0
     if plain and ignore_index is None:
         if isinstance(target, Tensor) and not target.is_floating_point():
+            _checks.logits(input)
             target = _floating(target, input.dtype, None)
         return F.binary_cross_entropy_with_logits(
             input, target, weight, pos_weight=pos_weight, reduction=reduction
         )
     _checks.reduction(reduction)
-    _checks.logits(input)
-    _checks.label(target)
-    _checks.same_size(input, target)
+    _checks.batch(input, target)
     # torch's rule: the target's dtype is the result's; a bool or integer target has none.
     dtype = target.dtype if target.is_floating_point() else input.dtype
     if plain:
@@ -205,6 +204,7 @@ def sample_statistics(
     elements), so that beta/2 of it is the derivative of the sample's mean loss by its alpha.
     Both are nan for a sample without a valid element.
     """
+    _checks.batch(input, target)
     input = input.detach()
     y = _floating(target, torch.promote_types(input.dtype, torch.float32), ignore_index)
     margin = (2 * y - 1) * input
@@ -219,7 +219,7 @@ def sample_statistics(
     margin = torch.where(valid, margin, 0.0)
     return (
         (_by_sample(margin).sum(1) / count).float(),
-        _by_sample(hits & valid).sum(1) / count,
+        _by_sample(hits & valid).sum(1).float() / count,
     )
 
 
@@ -271,7 +271,7 @@ def _floating(target: Tensor, dtype: torch.dtype, ignore_index: float | None) ->
 def _level(name: str, value: float | Tensor, target: Tensor) -> float | Tensor:
     """Alpha or beta ready to broadcast: (N,) lies along dimension 0, and low precision ends."""
     if not isinstance(value, Tensor):
-        return value
+        return value if isinstance(value, (int, float)) else float(value)
     _checks.level_shape(name, value, target.shape)
     if value.dim() == 1:
         value = value.reshape(value.shape[0], *(1 for _ in target.shape[1:]))

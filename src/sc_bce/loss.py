@@ -101,13 +101,12 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         _checks.perturbation(alpha, beta)
         _checks.sampling(sampling)
         _checks.noise(noise, beta, sampling)
-        _checks.ignore_index(ignore_index)
         _checks.generator(generator)
-        self.alpha = alpha
-        self.beta = beta
+        self.alpha = float(alpha)
+        self.beta = float(beta)
         self.sampling = sampling
-        self.noise = noise
-        self.ignore_index = ignore_index
+        self.noise = float(noise)
+        self.ignore_index = _checks.ignore_index(ignore_index)
         self.generator = generator
 
     @classmethod
@@ -147,9 +146,10 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         alpha: float | Tensor = self.alpha
         beta: float | Tensor = self.beta
-        if self.alpha > 0 and self.training and torch.is_grad_enabled():
-            if self.sampling != "expected":
-                alpha = draw(self.alpha, input, self.sampling, self.generator)
+        drawn = self.sampling != "expected" and self.training and torch.is_grad_enabled()
+        if drawn and self.alpha > 0:
+            _checks.batch(input, target)  # before the draw
+            alpha = draw(self.alpha, input, self.sampling, self.generator)
             if self.noise > 0:
                 beta = self.beta + 2 * _truncated_normal(input, self.noise, self.generator)
         return sc_bce_with_logits(

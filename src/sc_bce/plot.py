@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["reliability_diagram"]
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; hatching tells it in grey.
-_ACCURACY, _GAP, _LINE = "#0072B2", "#E69F00", "#444444"
+_LINE = "#444444"
+_BAR: dict[str, Any] = {"facecolor": "#0072B2", "edgecolor": "white"}
+_ABOVE: dict[str, Any] = {"facecolor": "#F3CF80", "edgecolor": "#E69F00", "hatch": "//"}
+_BELOW: dict[str, Any] = {"facecolor": "#A9D9F5", "edgecolor": "#0072B2", "hatch": "\\\\"}
 
 
 def reliability_diagram(
@@ -24,7 +28,7 @@ def reliability_diagram(
     num_bins: int = 10,
     kind: str = "top_label",
 ) -> Figure:
-    """Draw accuracy against confidence, the gap shaded, with the share of elements below.
+    """Draw accuracy against confidence, the gap shaded, with the counts of elements below.
 
     Args:
         histogram: one histogram, or several by the name to be written above each.
@@ -55,19 +59,26 @@ def reliability_diagram(
     _checks.choice("kind", kind, ("top_label", "positive_class"))
     try:
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError as error:
         raise ImportError("reliability_diagram needs: pip install sc-bce[plot]") from error
-    figure = Figure(figsize=(0.6 + 2.9 * len(named), 3.9), dpi=150, layout="constrained")
+    figure = Figure(figsize=(0.6 + 2.9 * len(named), 4.2), dpi=150, layout="constrained")
     axes = figure.subplots(
         2, len(named), sharex="all", sharey="row", squeeze=False, height_ratios=[4, 1]
     )
+    figure.get_layout_engine().set(wspace=0.08)  # type: ignore[union-attr,call-arg]
     for column, (name, one) in enumerate(named.items()):
         _draw(axes[0, column], axes[1, column], one, num_bins, kind)
-        axes[0, column].set_title(name)
+        axes[0, column].set_title(textwrap.fill(name, 26))
         axes[1, column].set_xlabel("confidence")
-    axes[0, 0].set_ylabel("accuracy" if kind == "top_label" else "share of positives")
-    axes[1, 0].set_ylabel("share of\nelements")
-    axes[0, 0].legend(loc="upper left", fontsize="small", frameon=False)
+    measured = "accuracy" if kind == "top_label" else "share of positives"
+    axes[0, 0].set_ylabel(measured)
+    axes[1, 0].set_ylabel("elements")
+    figure.legend(
+        [Patch(**_BAR), Patch(**_ABOVE), Patch(**_BELOW)],
+        [measured, "confidence above it", "confidence below it"],
+        loc="outside upper center", ncols=min(3, 1 + len(named)), fontsize="small", frameon=False,
+    )  # fmt: skip
     return figure
 
 
@@ -75,19 +86,15 @@ def _draw(
     above: Axes, below: Axes, histogram: CalibrationHistogram, num_bins: int, kind: str
 ) -> None:
     table = histogram.reliability(num_bins, kind)
-    edges, count = table.edges.tolist(), table.count.tolist()
-    total = max(sum(count), 1)
-    width = 1 / num_bins
+    count, edges = table.count.tolist(), table.edges.tolist()
     filled = [m for m in range(num_bins) if count[m] > 0]
     lefts = [edges[m] for m in filled]
     accuracy = [float(table.accuracy[m]) for m in filled]
     gap = [float(table.confidence[m]) - float(table.accuracy[m]) for m in filled]
-    bars: dict[str, Any] = {"width": width, "align": "edge", "linewidth": 0.6}
-    above.bar(lefts, accuracy, color=_ACCURACY, edgecolor="white", label="accuracy", **bars)
-    above.bar(
-        lefts, gap, bottom=accuracy, color=_GAP, alpha=0.55, edgecolor=_GAP, hatch="//",
-        label="gap to confidence", **bars,
-    )  # fmt: skip
+    bars: dict[str, Any] = {"width": 1 / num_bins, "align": "edge", "linewidth": 0.6}
+    above.bar(lefts, accuracy, **_BAR, **bars)
+    above.bar(lefts, [max(g, 0) for g in gap], bottom=accuracy, **_ABOVE, **bars)
+    above.bar(lefts, [min(g, 0) for g in gap], bottom=accuracy, **_BELOW, **bars)
     above.plot([0, 1], [0, 1], linestyle="--", linewidth=1, color=_LINE)
     low = 0.5 if kind == "top_label" else 0.0
     above.set(xlim=(low, 1), ylim=(0, 1))
@@ -98,8 +105,9 @@ def _draw(
         transform=above.transAxes, ha="right", va="bottom",
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2},
     )  # fmt: skip
-    shares = [count[m] / total for m in filled]
-    below.bar(lefts, shares, color="#999999", edgecolor="white", **bars)
-    below.set_ylim(0, 1)
+    # In the logarithm: of a dense prediction nearly all elements are in the last bin.
+    below.bar(lefts, [count[m] for m in filled], color="#999999", edgecolor="white", **bars)
+    below.set_yscale("log")
+    below.set_ylim(0.7, max(below.get_ylim()[1], 2 * max(count)))
     for one in (above, below):
         one.spines[["top", "right"]].set_visible(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeVar
 
 import torch
@@ -97,10 +98,8 @@ class TemperatureScaling(nn.Module):
                 class only; logits that are not finite. The module is then unchanged.
             TypeError: an argument of the wrong type.
         """
-        _checks.logits(logits)
-        _checks.label(target)
-        _checks.same_size(logits, target)
-        _checks.ignore_index(ignore_index)
+        _checks.batch(logits, target, "logits")
+        ignore_index = _checks.ignore_index(ignore_index)
         z, target = logits.reshape(-1), target.reshape(-1)
         if ignore_index is not None:
             valid = _checks.valid(target, ignore_index)
@@ -116,6 +115,7 @@ class TemperatureScaling(nn.Module):
         return self
 
     def forward(self, logits: Tensor) -> Tensor:
+        _checks.logits(logits, "logits")
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return (self._without_flip(z) / self.temperature.to(z.dtype)).to(logits.dtype)
 
@@ -123,13 +123,15 @@ class TemperatureScaling(nn.Module):
         # logit((s - g) / (1 - 2g)) with s = sigmoid(z) is z + log(1 - r e^-z) - log(1 - r e^z),
         # r = g / (1 - g): exact at g = 0, and no difference of nearly equal probabilities.
         g = self.flip_rate.to(z.dtype)
+        bound = math.log((1 - _CLIP) / _CLIP)
         end = torch.logit((1 - 2 * g) * (1 - _CLIP) + g)
         size = torch.minimum(z.abs(), torch.where(g > 0, end, torch.inf))
         r = torch.log(g) - torch.log1p(-g)
         wide = size + torch.log1p(-torch.exp(r - size)) - torch.log1p(-torch.exp(r + size))
         # Removing the flip never shrinks a logit: where rounding says otherwise, keep its size,
         # and so its sign.
-        return torch.copysign(torch.fmax(wide, size), z)
+        wide = torch.fmin(torch.fmax(wide, size), torch.where(g > 0, bound, torch.inf))
+        return torch.copysign(wide, z)
 
     def extra_repr(self) -> str:
         if self.temperature.is_meta:
@@ -144,6 +146,8 @@ def _best_slope(u: Tensor, y: Tensor) -> float:
     for _ in range(200):
         p = torch.sigmoid(slope * u)
         gradient = float((u * (p - y)).mean())
+        if gradient == 0:
+            break
         curvature = float((u * u * p * (1 - p)).mean())
         if gradient > 0:
             high = slope

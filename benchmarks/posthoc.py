@@ -1,0 +1,80 @@
+"""Calibration after training: the fits that the study puts on top of finished runs.
+
+Each is fitted on the validation logits of a run and costs no training.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from measures import Answers, Array
+
+from sc_bce import TemperatureScaling
+
+Calibrate = Callable[[Array], Array]  # from logits to calibrated logits, of the same shape
+Fit = Callable[[Array, Array, float], Calibrate]  # from logits, masks, flip rate of the training
+
+CLIP = 1e-3  # of isotonic probabilities: 0 and 1 would cost an infinite loss on the first miss
+FLIP_RATES = np.arange(0, 0.2, 0.01)  # among which the fitted one is sought
+
+
+def temperature(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
+    """One temperature, as usual: the flip is left in."""
+    return flip_temperature(logits, masks, 0.0)
+
+
+def flip_temperature(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
+    """The flip of the training removed, then one temperature."""
+    return _calibrate(_scaling(logits, masks, flip_rate))
+
+
+def fitted_flip(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
+    """The same with the flip rate of least validation loss: is the known one the right one?"""
+    scalings = [_scaling(logits, masks, float(rate)) for rate in FLIP_RATES]
+    target = torch.from_numpy(masks)
+
+    def loss(scaling: TemperatureScaling) -> float:
+        z = scaling(torch.from_numpy(logits))
+        return float(torch.nn.functional.binary_cross_entropy_with_logits(z, target))
+
+    return _calibrate(min(scalings, key=loss))
+
+
+def platt(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
+    """A line through the logits (Platt 1999), with a penalty too weak to matter."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=1e6).fit(logits.reshape(-1, 1), masks.ravel())
+    slope, shift = float(model.coef_[0, 0]), float(model.intercept_[0])
+    return lambda z: slope * z + shift
+
+
+def isotonic(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
+    """Any curve that rises (Zadrozny and Elkan 2002)."""
+    from sklearn.isotonic import IsotonicRegression
+
+    model = IsotonicRegression(y_min=CLIP, y_max=1 - CLIP, out_of_bounds="clip")
+    model.fit(logits.ravel().astype(np.float64), masks.ravel())
+
+    def calibrate(z: Array) -> Array:
+        p = model.predict(z.ravel().astype(np.float64)).reshape(z.shape)
+        return np.asarray(np.log(p) - np.log1p(-p))
+
+    return calibrate
+
+
+def _scaling(logits: Array, masks: Array, flip_rate: float) -> TemperatureScaling:
+    return TemperatureScaling(flip_rate).fit(torch.from_numpy(logits), torch.from_numpy(masks))
+
+
+def _calibrate(scaling: TemperatureScaling) -> Calibrate:
+    def calibrate(z: Array) -> Array:
+        return np.asarray(scaling(torch.from_numpy(z)).numpy())
+
+    return calibrate
+
+
+def recalibrate(fit: Fit, answers: Answers, flip_rate: float) -> Answers:
+    """The answers after a fit on those to the validation images."""
+    calibrate = fit(*answers["val"], flip_rate)
+    return {part: (calibrate(logits), masks) for part, (logits, masks) in answers.items()}
