@@ -158,7 +158,8 @@ def _detection(
 ) -> dict[str, float]:
     """Area under the ROC curve for finding the replaced masks.
 
-    By the level of the sample and, what anybody can have without any level, by its loss.
+    By the level of the sample, at the end and on average over the epochs, and, what anybody can
+    have without any level, by its loss.
     """
     loss = nn.functional.binary_cross_entropy_with_logits(
         predict(model, images), masks, reduction="none"
@@ -166,6 +167,7 @@ def _detection(
     signs = {"auroc_loss": loss.mean((1, 2, 3))}
     if levels:
         signs["auroc_level"] = levels[-1]
+        signs["auroc_mean_level"] = torch.stack(list(levels)).mean(0)
     picked = torch.zeros(len(masks), dtype=torch.bool)
     picked[wrong] = True
     return {key: auroc(sign[picked].numpy(), sign[~picked].numpy()) for key, sign in signs.items()}

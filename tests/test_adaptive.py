@@ -631,6 +631,16 @@ def test_a_hook_may_rename_keys_while_loading():
     assert torch.equal(criterion.alpha, source.alpha)
 
 
+def test_a_checkpoint_of_several_ranks_serves_one_process():
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    criterion = moving(3, generator=torch.Generator())
+    state = criterion.state_dict()
+    state["generator"] = torch.stack([one.get_state() for one in generators])
+    criterion.load_state_dict(state)
+    assert torch.equal(criterion.generator.get_state(), generators[0].get_state())
+    assert criterion.state_dict()["generator"].dim() == 1
+
+
 def test_resize_keeps_what_is_there():
     criterion = moving(2, focus=1.0, sampling="expected")
     criterion(torch.full((2, 1), 5.0), torch.ones(2, 1), torch.arange(2))

@@ -1,6 +1,8 @@
 """The main job as its users meet it: its data, its errors, its files."""
 
 import json
+import re
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from calibration import main
 from PIL import Image
 from saliency import SmallUNet, digit_scenes, folder_data, folder_ood
+from study import main as study_page
 
 COUNTS = dict(train=12, val=6, test=8, ood=5)
 
@@ -120,19 +123,33 @@ def test_images_without_objects_have_empty_masks(tmp_path):
     assert not split.masks.any()
 
 
+def report(result, folder):
+    """The page of the study, made from its JSON: every table and figure of the words."""
+    study_page([str(result), "--out", str(folder)])
+    text = (folder / "study.md").read_text("utf-8")
+    assert not re.search(r"^@|{{", text, re.M)
+    assert "| ASLP feedback, focus 2" in text
+    pictures = re.findall(r"\]\((study/.+?)\)", text)
+    assert len(pictures) == 3
+    for picture in pictures:
+        assert (folder / picture).stat().st_size > 5000
+
+
 def test_a_small_study_writes_its_files_and_goes_on_where_it_stopped(tmp_path, capsys):
     folder = paint(tmp_path / "squares")
     line = ["--data", str(folder), "--size", "16", "--epochs", "2", "--jobs", "1"]
     line += ["--out", str(tmp_path / "out"), "--methods", "feedback-focus-2"]
+    # A fit after training and a replay of the learned levels need the runs before them.
+    line += ["feedback-focus-2+flip-temperature", "feedback-focus-2-mean", "bce+isotonic"]
     main([*line, "--seeds", "0"])
     runs = tmp_path / "out" / "runs"
     kept = {path.name: path.stat().st_mtime_ns for path in runs.glob("*-seed0.json")}
-    assert set(kept) == {"bce-seed0.json", "feedback-focus-2-seed0.json"}
+    assert {"bce-seed0.json", "feedback-focus-2-seed0.json"} < set(kept)
     main([*line, "--seeds", "0", "1"])
     assert {name: (runs / name).stat().st_mtime_ns for name in kept} == kept
     summary = json.loads((tmp_path / "out" / "calibration.json").read_text())
     assert summary["seeds"] == [0, 1]
-    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["versions"]["torch"] == metadata.version("torch")
     for measures in (summary["methods"][name]["measures"] for name in ("bce", "feedback-focus-2")):
         for name in ("accuracy", "nll", "brier", "ece", "oe", "confidence"):
             assert np.isfinite(measures["test"][name]["mean"])
@@ -144,5 +161,6 @@ def test_a_small_study_writes_its_files_and_goes_on_where_it_stopped(tmp_path, c
     printed = capsys.readouterr().out
     assert "plain BCE" in printed
     assert "ASLP feedback, focus 2" in printed
+    report(tmp_path / "out" / "calibration.json", tmp_path)
     with pytest.raises(SystemExit, match="holds runs of other settings"):
         main([*line, "--seeds", "0", "--size", "20"])

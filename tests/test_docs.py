@@ -72,6 +72,14 @@ def test_the_readmes_table_is_the_committed_result():
         assert re.search(rf"^{re.escape(method['title'])} +{' +'.join(values)}$", printed, re.M)
 
 
+def test_the_guides_timings_are_the_committed_result():
+    result = json.loads((ROOT / "benchmarks/results/table.json").read_text("utf-8"))
+    guide = (ROOT / "docs" / "guide.md").read_text("utf-8")
+    for step, merge in zip(result["step"], result["merge"], strict=True):
+        row = f"{step['median_ms']:.1f} ms | {step['iqr_ms']:.1f} ms | {merge['median_s']:.3f} s |"
+        assert row in guide
+
+
 def test_importing_brings_nothing_but_torch():
     script = (
         "import sys, torch; before = set(sys.modules); import sc_bce;"

@@ -478,12 +478,15 @@ class AdaptivePerturbation(nn.Module):
         if not self.steps.is_meta:
             self._count_steps()
         if self.generator is not None and "generator" in own:
-            saved = own["generator"].cpu()
-            self._generators = saved if saved.dim() == 2 else None
-            mine = saved[_rank()] if saved.dim() == 2 else saved
-            self.generator.set_state(
-                mine.clone()
-            )  # set_state reads a view from its storage's start
+            self._restore(self.generator, own["generator"].cpu())
+
+    def _restore(self, generator: torch.Generator, saved: Tensor) -> None:
+        self._generators = None
+        if saved.dim() == 2:  # every rank's; a rank that was not there keeps its own
+            self._generators = saved if len(saved) == _world_size() else None
+            saved = saved[_rank()] if _rank() < len(saved) else generator.get_state()
+        # A copy, since set_state reads a view from the start of its storage.
+        generator.set_state(saved.clone())
 
     def extra_repr(self) -> str:
         shown = [
