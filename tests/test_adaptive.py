@@ -214,6 +214,15 @@ def test_nothing_moves_before_the_first_step(warmup):
     assert criterion.alpha > 0
 
 
+def test_targets_that_learn_leave_the_table_without_a_graph():
+    criterion = moving(2)
+    target = torch.full((2, 3), 0.9, requires_grad=True)
+    criterion(X, target, torch.tensor([0, 1])).backward()
+    assert target.grad is not None
+    assert not criterion.alpha.requires_grad
+    assert (criterion.alpha > 0).all()
+
+
 def test_one_shared_level_needs_no_index():
     shared = moving(None)
     x, y = torch.randn(6, 2) + 4, torch.ones(6, 2)

@@ -109,8 +109,8 @@ class AdaptivePerturbation(nn.Module):
         an exact resume. In several processes :meth:`step` merges the tables.
 
     References:
-        Liu et al., ICCV 2023, arXiv 2307.13539, Section 3 (ASLP: MEI and MC). The defaults are
-        those of its official code.
+        Liu et al., ICCV 2023, arXiv 2307.13539 (ASLP: MEI and MC). The defaults are those of its
+        official code.
 
     Example:
         >>> import torch
@@ -255,6 +255,7 @@ class AdaptivePerturbation(nn.Module):
             rows = torch.where(rows < 0, self.num_samples, rows)
         return rows
 
+    @torch.no_grad()
     def _statistics(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return sample_statistics(input, target, self.weight, self.ignore_index)
 
@@ -332,7 +333,9 @@ class AdaptivePerturbation(nn.Module):
                 "Expected argument `confidence` to be given for objective 'feedback', but got "
                 "None; pass the validation's mean confidence, `step(h.accuracy(), h.confidence())`"
             )
+        everyone = None if self.generator is None else _gather(self.generator, self.alpha.device)
         self._merge()
+        self._generators = everyone
         self.steps += 1
         self._count_steps()
         self.accuracy.fill_(accuracy)
@@ -352,8 +355,6 @@ class AdaptivePerturbation(nn.Module):
                 hardness = torch.where(self.seen[rows], hardness, 0.0)
                 total += float(hardness.sum(dtype=torch.float64))
             self.difficulty.fill_(total / int(self.seen.sum()))
-        if self.generator is not None:
-            self._generators = _gather(self.generator.get_state(), self.alpha.device)
 
     def _count_steps(self) -> None:
         """What the host must know of the steps: two facts, each of which changes once."""
@@ -538,8 +539,9 @@ def _rank() -> int:
     return dist.get_rank() if _connected() else 0
 
 
-def _gather(state: Tensor, device: torch.device) -> Tensor:
-    """The generator state of every rank, (world size, bytes); collective."""
+def _gather(generator: torch.Generator, device: torch.device) -> Tensor:
+    """The state of every rank's generator, (world size, bytes); collective."""
+    state = generator.get_state()
     states = [torch.empty_like(state, device=device) for _ in range(_world_size())]
     if len(states) == 1:
         return state[None]

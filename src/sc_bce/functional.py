@@ -61,7 +61,7 @@ def perturb_target(
         can't be read without waiting (an accelerator, compile, vmap), an illegal one gives nan.
 
     References:
-        Liu et al., ICCV 2023, arXiv 2307.13539, Section 3 (label perturbation).
+        Liu et al., ICCV 2023, arXiv 2307.13539 (label perturbation).
         Szegedy et al., CVPR 2016, Section 7 (label smoothing).
 
     Example:
@@ -152,7 +152,7 @@ def sc_bce_with_logits(
         of an empty batch is nan, as in torch.
 
     References:
-        Liu et al., ICCV 2023, arXiv 2307.13539, Section 3 (SC-BCE).
+        Liu et al., ICCV 2023, arXiv 2307.13539 (SC-BCE).
 
     Example:
         >>> import torch

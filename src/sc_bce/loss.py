@@ -66,7 +66,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         different seeds.
 
     References:
-        Liu et al., ICCV 2023, arXiv 2307.13539, Section 3 (SC-BCE and its special cases).
+        Liu et al., ICCV 2023, arXiv 2307.13539 (SC-BCE and its special cases).
         Xie et al., CVPR 2016, arXiv 1605.00055 (DisturbLabel).
 
     Example:
