@@ -585,7 +585,7 @@ print(losses[-6:], [a.hex() for a in criterion.alpha.tolist()], float(criterion.
 
 @pytest.mark.parametrize(
     ("objective", "stop"),
-    [("calibration", 13), ("max_entropy", 19), ("feedback", 2), ("feedback", 13)],
+    [("calibration", 13), ("max_entropy", 17), ("feedback", 2), ("feedback", 13)],
 )
 def test_resume_in_a_new_process_is_exact(tmp_path, objective, stop):
     def run(mode):
