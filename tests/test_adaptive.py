@@ -442,6 +442,20 @@ def test_flip_rate():
     assert float(criterion.flip_rate) == pytest.approx(0.075)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("sampling", ["expected", "sample", "element"])
+def test_a_training_forward_reads_no_value_off_the_cpu(objective, sampling):
+    """A meta tensor has no values: any look at one, where an accelerator would wait, raises."""
+    options = dict(objective=objective, sampling=sampling, focus=2.0, ignore_index=255)
+    for solver in SOLVERS:
+        criterion = moving(9, solver=solver, weight=torch.ones(3), **options).to("meta")
+        x = torch.empty(4, 3, device="meta", requires_grad=True)
+        y = torch.empty(4, 3, device="meta", dtype=torch.uint8)
+        loss = criterion(x, y, torch.empty(4, device="meta", dtype=torch.int64))
+        loss.backward()
+        assert x.grad.is_meta
+
+
 # --- compile ----------------------------------------------------------------------------------
 
 

@@ -419,5 +419,16 @@ def test_updates_inside_compile_give_nan_for_what_cannot_be_read():
                 assert getattr(histogram, name)(kind=kind).isnan(), name
 
 
+def test_an_update_reads_no_value_off_the_cpu():
+    """A meta tensor has no values: any look at one, where an accelerator would wait, raises."""
+    for from_logits in (True, False):
+        histogram = CalibrationHistogram()
+        x = torch.empty(4, 3, device="meta")
+        y = torch.empty(4, 3, device="meta", dtype=torch.uint8)
+        histogram.update(x, y, from_logits=from_logits, ignore_index=255)
+        for value in (histogram.ece(), histogram.accuracy(), histogram.nll(), histogram.oe()):
+            assert value.is_meta
+
+
 def test_repr():
     assert repr(measured(*predictions(0, 5))) == "CalibrationHistogram(num_cells=10000, count=5)"
