@@ -39,13 +39,13 @@ class Model(nn.Module):
         return self.criterion(6 * x[:, :3] + 0 * self.net(x).sum(), y, index)
 
 
-def connect(rank, world, store, timeout=60):
+def connect(rank, world, store):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
-        timeout=timedelta(seconds=timeout),
+        timeout=timedelta(seconds=60),
     )  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def test_any_ranks_checkpoint_after_a_step_holds_every_ranks_generator(tmp_path)
 
 
 def one_dies(rank, store, out):
-    connect(rank, 2, store, timeout=5)
+    connect(rank, 2, store)
     criterion = AdaptivePerturbation(4, sampling="expected", warmup=1)
     criterion.step(0.5)
     criterion(torch.full((1, 1), 3.0), torch.ones(1, 1), torch.tensor([rank]))
