@@ -568,7 +568,7 @@ mode, path, objective, stop = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.arg
 torch.manual_seed(0)
 net = torch.nn.Linear(4, 3)
 criterion = AdaptivePerturbation(
-    10, objective=objective, warmup=1, focus=1.0, sampling="element",
+    10, objective=objective, warmup=1, focus=1.0, sampling="element", lr=0.1, penalty=10.0,
     generator=torch.Generator().manual_seed(7),
 )
 optimizer = torch.optim.SGD([*net.parameters()], lr=0.5)
@@ -594,6 +594,7 @@ for step in range(start, 24):
     if step % 5 == 4:
         criterion.step(0.7 + 0.01 * step, 0.95)
 print(losses[-6:], [a.hex() for a in criterion.alpha.tolist()], float(criterion.budget).hex())
+print(criterion.generator.get_state().tolist())
 """
 
 
