@@ -206,16 +206,6 @@ def level_shape(name: str, value: Tensor, size: torch.Size) -> None:
     )
 
 
-def valid(target: Tensor, ignore_index: float) -> Tensor:
-    """Where the target is not `ignore_index`; a value that its dtype can't hold is nowhere."""
-    if not target.is_floating_point() and target.dtype != torch.bool:
-        bounds = torch.iinfo(target.dtype)
-        if not bounds.min <= ignore_index <= bounds.max:
-            # A comparison would wrap -1 to 255 and so ignore the foreground of a uint8 mask.
-            return torch.ones_like(target, dtype=torch.bool)
-    return target != ignore_index
-
-
 def same_device(input: Tensor, table: Tensor) -> None:
     if input.device != table.device:
         raise ValueError(

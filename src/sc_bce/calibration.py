@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _checks
+from .functional import valid_elements
 
 __all__ = ["CalibrationHistogram", "Reliability"]
 
@@ -147,7 +148,7 @@ class CalibrationHistogram:
         x = x.double()
         valid = None
         if ignore_index is not None:
-            valid = _checks.valid(target, ignore_index)
+            valid = valid_elements(target, ignore_index)
             x = torch.where(valid, x, 0.0)
             target = torch.where(valid, target, 0)
         y = target == 1

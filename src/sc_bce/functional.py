@@ -85,7 +85,7 @@ def perturb_target(
     # Towards 1/2 instead of (1 - s) y + s/2: both labels round once, by the same amount.
     q = y + strength * (0.5 - y)
     if ignore_index is not None:
-        q = torch.where(_checks.valid(target, ignore_index), q, y)
+        q = torch.where(valid_elements(target, ignore_index), q, y)
     return q.to(dtype)
 
 
@@ -191,7 +191,9 @@ def sc_bce_with_logits(
             input, q, weight, pos_weight=pos_weight, reduction=reduction
         )
     else:
-        loss = _masked(input, q, weight, pos_weight, _checks.valid(target, ignore_index), reduction)
+        loss = _masked(
+            input, q, weight, pos_weight, valid_elements(target, ignore_index), reduction
+        )
     return loss if _autocasts(input.device.type) else loss.to(dtype)
 
 
@@ -214,7 +216,7 @@ def sample_statistics(
     if ignore_index is None:
         # Low precision is accumulated in at least float32, as y is.
         return _by_sample(margin).mean(1).float(), _by_sample(hits).float().mean(1)
-    valid = _checks.valid(target, ignore_index)
+    valid = valid_elements(target, ignore_index)
     count = _by_sample(valid).sum(1)
     margin = torch.where(valid, margin, 0.0)
     return (
@@ -255,6 +257,16 @@ def _masked(
     return total
 
 
+def valid_elements(target: Tensor, ignore_index: float) -> Tensor:
+    """Where the target is not `ignore_index`; a value that its dtype can't hold is nowhere."""
+    if not target.is_floating_point() and target.dtype != torch.bool:
+        bounds = torch.iinfo(target.dtype)
+        if not bounds.min <= ignore_index <= bounds.max:
+            # A comparison would wrap -1 to 255 and so ignore the foreground of a uint8 mask.
+            return torch.ones_like(target, dtype=torch.bool)
+    return target != ignore_index
+
+
 def _floating(target: Tensor, dtype: torch.dtype, ignore_index: float | None) -> Tensor:
     """The target in a floating dtype; an integer label other than 0 and 1 raises or gives nan."""
     y = target.to(dtype)
@@ -262,7 +274,7 @@ def _floating(target: Tensor, dtype: torch.dtype, ignore_index: float | None) ->
         return y
     illegal = (target != 0) & (target != 1)
     if ignore_index is not None:
-        illegal = illegal & _checks.valid(target, ignore_index)
+        illegal = illegal & valid_elements(target, ignore_index)
     if not _checks.hard_labels(target, illegal, ignore_index):
         y = torch.where(illegal, torch.nan, y)
     return y

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
+from .functional import valid_elements
 
 __all__ = ["TemperatureScaling"]
 
@@ -102,7 +103,7 @@ class TemperatureScaling(nn.Module):
         ignore_index = _checks.ignore_index(ignore_index)
         z, target = logits.reshape(-1), target.reshape(-1)
         if ignore_index is not None:
-            valid = _checks.valid(target, ignore_index)
+            valid = valid_elements(target, ignore_index)
             z, target = z[valid], target[valid]
         if len(z) > _SUBSET:
             generator = torch.Generator().manual_seed(0)
