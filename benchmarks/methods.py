@@ -69,6 +69,15 @@ class FocalLoss(nn.Module):
         return (miss**self.gamma * loss).mean()
 
 
+class Carried(AdaptivePerturbation):
+    """``feedback`` whose budget carries over below 0 as well, so that it can wind up."""
+
+    def step(self, accuracy: float | Tensor, confidence: float | Tensor | None = None) -> None:
+        below = float(self.budget.clamp(max=0))
+        super().step(accuracy, confidence)
+        self.budget.add_(below).clamp_(min=-0.45)
+
+
 class Replay(AdaptivePerturbation):
     """Levels that another run learned: drawn as there in each epoch, and never moved here.
 
@@ -130,6 +139,7 @@ def _shared(title: str, objective: str, **options: Any) -> Method:
     )
 
 
+OTHER_FOCUS = ("feedback-focus-1", "feedback-focus-3")
 PENALTIES = (10, 50, 200)  # beside the 2000 of the rows that have no penalty in their name
 
 FITS: dict[str, tuple[str, posthoc.Fit]] = {
@@ -183,6 +193,26 @@ METHODS: dict[str, Method] = {
 }
 
 
+def _carried(focus: float) -> Method:
+    """The rule of ``feedback`` before it was mended."""
+    row = METHODS[f"feedback-focus-{focus:g}" if focus else "feedback"]
+    return replace(
+        row,
+        title=f"{row.title}, budget carried below 0",
+        group="variant",
+        build=lambda n, g: Carried(n, objective="feedback", focus=focus, generator=g),
+    )
+
+
+def _variants() -> dict[str, Method]:
+    """What was tried where a target was missed."""
+    rows = {"feedback-carried": _carried(0.0), "feedback-focus-2-carried": _carried(2.0)}
+    for sampling in ("expected", "element"):
+        row = _adaptive(f"feedback, focus 2, {sampling}", "feedback", focus=2.0, sampling=sampling)
+        rows[f"feedback-focus-2-{sampling}"] = replace(row, group="variant")
+    return rows
+
+
 def _ablations() -> dict[str, Method]:
     """What could show that the levels of the samples, or their penalty, do not matter."""
     rows = {}
@@ -216,9 +246,14 @@ def _posthoc() -> dict[str, PostHoc]:
         for kind, (title, fit) in FITS.items():
             if name != PLAIN or kind != "flip-temperature":
                 rows[f"{name}+{kind}"] = PostHoc(f"{METHODS[name].title} + {title}", fit, name)
+    title, fit = FITS["flip-temperature"]
+    for name in (*(n for n, row in METHODS.items() if row.group == "variant"), *OTHER_FOCUS):
+        whole = f"{METHODS[name].title} + {title}"
+        rows[f"{name}+flip-temperature"] = PostHoc(whole, fit, name, group="variant")
     return rows
 
 
+METHODS |= _variants()
 METHODS |= _ablations()
 ROWS: dict[str, Method | PostHoc] = {**METHODS, **_posthoc()}
 

@@ -316,9 +316,9 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class SmallUNet(nn.Module):
-    """A U-Net of three scales, under 200,000 parameters at the default width."""
+    """A U-Net of three scales, under 200,000 parameters at width 16."""
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.fine = _block(3, width)
         self.middle = _block(width, 2 * width)
@@ -331,7 +331,7 @@ class SmallUNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, 1, H, W); H and W must be multiples of 4."""
-        fine = self.fine(images)
+        fine = self.fine(images.contiguous(memory_format=torch.channels_last))  # quicker on a CPU
         middle = self.middle(self.down(fine))
         coarse = self.coarse(self.down(middle))
         middle = self.up_middle(torch.cat([self.up(coarse), middle], 1))

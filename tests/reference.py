@@ -121,7 +121,7 @@ class Table:
         if self.objective == "calibration":
             self.budget = 1 - accuracy
         elif self.objective == "feedback" and self.steps >= self.warmup:
-            used = min(self.budget, self.alpha.mean() * self.beta / 2)
+            used = min(max(self.budget, 0.0), self.alpha.mean() * self.beta / 2)
             high = min(0.45, self.beta * self.cap / 2)
             self.budget = min(max(used + 0.5 * (confidence - accuracy), -0.45), high)
         if self.focus > 0 and self.seen.any():

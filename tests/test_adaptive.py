@@ -381,8 +381,22 @@ def test_feedback_lets_the_level_fall_to_zero_on_an_underconfident_network():
     for _ in range(30):
         criterion.step(0.9, 0.7)
         criterion(torch.full((1, 1), 3.0), torch.ones(1, 1), torch.tensor([0]))
-    assert criterion.budget == pytest.approx(-0.45)
+    assert criterion.budget == pytest.approx(-0.1)
     assert criterion.alpha == 0
+
+
+def test_feedback_recovers_at_once_from_a_long_time_of_underconfidence():
+    """Had the budget piled up at -0.45, the level would stay at 0 for nine more epochs."""
+    criterion = moving(1, 0.9, 0.95, objective="feedback", sampling="expected")
+    x, y, index = torch.full((1, 1), 3.0), torch.ones(1, 1), torch.tensor([0])
+    for _ in range(30):
+        criterion.step(0.9, 0.5)
+        criterion(x, y, index)
+    assert criterion.alpha == 0
+    criterion.step(0.8, 0.9)
+    criterion(x, y, index)
+    assert criterion.budget == pytest.approx(0.05)
+    assert criterion.alpha == pytest.approx(0.006)  # lr times margin, below the budget
 
 
 @unstepped

@@ -27,7 +27,7 @@ def test_scenes_are_real_exact_and_repeatable():
 
 
 def test_the_network_is_small():
-    net = SmallUNet()
+    net = SmallUNet(16)
     assert sum(p.numel() for p in net.parameters()) < 200_000
     assert net(torch.zeros(2, 3, 48, 48)).shape == (2, 1, 48, 48)
 

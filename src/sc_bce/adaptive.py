@@ -343,8 +343,9 @@ class AdaptivePerturbation(nn.Module):
         if self.objective == "calibration":
             self.budget.fill_(1 - accuracy)
         elif self.objective == "feedback" and self._moving and confidence is not None:
-            # The inner minimum keeps the budget from running away while the levels still climb.
-            used = min(float(self.budget), float(self.flip_rate))
+            # From what the levels have followed: the budget must neither run ahead while they still
+            # climb nor pile up below 0, where they can't go, and hold them there long after.
+            used = min(max(float(self.budget), 0.0), float(self.flip_rate))
             high = min(0.45, self.beta * self._cap / 2)
             self.budget.fill_(min(max(used + (confidence - accuracy) / 2, -0.45), high))
         if self.focus > 0 and bool(self.seen.any()):
