@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from methods import PENALTIES, PLAIN
+from methods import MENDED, PENALTIES, PLAIN
 from report import paired, verdict
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ NOISE: tuple[Column, ...] = (
     ("found by mean level", "noise", "auroc_mean_level"),
     ("found by loss", "noise", "auroc_loss"),
 )
-OURS, USUAL = "feedback-focus-2+flip-temperature", f"{PLAIN}+temperature"
+OURS, USUAL = f"{MENDED}+flip-temperature", f"{PLAIN}+temperature"
 SMOOTHING = ("smoothing-0.05", "smoothing-0.1", "smoothing-0.2")
 HEADLINE = (
     PLAIN,
@@ -166,7 +166,7 @@ def means(study: Study, names: Sequence[str], columns: Sequence[Column]) -> str:
         for name in names
         if name in study["methods"]
     ]
-    return markdown(["", *(column[0] for column in columns)], rows)
+    return markdown(["", *(column[0] for column in columns)], rows) if rows else ""
 
 
 def differences(
@@ -182,7 +182,7 @@ def differences(
         for first, second in pairs
         if first in study["methods"] and second in study["methods"] and first != second
     ]
-    return markdown(["row", "minus", *(column[0] for column in columns)], rows)
+    return markdown(["row", "minus", *(column[0] for column in columns)], rows) if rows else ""
 
 
 def group(study: Study, kind: str) -> list[str]:
@@ -250,6 +250,8 @@ def rows_of(*kinds: str) -> Callable[[Study], str]:
     def section(study: Study) -> str:
         names = [name for kind in kinds for name in group(study, kind)]
         pairs = [pair for kind in kinds for pair in referred(study, kind)]
+        if not names:
+            return ""
         return f"{means(study, names, COLUMNS)}\n\n{differences(study, pairs)}"
 
     return section
@@ -269,11 +271,25 @@ def penalties(study: Study) -> str:
         for name in (*(f"{objective}-penalty-{p}" for p in PENALTIES), objective)
     ]
     pairs = [(name, PLAIN) for name in names]
+    if not group(study, "penalty"):
+        return ""
     return f"{means(study, names, (*LEVELS, *SHORT))}\n\n{differences(study, pairs)}"
+
+
+def forms(study: Study) -> str:
+    """The flip removal in its forms, and what no fit on the validation images can beat."""
+    names = [OURS, f"{MENDED}+fitted-flip", *group(study, "form")]
+    bounds = [USUAL, f"{PLAIN}+isotonic", OURS, *group(study, "bound")]
+    compared = differences(study, [(name, OURS) for name in names])
+    if not group(study, "form"):
+        return ""
+    return f"{means(study, names, SHORT)}\n\n{compared}\n\n{means(study, bounds, SHORT)}"
 
 
 def noise(study: Study) -> str:
     compared = differences(study, referred(study, "noise"))
+    if not compared:
+        return ""
     return f"{means(study, group(study, 'noise'), (*NOISE, *SHORT))}\n\n{compared}"
 
 
@@ -378,6 +394,8 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "levels": levels,
     "penalties": penalties,
     "noise": noise,
+    "variants": rows_of("variant"),
+    "forms": forms,
 }
 FIGURES: dict[str, "Callable[[Study], Figure]"] = {
     "reliability-figure": reliability_figure,
@@ -398,7 +416,7 @@ def page(words: str, studies: Sequence[Study], folder: Path) -> str:
         if name not in TABLES and name not in FIGURES:
             known = ", ".join(f"@{known}" for known in (*TABLES, *FIGURES))
             raise ValueError(f"Expected one of {known}, but the words have @{name}")
-        return "\n\n".join(_filled(name, study, folder) for study in studies)
+        return "\n\n".join(filter(None, (_filled(name, study, folder) for study in studies)))
 
     def mean(found: re.Match[str]) -> str:
         data, method, part, key = found[1].split()
@@ -421,7 +439,9 @@ def _filled(name: str, study: Study, folder: Path) -> str:
 
 
 def _captioned(name: str, study: Study) -> str:
-    return f"*{study['data']['name']}*\n\n{TABLES[name](study)}"
+    """The name of the data above its tables; nothing where the study has no such rows."""
+    tables = TABLES[name](study).strip()
+    return f"*{study['data']['name']}*\n\n{tables}" if tables else ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
