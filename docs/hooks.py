@@ -15,7 +15,9 @@ from mkdocs.structure.files import File, Files
 
 import sc_bce
 
-_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>([.,:;)]*)', re.DOTALL
+)
 _BLOCK = re.compile(r"\.\. math::\n((?:[ \t]+\S.*\n|[ \t]*\n)+)")
 _INLINE = re.compile(r":math:`([^`]+)`", re.DOTALL)
 _ROLE = re.compile(r":(?:func|class|meth):`([^`]+)`")
@@ -33,7 +35,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_content(content: str, **_: Any) -> str:
     def mathml(match: re.Match[str]) -> str:
         display = "block" if match[2] == "[" else "inline"
-        return convert(html.unescape(match[3]).strip(), display=display)
+        formula = convert(html.unescape(match[3]).strip(), display=display) + match[4]
+        # A line must not break between the formula and its comma.
+        return f'<span class="formula">{formula}</span>' if match[4] else formula
 
     return _FORMULA.sub(mathml, content)
 

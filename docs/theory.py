@@ -1,6 +1,6 @@
 """The picture of the theory page: the loss and its gradient over the logit of a positive.
 
-python docs/theory.py
+    python docs/theory.py
 """
 
 from pathlib import Path
