@@ -1,7 +1,4 @@
-"""The picture of the theory page: the loss and its gradient over the logit of a positive.
-
-    python docs/theory.py
-"""
+"""The picture of the theory page: the loss of a positive and its gradient over the logit."""
 
 from pathlib import Path
 
