@@ -2,13 +2,15 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageChops, ImageStat
 
-import sc_bce
+import sc_bce.plot
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,7 +32,13 @@ def test_code_of_the_page_runs(page, tmp_path, monkeypatch, capsys):
 
 def test_api_page_shows_every_public_name():
     page = (ROOT / "docs" / "api.md").read_text("utf-8")
-    assert set(re.findall(r"^::: sc_bce\.(\w+)$", page, re.M)) == set(sc_bce.__all__)
+    public = {
+        *(f"sc_bce.{name}" for name in sc_bce.__all__),
+        *(f"sc_bce.plot.{name}" for name in sc_bce.plot.__all__),
+        "sc_bce.calibration.Reliability",  # what a method returns
+    }
+    shown = re.findall(r"^::: (\S+)$", page, re.M)
+    assert sorted(shown) == sorted(public)
 
 
 def test_public_names_and_their_docstrings():
@@ -46,6 +54,17 @@ def test_links_between_pages_lead_somewhere():
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
             if "://" not in link:
                 assert (page.parent / link).exists(), (page.name, link)
+
+
+def test_the_theorys_picture_is_what_its_script_draws(tmp_path):
+    runpy.run_path(str(ROOT / "docs" / "theory.py"))["figure"]().savefig(tmp_path / "drawn.png")
+    with (
+        Image.open(ROOT / "docs" / "theory.png") as kept,
+        Image.open(tmp_path / "drawn.png") as new,
+    ):
+        assert kept.size == new.size
+        difference = ImageChops.difference(kept.convert("L"), new.convert("L"))
+        assert ImageStat.Stat(difference).mean[0] < 1  # of 255: fonts differ between versions
 
 
 def test_the_readmes_table_is_the_committed_result():
