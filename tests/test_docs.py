@@ -104,6 +104,7 @@ def test_importing_brings_nothing_but_torch():
 def test_imports_go_downward():
     order = [
         "_checks",
+        "_fused",
         "functional",
         "loss",
         "adaptive",
