@@ -115,6 +115,16 @@ def targets(result: Result) -> str:
     return markdown(["", "measured", "asked, at most", "hoped for", "met"], table)
 
 
+def summary(result: Result) -> str:
+    """The large batch in one table: what README shows."""
+    columns = ((KINDS[0], ""), (KINDS[1], ""), (KINDS[0], ", compiled"))
+    rows = []
+    for name in SHOWN:
+        found = [ratio(result, name + suffix, kind=kind) for kind, suffix in columns]
+        rows.append([title(name), *("" if value is None else f"{value:.2f}" for value in found)])
+    return markdown(["", "float target", "bool mask", "float target, compiled"], rows)
+
+
 def ratios(shapes: Sequence[Sequence[int]]) -> Callable[[Result], str]:
     """All contenders, one column per number of threads and kind of input."""
 

@@ -100,9 +100,9 @@ class Target:
     loss: float | None = None
 
 
-ACCURACY, ECE, OE, OOD_CONFIDENCE, OOD_ECE, AUROC = (
+ACCURACY, NLL, ECE, OE, OOD_CONFIDENCE, OOD_ECE, AUROC = (
     next(column for column in COLUMNS if column[0] == heading)
-    for heading in ("accuracy", "ECE", "OE", "OOD confidence", "OOD ECE", "AUROC")
+    for heading in ("accuracy", "NLL", "ECE", "OE", "OOD confidence", "OOD ECE", "AUROC")
 )
 TARGETS = (
     Target(OURS, USUAL, ECE, ratio=0.5, surely=True),
@@ -210,6 +210,20 @@ def about(study: Study) -> str:
 def headline(study: Study) -> str:
     compared = differences(study, [(OURS, other) for other in HEADLINE])
     return f"{means(study, HEADLINE, SHORT)}\n\n{compared}"
+
+
+def summary(studies: Sequence[Study]) -> str:
+    """The headline of all studies in one table: what README shows."""
+    columns = [(study, column) for study in studies for column in (ACCURACY, NLL, ECE, OOD_ECE)]
+    head = [f"{study['data']['name']}: {column[0]}" for study, column in columns]
+    rows = [
+        [
+            title(studies[0], name),
+            *(f"{np.mean(values(study, name, column)):.4f}" for study, column in columns),
+        ]
+        for name in HEADLINE
+    ]
+    return markdown(["", *head], rows)
 
 
 def targets(study: Study) -> str:
@@ -444,15 +458,19 @@ def _captioned(name: str, study: Study) -> str:
     return f"*{study['data']['name']}*\n\n{tables}" if tables else ""
 
 
+def kept_studies() -> list[Path]:
+    found = HERE.glob("results/*/calibration.json")
+    return sorted(path for path in found if path.parent.name != "quick")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the report of the study from its JSON.")
-    usual = sorted(p for p in HERE.glob("results/*/calibration.json") if p.parent.name != "quick")
     parser.add_argument(
         "studies", nargs="*", type=Path, metavar="JSON", help="default: those under results/"
     )
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs", help="default: docs")
     args = parser.parse_args(argv)
-    paths = args.studies or usual
+    paths = args.studies or kept_studies()
     if not paths:
         sys.exit("study.py: no study is kept under results/: give the JSON of one")
     studies = [json.loads(path.read_text("utf-8")) for path in paths]

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import performance
 import pytest
+import study
 from PIL import Image, ImageChops, ImageStat
 
 import sc_bce.plot
@@ -82,6 +84,15 @@ def test_the_readmes_table_is_the_committed_result():
             f"{method['measures'][part][key]['mean']:.{digits}f}" for key, part, digits in columns
         ]
         assert re.search(rf"^{re.escape(method['title'])} +{' +'.join(values)}$", printed, re.M)
+
+
+def test_the_readmes_summaries_are_the_committed_results():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    studies = [json.loads(path.read_text("utf-8")) for path in study.kept_studies()]
+    assert study.summary(studies) in readme
+    assert all(one["date"] in readme for one in studies)
+    speed = json.loads((ROOT / "benchmarks/results/speed.json").read_text("utf-8"))
+    assert performance.summary(speed) in readme
 
 
 def test_the_guides_timings_are_the_committed_result():

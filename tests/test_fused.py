@@ -43,16 +43,19 @@ def test_sums_are_the_reference_formulas(batch, block, by_sample):
 
 @given(
     batches(matrices, scale=5.0), blocks, pairs(), st.sampled_from(["mean", "sum"]), seeds,
-    st.sampled_from(["number", "0-d", "per sample"]),
+    st.sampled_from(["number", "0-d", "per sample", "drawn per sample", "drawn"]),
 )  # fmt: skip
 def test_loss_and_gradients_are_those_of_the_plain_path(batch, block, pair, reduction, seed, form):
     alpha, beta = pair
-    if form != "number":
+    if form.startswith("drawn"):
+        size = batch.input.shape if form == "drawn" else batch.input.shape[:1]
+        alpha = torch.from_numpy(np.random.default_rng(seed).random(tuple(size)) < 0.4)
+    elif form != "number":
         size = (len(batch.input),) if form == "per sample" else ()
         rng = np.random.default_rng(seed)
         alpha = torch.from_numpy(np.asarray(rng.uniform(0, alpha, size))).requires_grad_()
     input = batch.input.clone().requires_grad_()
-    given = [input, alpha] if isinstance(alpha, torch.Tensor) else [input]
+    given = [input, alpha] if getattr(alpha, "requires_grad", False) else [input]
 
     def run():
         loss = sc_bce_with_logits(input, batch.target, alpha, beta, reduction=reduction)
@@ -138,6 +141,16 @@ def test_gradients_of_all_orders(soft):
     with fusing(4), watched() as taken:
         assert torch.autograd.gradcheck(lambda x, a: sc_bce_with_logits(x, y, a), (x, alpha))
         assert torch.autograd.gradgradcheck(lambda x, a: sc_bce_with_logits(x, y, a), (x, alpha))
+    assert taken.called
+
+
+def test_gradients_of_all_orders_under_a_draw():
+    x = (3 * torch.randn(2, 7, dtype=torch.float64)).requires_grad_()
+    y, drawn = torch.rand(2, 7, dtype=torch.float64), torch.rand(2, 7) < 0.5
+    beta = torch.tensor([0.5, 1.5], dtype=torch.float64, requires_grad=True)
+    with fusing(4), watched() as taken:
+        assert torch.autograd.gradcheck(lambda x, b: sc_bce_with_logits(x, y, drawn, b), (x, beta))
+        assert torch.autograd.gradgradcheck(lambda x: sc_bce_with_logits(x, y, drawn, 1.5), (x,))
     assert taken.called
 
 
@@ -273,7 +286,7 @@ def test_the_named_losses_take_it():
             SCBCEWithLogitsLoss.hard_inversion(0.1),
             SCBCEWithLogitsLoss.soft_inversion(0.1),
             SCBCEWithLogitsLoss.moderation(0.1),
+            SCBCEWithLogitsLoss.disturb_label(0.1),
         ):
             criterion(x.clone().requires_grad_(), y)
-    # A sample's draw is one level for each.
-    assert taken.call_count == 4
+    assert taken.call_count == 5

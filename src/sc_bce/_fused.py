@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
-__all__ = ["applies", "sample_sums"]
+__all__ = ["applies", "plain_values", "sample_sums"]
 
 _BLOCK = 1 << 20  # elements worked on at a time: few enough for a cache, many enough for threads
 _LEAST = 1 << 18  # elements from which on this is quicker than torch's own few calls
@@ -26,31 +26,40 @@ _HALVINGS = 5  # 32 to 64 factors in [1/2, 1] can't underflow in float32
 
 
 def applies(input: Tensor, target: Tensor, samples: int = 1) -> bool:
-    """Whether plain, contiguous values on a CPU lie there, many enough for each of `samples`.
+    """Whether the sums serve this batch: enough elements for each of `samples`, side by side.
 
     Under compile, export, vmap, functorch's gradients and forward-mode AD they don't.
     """
     return (
-        not torch.compiler.is_compiling()
-        and input.device.type == "cpu"
-        and target.device.type == "cpu"
-        and input.numel() >= max(_LEAST, _EACH * samples)
-        and type(input) in (Tensor, nn.Parameter)
-        and type(target) in (Tensor, nn.Parameter)
+        input.numel() >= max(_LEAST, _EACH * samples)
+        and plain_values(input)
+        and plain_values(target)
         and input.is_contiguous()
         and target.is_contiguous()
         and not target.requires_grad
-        and not torch._C._are_functorch_transforms_active()
         and not (_is_dual(input) or _is_dual(target))
     )
 
 
-def sample_sums(input: Tensor, target: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+def plain_values(value: Tensor) -> bool:
+    """Whether values of a CPU lie there to be read and written, outside all transforms."""
+    return (
+        not torch.compiler.is_compiling()
+        and value.device.type == "cpu"
+        and type(value) in (Tensor, nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def sample_sums(
+    input: Tensor, target: Tensor, samples: int, drawn: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Sums of BCE(x, y) and of (2y - 1) x over each of `samples` equal parts, (samples,) each.
 
-    In at least float32, differentiable in `input` as often as one likes.
+    The second takes only what is `drawn`, if that is given: one bool for each element. In at
+    least float32, differentiable in `input` as often as one likes.
     """
-    sums: tuple[Tensor, Tensor] = _SampleSums.apply(input, target, samples)  # type: ignore[no-untyped-call]
+    sums: tuple[Tensor, Tensor] = _SampleSums.apply(input, target, drawn, samples)  # type: ignore[no-untyped-call]
     return sums
 
 
@@ -69,10 +78,12 @@ def _has_values(value: Tensor) -> bool:
 
 class _SampleSums(Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(input, target)
+    def forward(
+        ctx: Any, input: Tensor, target: Tensor, drawn: Tensor | None, samples: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(input, target, drawn)
         ctx.samples = samples
-        x, y = input.view(samples, -1), target.view(samples, -1)
+        x, y, z = _rows(samples, input, target, drawn)
         work = _Work(x, 4)
         loss, margin = (work.sums(samples) for _ in range(2))
         for rows, columns in work.blocks:
@@ -81,7 +92,10 @@ class _SampleSums(Function):
             # Half the margin, (y - 1/2) x.
             torch.sub(work.wide(y[rows, columns], 3), 0.5, out=m)
             m.mul_(x_block)
-            margin[rows] += 2 * m.sum(1)
+            if z is None:
+                margin[rows] += 2 * m.sum(1)
+            else:
+                margin[rows] += 2 * torch.mul(m, work.wide(z[rows, columns], 3), out=a).sum(1)
             # BCE(x, y) = (|x| - margin)/2 - log sigmoid(|x|): no cancellation, no overflow.
             torch.abs(x_block, out=a)
             loss[rows] += torch.sub(a, m, alpha=2, out=m).sum(1) / 2
@@ -90,18 +104,19 @@ class _SampleSums(Function):
         return loss, margin
 
     @staticmethod
-    def backward(ctx: Any, for_loss: Tensor, for_margin: Tensor) -> tuple[Tensor, None, None]:
-        input, target = ctx.saved_tensors
-        x, y = input.view(ctx.samples, -1), target.view(ctx.samples, -1)
+    def backward(ctx: Any, for_loss: Tensor, for_margin: Tensor) -> tuple[Tensor, None, None, None]:
+        input, target, drawn = ctx.saved_tensors
+        x, y, z = _rows(ctx.samples, input, target, drawn)
         for_loss, for_margin = for_loss[:, None], for_margin[:, None]
         if torch.is_grad_enabled() or not (_has_values(for_loss) and _has_values(for_margin)):
             # To be differentiated again, or for many gradients at once.
             y = y.to(torch.promote_types(x.dtype, torch.float32))
-            again = for_loss * (torch.sigmoid(x) - y) + for_margin * (2 * y - 1)
-            return again.to(input.dtype).view_as(input), None, None
+            sign = 2 * y - 1 if z is None else (2 * y - 1) * z
+            again = for_loss * (torch.sigmoid(x) - y) + for_margin * sign
+            return again.to(input.dtype).view_as(input), None, None, None
         grad = torch.empty_like(input, memory_format=torch.contiguous_format)
         out = grad.view(ctx.samples, -1)
-        work = _Work(x, 2)
+        work = _Work(x, 3)
         for rows, columns in work.blocks:
             x_block, g = x[rows, columns], out[rows, columns]
             if g.dtype != work.dtype:
@@ -109,10 +124,20 @@ class _SampleSums(Function):
             torch.sigmoid(x_block, out=g)
             g.mul_(for_loss[rows])
             y_block = work.wide(y[rows, columns], 1)
-            g.addcmul_(y_block, 2 * for_margin[rows] - for_loss[rows]).sub_(for_margin[rows])
+            if z is None:
+                g.addcmul_(y_block, 2 * for_margin[rows] - for_loss[rows]).sub_(for_margin[rows])
+            else:
+                g.addcmul_(y_block, -for_loss[rows])
+                m = torch.sub(y_block, 0.5, out=work.buffer(x_block, 2))
+                m.mul_(work.wide(z[rows, columns], 1))
+                g.addcmul_(m, 2 * for_margin[rows])
             if g.dtype != grad.dtype:
                 out[rows, columns] = g
-        return grad, None, None
+        return grad, None, None, None
+
+
+def _rows(samples: int, *values: Tensor | None) -> list[Any]:
+    return [None if value is None else value.view(samples, -1) for value in values]
 
 
 class _Work:

@@ -247,7 +247,7 @@ class AdaptivePerturbation(nn.Module):
         if self.sampling == "element" or special != (None, None, None):
             return None
         _checks.batch(input, target)
-        return batch_sums(input, target, (alpha, self.beta), self.reduction)
+        return batch_sums(input, target, alpha, self.beta, self.reduction)
 
     @torch.no_grad()
     def _margins(self, input: Tensor, target: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ balance of focal loss), :math:`\beta` the perturbation strength.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -186,7 +185,7 @@ def sc_bce_with_logits(
     _checks.reduction(reduction)
     _checks.batch(input, target)
     if not (plain or special):
-        sums = batch_sums(input, target, (alpha, beta), reduction)
+        sums = batch_sums(input, target, alpha, beta, reduction)
         if sums is not None:
             return loss_of_sums(sums, input, target, alpha, beta, reduction)
     dtype = _result_dtype(input, target)
@@ -215,11 +214,14 @@ class BatchSums(NamedTuple):
 
 
 def batch_sums(
-    input: Tensor, target: Tensor, levels: Sequence[float | Tensor], reduction: str
+    input: Tensor, target: Tensor, alpha: float | Tensor, beta: float | Tensor, reduction: str
 ) -> BatchSums | None:
-    """One part per sample where a level differs by sample, else one in all; None where unfit."""
-    parts = 1
-    for level in levels:
+    """One part per sample where a level differs by sample, else one in all; None where unfit.
+
+    With a draw for each element as `alpha` the margins are those of what it drew.
+    """
+    parts, drawn = 1, _draw(alpha, input)
+    for level in (beta,) if drawn is not None else (alpha, beta):
         if isinstance(level, Tensor) and level.dim():
             if level.shape != input.shape[:1]:
                 return None
@@ -230,7 +232,7 @@ def batch_sums(
         low, high = target.aminmax()
         if low < 0 or high > 1:
             _checks.hard_labels(target, (target != 0) & (target != 1), None)
-    return BatchSums(*_fused.sample_sums(input, target, parts))
+    return BatchSums(*_fused.sample_sums(input, target, parts, drawn))
 
 
 def loss_of_sums(
@@ -242,11 +244,20 @@ def loss_of_sums(
     reduction: str,
 ) -> Tensor:
     """The loss of the batch under levels that have one value, or one for each of its parts."""
+    if _draw(alpha, input) is not None:
+        alpha = 1.0  # the margins are already those of what it drew
     strength = _level("alpha", alpha, sums.loss) * _level("beta", beta, sums.loss)
     loss = (sums.loss + (strength / 2) * sums.margin).sum()
     if reduction == "mean":
         loss = loss / input.numel()
     return loss if _autocasts(input.device.type) else loss.to(_result_dtype(input, target))
+
+
+def _draw(alpha: float | Tensor, input: Tensor) -> Tensor | None:
+    """Alpha itself where it is a draw for each element that the fused sums can read."""
+    if not isinstance(alpha, Tensor) or alpha.dtype != torch.bool or alpha.shape != input.shape:
+        return None
+    return alpha if alpha.is_contiguous() and _fused.plain_values(alpha) else None
 
 
 def _result_dtype(input: Tensor, target: Tensor) -> torch.dtype:
