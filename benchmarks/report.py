@@ -71,7 +71,9 @@ def report(
     }
     chosen = summary["chosen"] = choose(summary["methods"])
     path = out / "calibration.json"
-    path.write_text(json.dumps(_rounded(summary), indent=1) + "\n")
+    # A full study is for programs to read, and large; a quick one is for people.
+    layout: dict[str, Any] = {"separators": (",", ":")} if full else {"indent": 1}
+    path.write_text(json.dumps(_rounded(summary), **layout) + "\n")
     pictures = [_save(_reliability(tasks, data, runs, chosen), out / "reliability.png")]
     levels = _levels(tasks, data, runs)
     if levels is not None:
