@@ -455,7 +455,7 @@ class Plain(nn.BCEWithLogitsLoss):
 
 def scenes():
     """The built-in scenes at the size of `benchmarks/calibration.py --quick`."""
-    made = digit_scenes(32, train=40, val=40, test=120, ood=0)
+    made = digit_scenes(32, train=40, val=40, test=120, ood=1)
     return [to_tensors(part) for part in (made.train, made.val, made.test)]
 
 
@@ -488,7 +488,7 @@ def twins(fit):
 
 
 @pytest.mark.slow
-def test_lightning_ends_better_calibrated_than_bce(page, capsys):
+def test_lightning_ends_better_calibrated_than_bce(page):
     train, validation, test = scenes()
 
     class Segmenter(page["Segmenter"]):
@@ -513,7 +513,7 @@ def test_lightning_ends_better_calibrated_than_bce(page, capsys):
 
     for plain, adaptive in twins(fit):
         assert 0.04 < plain < 0.10
-        assert adaptive < 0.6 * plain
+        assert adaptive < min(0.04, 0.7 * plain)
 
 
 @pytest.mark.slow
@@ -551,4 +551,4 @@ def test_the_trainer_ends_better_calibrated_than_bce(page, tmp_path):
 
     for plain, adaptive in twins(fit):
         assert 0.04 < plain < 0.10
-        assert adaptive < 0.6 * plain
+        assert adaptive < min(0.04, 0.7 * plain)
