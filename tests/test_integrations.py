@@ -80,13 +80,13 @@ def trainer(*callbacks, max_epochs=6, **options):
     return L.Trainer(callbacks=[AdaptivePerturbationCallback(), *callbacks], **options)
 
 
-def fit(module, folder=None, path=None, loaders=None, **options):
-    """A run that keeps the checkpoint of every epoch, or of every ``every_n_train_steps``."""
-    every = options.pop("every_n_train_steps", None)
-    saves = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=every)
-    run = trainer(*([saves] if folder else []), enable_checkpointing=bool(folder), **options)
+def fit(module, folder=None, path=None, loaders=None, saves=None, **options):
+    """A run that keeps all its checkpoints in the folder, made as ``saves`` says."""
+    checkpoints = (
+        [ModelCheckpoint(folder, "{step}", save_top_k=-1, **saves or {})] if folder else []
+    )
+    run = trainer(*checkpoints, enable_checkpointing=bool(folder), **options)
     run.fit(module, *(loaders or data()), ckpt_path=path)
-    return run
 
 
 def same(one, other):
@@ -225,21 +225,27 @@ class Resumable(DataLoader):
 
 
 @pytest.mark.parametrize("objective", ["calibration", "feedback"])
-# 5 batches per epoch: in the warm-up, at its end, after it, and in the middle of an epoch.
-@pytest.mark.parametrize("step", [5, 10, 20, 13])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, step, objective):
-    every = {"every_n_train_steps": step} if step % 5 else {}
-
-    def module(seed):
-        draws = torch.Generator().manual_seed(seed)
-        return Module(objective=objective, generator=draws)
-
-    whole, rest = module(5), module(6)
-    loaders = data(loader=Resumable) if every else data()
-    fit(whole, tmp_path / "whole", loaders=loaders, **every)
-    path = tmp_path / "whole" / f"step={step}.ckpt"
-    loaders = data(loader=Resumable) if every else data()
-    fit(rest, tmp_path / "rest", path, loaders=loaders, **every)
+@pytest.mark.parametrize(
+    ("step", "saves"),
+    [  # 5 batches per epoch: in the warm-up, at its end, after it
+        (5, {"save_on_train_epoch_end": True}),
+        (10, {"save_on_train_epoch_end": True}),
+        (20, {"save_on_train_epoch_end": True}),
+        (10, {"save_on_train_epoch_end": False}),  # at the end of the validation
+        (20, {"save_on_train_epoch_end": False}),
+        (13, {"every_n_train_steps": 13}),  # in the middle of an epoch
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, step, saves, objective):
+    runs = []
+    for part, seed in (("whole", 5), ("rest", 6)):
+        module = Module(objective=objective, generator=torch.Generator().manual_seed(seed))
+        path = tmp_path / "whole" / f"step={step}.ckpt" if runs else None
+        fit(
+            module, tmp_path / part, path, data(loader=Resumable if step % 5 else DataLoader), saves
+        )
+        runs.append(module)
+    whole, rest = runs
     assert rest.losses == whole.losses[step:]
     same(rest.state_dict(), whole.state_dict())
     assert whole.criterion.steps == 6
@@ -290,7 +296,7 @@ def pair(rank, world, store, out):
 
     for part, path in (("whole", None), ("rest", out / "whole" / "step=15.ckpt")):
         module = Module(generator=torch.Generator().manual_seed(rank if path is None else 9))
-        fit(module, out / part, path, data(batch_size=2), **two)
+        fit(module, out / part, path, data(batch_size=2), {"save_on_train_epoch_end": False}, **two)
         torch.save((module.state_dict(), module.losses), out / f"{part}-{rank}.pt")
 
     end = run_page(out, 'accelerator="cpu", strategy="ddp", devices=2, ')

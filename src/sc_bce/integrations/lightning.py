@@ -84,7 +84,7 @@ class AdaptivePerturbationCallback(Callback):
         histogram, criterion = self.histogram.all_reduce(), self._find(pl_module)
         if trainer.sanity_checking:
             return
-        # Here and not later, since ModelCheckpoint saves right after.
+        # Here and not later: a checkpoint may be written right after the validation.
         if trainer.state.fn == "fit":
             criterion.step(histogram.accuracy(), histogram.confidence())
         measures = {
