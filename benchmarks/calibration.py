@@ -184,7 +184,8 @@ def recalibrate_one(row: PostHoc, task: Task, data: SaliencyData, folder: Path) 
     started, base = time.process_time(), (row.base, task[1])
     flip_rate = json.loads(run_file(folder, base).read_text())["flip_rate"]
     arrays = stored(folder, base)
-    measures, tables = measure(recalibrate(row.fit, answers_of(arrays, data), flip_rate))
+    answers = recalibrate(row.fit, answers_of(arrays, data), flip_rate, row.fitted_on)
+    measures, tables = measure(answers)
     return {
         "method": task[0],
         "seed": task[1],

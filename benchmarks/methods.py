@@ -54,6 +54,7 @@ class PostHoc:
     base: str
     group: str = "posthoc"
     reference: str = PLAIN
+    fitted_on: str = "val"  # the part whose answers it is fitted on
 
 
 class FocalLoss(nn.Module):
@@ -148,6 +149,13 @@ FITS: dict[str, tuple[str, posthoc.Fit]] = {
     "isotonic": ("isotonic regression", posthoc.isotonic),
     "flip-temperature": ("flip removed, temperature", posthoc.flip_temperature),
     "fitted-flip": ("flip fitted and removed, temperature", posthoc.fitted_flip),
+}
+
+MENDED = "feedback-focus-2"
+FORMS: dict[str, tuple[str, posthoc.Fit]] = {  # of the flip removal, beside its clip of 0.001
+    "clip-0.01": ("flip removed with clip 0.01, temperature", posthoc.clipped_flip(1e-2)),
+    "clip-0.0001": ("flip removed with clip 0.0001, temperature", posthoc.clipped_flip(1e-4)),
+    "smooth": ("flip removed without a clip, temperature", posthoc.smooth_flip),
 }
 
 METHODS: dict[str, Method] = {
@@ -250,6 +258,16 @@ def _posthoc() -> dict[str, PostHoc]:
     for name in (*(n for n, row in METHODS.items() if row.group == "variant"), *OTHER_FOCUS):
         whole = f"{METHODS[name].title} + {title}"
         rows[f"{name}+flip-temperature"] = PostHoc(whole, fit, name, group="variant")
+    mended = METHODS[MENDED].title
+    for kind, (title, fit) in FORMS.items():
+        rows[f"{MENDED}+{kind}"] = PostHoc(f"{mended} + {title}", fit, MENDED, group="form")
+    for name, kind in ((PLAIN, "temperature"), (PLAIN, "isotonic"), (MENDED, "flip-temperature")):
+        rows[f"{name}+{kind}-bound"] = replace(
+            rows[f"{name}+{kind}"],
+            title=f"{rows[f'{name}+{kind}'].title}, fitted on the test images",
+            group="bound",
+            fitted_on="test",
+        )
     return rows
 
 

@@ -15,6 +15,7 @@ Calibrate = Callable[[Array], Array]  # from logits to calibrated logits, of the
 Fit = Callable[[Array, Array, float], Calibrate]  # from logits, masks, flip rate of the training
 
 CLIP = 1e-3  # of isotonic probabilities: 0 and 1 would cost an infinite loss on the first miss
+BEND = 1e-3  # how far below 1 a smooth flip removal bends
 FLIP_RATES = np.arange(0, 0.2, 0.01)  # among which the fitted one is sought
 
 
@@ -40,6 +41,28 @@ def fitted_flip(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
     return _calibrate(min(scalings, key=loss))
 
 
+def clipped_flip(clip: float) -> Fit:
+    """The same with another clip of the probability after the flip is removed."""
+
+    def fit(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
+        def removed(z: Array) -> Array:
+            return _signed(z, np.clip(_doubt(z, flip_rate), clip, 0.5)) if flip_rate else z
+
+        return _then_temperature(removed, logits, masks)
+
+    return fit
+
+
+def smooth_flip(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
+    """The same with a bend of width ``BEND`` in place of the clip."""
+
+    def removed(z: Array) -> Array:
+        bent = BEND * np.logaddexp(0, _doubt(z, flip_rate) / BEND)
+        return _signed(z, bent) if flip_rate else z
+
+    return _then_temperature(removed, logits, masks)
+
+
 def platt(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
     """A line through the logits (Platt 1999), with a penalty too weak to matter."""
     from sklearn.linear_model import LogisticRegression
@@ -63,6 +86,22 @@ def isotonic(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
     return calibrate
 
 
+def _doubt(z: Array, flip_rate: float) -> Array:
+    """1 - confidence without the flip; below 0 where the network says more than it could."""
+    doubt = 1 / (1 + np.exp(np.abs(z.astype(np.float64))))
+    return np.asarray((doubt - flip_rate) / (1 - 2 * flip_rate))
+
+
+def _signed(z: Array, doubt: Array) -> Array:
+    """The logits of these doubts, with the decisions of z."""
+    return np.asarray(np.sign(z) * (np.log1p(-doubt) - np.log(doubt)))
+
+
+def _then_temperature(removed: Callable[[Array], Array], logits: Array, masks: Array) -> Calibrate:
+    scaled = _calibrate(_scaling(removed(logits), masks, 0.0))
+    return lambda z: scaled(removed(z))
+
+
 def _scaling(logits: Array, masks: Array, flip_rate: float) -> TemperatureScaling:
     return TemperatureScaling(flip_rate).fit(torch.from_numpy(logits), torch.from_numpy(masks))
 
@@ -74,7 +113,7 @@ def _calibrate(scaling: TemperatureScaling) -> Calibrate:
     return calibrate
 
 
-def recalibrate(fit: Fit, answers: Answers, flip_rate: float) -> Answers:
-    """The answers after a fit on those to the validation images."""
-    calibrate = fit(*answers["val"], flip_rate)
+def recalibrate(fit: Fit, answers: Answers, flip_rate: float, part: str = "val") -> Answers:
+    """The answers after a fit on those to the validation images, or to another part."""
+    calibrate = fit(*answers[part], flip_rate)
     return {part: (calibrate(logits), masks) for part, (logits, masks) in answers.items()}

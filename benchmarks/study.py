@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from methods import PENALTIES, PLAIN
+from methods import MENDED, PENALTIES, PLAIN
 from report import paired, verdict
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ NOISE: tuple[Column, ...] = (
     ("found by mean level", "noise", "auroc_mean_level"),
     ("found by loss", "noise", "auroc_loss"),
 )
-OURS, USUAL = "feedback-focus-2+flip-temperature", f"{PLAIN}+temperature"
+OURS, USUAL = f"{MENDED}+flip-temperature", f"{PLAIN}+temperature"
 SMOOTHING = ("smoothing-0.05", "smoothing-0.1", "smoothing-0.2")
 HEADLINE = (
     PLAIN,
@@ -100,9 +100,9 @@ class Target:
     loss: float | None = None
 
 
-ACCURACY, ECE, OE, OOD_CONFIDENCE, OOD_ECE, AUROC = (
+ACCURACY, NLL, ECE, OE, OOD_CONFIDENCE, OOD_ECE, AUROC = (
     next(column for column in COLUMNS if column[0] == heading)
-    for heading in ("accuracy", "ECE", "OE", "OOD confidence", "OOD ECE", "AUROC")
+    for heading in ("accuracy", "NLL", "ECE", "OE", "OOD confidence", "OOD ECE", "AUROC")
 )
 TARGETS = (
     Target(OURS, USUAL, ECE, ratio=0.5, surely=True),
@@ -166,7 +166,7 @@ def means(study: Study, names: Sequence[str], columns: Sequence[Column]) -> str:
         for name in names
         if name in study["methods"]
     ]
-    return markdown(["", *(column[0] for column in columns)], rows)
+    return markdown(["", *(column[0] for column in columns)], rows) if rows else ""
 
 
 def differences(
@@ -182,7 +182,7 @@ def differences(
         for first, second in pairs
         if first in study["methods"] and second in study["methods"] and first != second
     ]
-    return markdown(["row", "minus", *(column[0] for column in columns)], rows)
+    return markdown(["row", "minus", *(column[0] for column in columns)], rows) if rows else ""
 
 
 def group(study: Study, kind: str) -> list[str]:
@@ -210,6 +210,20 @@ def about(study: Study) -> str:
 def headline(study: Study) -> str:
     compared = differences(study, [(OURS, other) for other in HEADLINE])
     return f"{means(study, HEADLINE, SHORT)}\n\n{compared}"
+
+
+def summary(studies: Sequence[Study]) -> str:
+    """The headline of all studies in one table: what README shows."""
+    columns = [(study, column) for study in studies for column in (ACCURACY, NLL, ECE, OOD_ECE)]
+    head = [f"{study['data']['name']}: {column[0]}" for study, column in columns]
+    rows = [
+        [
+            title(studies[0], name),
+            *(f"{np.mean(values(study, name, column)):.4f}" for study, column in columns),
+        ]
+        for name in HEADLINE
+    ]
+    return markdown(["", *head], rows)
 
 
 def targets(study: Study) -> str:
@@ -250,6 +264,8 @@ def rows_of(*kinds: str) -> Callable[[Study], str]:
     def section(study: Study) -> str:
         names = [name for kind in kinds for name in group(study, kind)]
         pairs = [pair for kind in kinds for pair in referred(study, kind)]
+        if not names:
+            return ""
         return f"{means(study, names, COLUMNS)}\n\n{differences(study, pairs)}"
 
     return section
@@ -269,11 +285,25 @@ def penalties(study: Study) -> str:
         for name in (*(f"{objective}-penalty-{p}" for p in PENALTIES), objective)
     ]
     pairs = [(name, PLAIN) for name in names]
+    if not group(study, "penalty"):
+        return ""
     return f"{means(study, names, (*LEVELS, *SHORT))}\n\n{differences(study, pairs)}"
+
+
+def forms(study: Study) -> str:
+    """The flip removal in its forms, and what no fit on the validation images can beat."""
+    names = [OURS, f"{MENDED}+fitted-flip", *group(study, "form")]
+    bounds = [USUAL, f"{PLAIN}+isotonic", OURS, *group(study, "bound")]
+    compared = differences(study, [(name, OURS) for name in names])
+    if not group(study, "form"):
+        return ""
+    return f"{means(study, names, SHORT)}\n\n{compared}\n\n{means(study, bounds, SHORT)}"
 
 
 def noise(study: Study) -> str:
     compared = differences(study, referred(study, "noise"))
+    if not compared:
+        return ""
     return f"{means(study, group(study, 'noise'), (*NOISE, *SHORT))}\n\n{compared}"
 
 
@@ -378,6 +408,8 @@ TABLES: dict[str, Callable[[Study], str]] = {
     "levels": levels,
     "penalties": penalties,
     "noise": noise,
+    "variants": rows_of("variant"),
+    "forms": forms,
 }
 FIGURES: dict[str, "Callable[[Study], Figure]"] = {
     "reliability-figure": reliability_figure,
@@ -398,7 +430,7 @@ def page(words: str, studies: Sequence[Study], folder: Path) -> str:
         if name not in TABLES and name not in FIGURES:
             known = ", ".join(f"@{known}" for known in (*TABLES, *FIGURES))
             raise ValueError(f"Expected one of {known}, but the words have @{name}")
-        return "\n\n".join(_filled(name, study, folder) for study in studies)
+        return "\n\n".join(filter(None, (_filled(name, study, folder) for study in studies)))
 
     def mean(found: re.Match[str]) -> str:
         data, method, part, key = found[1].split()
@@ -421,18 +453,24 @@ def _filled(name: str, study: Study, folder: Path) -> str:
 
 
 def _captioned(name: str, study: Study) -> str:
-    return f"*{study['data']['name']}*\n\n{TABLES[name](study)}"
+    """The name of the data above its tables; nothing where the study has no such rows."""
+    tables = TABLES[name](study).strip()
+    return f"*{study['data']['name']}*\n\n{tables}" if tables else ""
+
+
+def kept_studies() -> list[Path]:
+    found = HERE.glob("results/*/calibration.json")
+    return sorted(path for path in found if path.parent.name != "quick")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the report of the study from its JSON.")
-    usual = sorted(p for p in HERE.glob("results/*/calibration.json") if p.parent.name != "quick")
     parser.add_argument(
         "studies", nargs="*", type=Path, metavar="JSON", help="default: those under results/"
     )
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs", help="default: docs")
     args = parser.parse_args(argv)
-    paths = args.studies or usual
+    paths = args.studies or kept_studies()
     if not paths:
         sys.exit("study.py: no study is kept under results/: give the JSON of one")
     studies = [json.loads(path.read_text("utf-8")) for path in paths]

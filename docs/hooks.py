@@ -1,22 +1,43 @@
-"""Formulas become MathML when the site is built, so that a page fetches no script to show them."""
+"""What the site needs when it is built: README's pictures, formulas as MathML, docstrings' roles.
+
+MathML, so that a page fetches no script to show its formulas.
+"""
 
 import html
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
 from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
 
-_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+import sc_bce
+
+_FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>([.,:;)]*)', re.DOTALL
+)
 _BLOCK = re.compile(r"\.\. math::\n((?:[ \t]+\S.*\n|[ \t]*\n)+)")
 _INLINE = re.compile(r":math:`([^`]+)`", re.DOTALL)
 _ROLE = re.compile(r":(?:func|class|meth):`([^`]+)`")
+_RESULT = re.compile(r"\]\((benchmarks/[^)#]+)\)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Home shows the top of README: what it links to must lie at the same relative address."""
+    root = Path(config.config_file_path).parent
+    for name in sorted(set(_RESULT.findall((root / "README.md").read_text("utf-8")))):
+        files.append(File.generated(config, name, abs_src_path=str(root / name)))
+    return files
 
 
 def on_page_content(content: str, **_: Any) -> str:
     def mathml(match: re.Match[str]) -> str:
         display = "block" if match[2] == "[" else "inline"
-        return convert(html.unescape(match[3]).strip(), display=display)
+        formula = convert(html.unescape(match[3]).strip(), display=display) + match[4]
+        # A line must not break between the formula and its comma.
+        return f'<span class="formula">{formula}</span>' if match[4] else formula
 
     return _FORMULA.sub(mathml, content)
 
@@ -29,8 +50,18 @@ class TorchRoles(griffe.Extension):
             return
         text = _BLOCK.sub(_display, obj.docstring.value + "\n")
         text = _INLINE.sub(lambda match: f"${' '.join(match[1].split())}$", text)
-        text = _ROLE.sub(lambda match: f"`{match[1]}`", text)
+        text = _ROLE.sub(lambda match: _link(match[1], obj), text)
         obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
+
+
+def _link(name: str, source: griffe.Object) -> str:
+    """To the name's place on the API page, where it is ours: torch's would need the network."""
+    owner = source if source.is_class else source.parent
+    if name in sc_bce.__all__:
+        return f"[`{name}`][sc_bce.{name}]"
+    if owner is not None and owner.is_class and name in owner.members:
+        return f"[`{name}`][sc_bce.{owner.name}.{name}]"
+    return f"`{name}`"
 
 
 def _display(match: re.Match[str]) -> str:

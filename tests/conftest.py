@@ -1,10 +1,13 @@
 """Shared fixtures: fixed seeds, one Hypothesis profile."""
 
 import os
+from unittest import mock
 
 import hypothesis
 import pytest
 import torch
+
+from sc_bce import _fused
 
 # Not timed: a test must not fail because the machine is busy. Derandomised: nor by luck.
 hypothesis.settings.register_profile(
@@ -28,6 +31,16 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", params=["plain", "fused"])
+def path(request):
+    """Small tensors take torch's calls, or the fused sums in blocks of a few elements."""
+    if request.param == "plain":
+        yield
+        return
+    with mock.patch.multiple(_fused, _LEAST=1, _EACH=1, _BLOCK=5):
+        yield
 
 
 @pytest.fixture(autouse=True)

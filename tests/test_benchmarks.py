@@ -3,11 +3,16 @@
 import json
 import re
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
+import posthoc
 import pytest
+import reference as ref
+import speed
 import torch
 from calibration import main
+from performance import main as performance_page
 from PIL import Image
 from saliency import SmallUNet, digit_scenes, folder_data, folder_ood
 from study import main as study_page
@@ -164,3 +169,75 @@ def test_a_small_study_writes_its_files_and_goes_on_where_it_stopped(tmp_path, c
     report(tmp_path / "out" / "calibration.json", tmp_path)
     with pytest.raises(SystemExit, match="holds runs of other settings"):
         main([*line, "--seeds", "0", "--size", "20"])
+
+
+# --- fits after training, as the study puts them -----------------------------------------------
+
+
+def test_the_flip_removal_of_the_study_is_that_of_the_library():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (20, 1, 8, 8))
+    masks = (rng.random(logits.shape) < 1 / (1 + np.exp(-logits / 2))).astype(np.float32)
+    want = posthoc.flip_temperature(logits, masks, 0.06)(logits)
+    same = posthoc.clipped_flip(1e-3)(logits, masks, 0.06)(logits)
+    np.testing.assert_allclose(same, want, atol=1e-5)
+    for fit in (posthoc.clipped_flip(1e-2), posthoc.smooth_flip):
+        other = fit(logits, masks, 0.06)(logits)
+        assert np.isfinite(other).all()
+        assert ((other >= 0) == (logits >= 0)).all()
+        assert np.abs(other - want).max() > 0.1
+        plain = posthoc.temperature(logits, masks, 0.0)(logits)
+        np.testing.assert_allclose(fit(logits, masks, 0.0)(logits), plain)
+
+
+# --- speed -------------------------------------------------------------------------------------
+
+
+def test_the_published_step_follows_its_formulas():
+    """beta = 2, the explicit rule at a budget of 0.1, from a level of 0.01."""
+    published = speed.PublishedStep(lr=0.002, penalty=2000.0, budget=0.1)
+    x, y = 3 * torch.randn(4, 30), torch.rand(4, 30) > 0.3
+    index = torch.tensor([7, 3, 9, 1])
+    published.alpha.update({7: 0.12, 3: 0.2})
+    before = np.array([0.12, 0.2, 0.01, 0.01])
+    published(x, y, index)
+    gradient = ref.margin(x.numpy(), y.numpy())
+    want = np.clip(before + 0.002 * (gradient + 2000 * np.minimum(0.1 - before, 0)), 0, 0.49)
+    np.testing.assert_allclose([published.alpha[int(i)] for i in index], want, atol=1e-6)
+
+
+def test_speed_is_measured_side_by_side_and_memory_beyond_inputs_and_gradient(monkeypatch):
+    given = speed.batches((4, 50), "float32", "bool")
+    losses = {name: build() for name, (_, build) in speed.CONTENDERS.items()}
+    timed = speed.time_case(losses, given, backward=True, threads=1, seconds=0.01)
+    assert set(timed) == set(speed.CONTENDERS)
+    assert all(found["median_ms"] > 0 for found in timed.values())
+    monkeypatch.setattr(speed, "SHAPES", ((8, 1, 256, 256),))
+    monkeypatch.setattr(speed, "KINDS", (("float32", "bool"),))
+    memory = {row["contender"]: row for row in speed.measure_memory()}
+    assert memory["bce"]["saved_bytes_per_element"] == pytest.approx(8, abs=0.01)
+    assert memory["bce"]["peak_bytes_per_element"] >= 8
+    assert memory["fixed"]["saved_bytes_per_element"] == pytest.approx(5, abs=0.01)
+    assert memory["adaptive"]["saved_bytes_per_element"] == pytest.approx(5, abs=0.01)
+
+
+def test_the_histogram_is_timed_beside_torchmetrics(monkeypatch):
+    monkeypatch.setattr(speed, "PIXELS", 10_000)
+    monkeypatch.setattr(speed, "STREAM", 3)
+    found = speed.time_histogram(threads=1, seconds=0.01)
+    assert found["stream"]["pixels"] == 30_000
+    assert found["torchmetrics"]["state_bytes"] == 5 * 10_000
+    assert found["ours"]["state_bytes"] == found["stream"]["state_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("page", "make"), [("performance", performance_page), ("study", study_page)]
+)
+def test_the_committed_page_is_the_one_made_from_the_committed_results(page, make, tmp_path):
+    make(["--out", str(tmp_path)])
+    committed = Path(__file__).parents[1] / "docs"
+    assert (tmp_path / f"{page}.md").read_text("utf-8") == (committed / f"{page}.md").read_text(
+        "utf-8"
+    )
+    pictures = sorted(path.name for path in (tmp_path / page).iterdir())
+    assert pictures == sorted(path.name for path in (committed / page).iterdir())

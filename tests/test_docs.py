@@ -2,17 +2,20 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
+import performance
 import pytest
+import study
+from PIL import Image, ImageChops, ImageStat
 
-import sc_bce
+import sc_bce.plot
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page, language):
@@ -35,7 +38,14 @@ def test_code_of_the_page_runs(page, tmp_path, monkeypatch, capsys):
 
 def test_api_page_shows_every_public_name():
     page = (ROOT / "docs" / "api.md").read_text("utf-8")
-    assert set(re.findall(r"^::: sc_bce\.(\w+)$", page, re.M)) == set(sc_bce.__all__)
+    public = {
+        *(f"sc_bce.{name}" for name in sc_bce.__all__),
+        *(f"sc_bce.plot.{name}" for name in sc_bce.plot.__all__),
+        "sc_bce.calibration.Reliability",  # what a method returns
+        "sc_bce.integrations.lightning.AdaptivePerturbationCallback",
+    }
+    shown = re.findall(r"^::: (\S+)$", page, re.M)
+    assert sorted(shown) == sorted(public)
 
 
 def test_public_names_and_their_docstrings():
@@ -53,10 +63,15 @@ def test_links_between_pages_lead_somewhere():
                 assert (page.parent / link).exists(), (page.name, link)
 
 
-def test_changelog_speaks_of_this_version():
-    version = metadata.version("sc-bce").split(".dev")[0]
-    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
-    assert f"## [{version}]" in text or "## [Unreleased]" in text
+def test_the_theorys_picture_is_what_its_script_draws(tmp_path):
+    runpy.run_path(str(ROOT / "docs" / "theory.py"))["figure"]().savefig(tmp_path / "drawn.png")
+    with (
+        Image.open(ROOT / "docs" / "theory.png") as kept,
+        Image.open(tmp_path / "drawn.png") as new,
+    ):
+        assert kept.size == new.size
+        difference = ImageChops.difference(kept.convert("L"), new.convert("L"))
+        assert ImageStat.Stat(difference).mean[0] < 1  # of 255: fonts differ between versions
 
 
 def test_the_readmes_table_is_the_committed_result():
@@ -74,6 +89,15 @@ def test_the_readmes_table_is_the_committed_result():
             f"{method['measures'][part][key]['mean']:.{digits}f}" for key, part, digits in columns
         ]
         assert re.search(rf"^{re.escape(method['title'])} +{' +'.join(values)}$", printed, re.M)
+
+
+def test_the_readmes_summaries_are_the_committed_results():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    studies = [json.loads(path.read_text("utf-8")) for path in study.kept_studies()]
+    assert study.summary(studies) in readme
+    assert all(one["date"] in readme for one in studies)
+    speed = json.loads((ROOT / "benchmarks/results/speed.json").read_text("utf-8"))
+    assert performance.summary(speed) in readme
 
 
 def test_the_guides_timings_are_the_committed_result():
@@ -96,6 +120,7 @@ def test_importing_brings_nothing_but_torch():
 def test_imports_go_downward():
     order = [
         "_checks",
+        "_fused",
         "functional",
         "loss",
         "adaptive",

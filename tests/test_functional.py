@@ -15,6 +15,8 @@ from torch.testing import assert_close
 from sc_bce import perturb_target, sc_bce_with_logits
 
 REDUCTIONS = ("none", "mean", "sum")
+# Everything holds on both paths.
+pytestmark = pytest.mark.usefixtures("path")
 
 
 def close(actual, expected, rtol=1e-9, atol=1e-9):

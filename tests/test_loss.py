@@ -11,6 +11,7 @@ from strategies import batches, pairs
 from torch.testing import assert_close
 
 from sc_bce import SCBCEWithLogitsLoss, sc_bce_with_logits
+from sc_bce.loss import draw
 
 SETTINGS = {
     "label_smoothing": (SCBCEWithLogitsLoss.label_smoothing, 0.1, 1.0, 0.1, "expected", 0.0),
@@ -72,6 +73,28 @@ def test_mean_of_draws_is_the_expectation(name, sampling):
     error = 1.5 * math.sqrt((g * (beta / 2 - g) + noise**2) / n)
     assert ((drawn.mean(0) - expected.mean(0)).abs() < 5 * error).all()
     assert not torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1e-3, 0.05, 0.25, 63.5 / 64, 1.0])
+def test_draws_by_bytes_have_the_probability(alpha):
+    """Within five deviations, for a number and for one level per row; 0 and 1 exactly."""
+    count = 1 << 20
+    for level in (alpha, torch.tensor([alpha, 0.5 * alpha])):
+        drawn = draw(level, torch.empty(2, count // 2), "element", None)
+        assert drawn.dtype == torch.bool
+        for row, want in zip(drawn, [alpha, alpha / (1 if level is alpha else 2)], strict=True):
+            bound = 5 * math.sqrt(want * (1 - want) * 2 / count)
+            assert abs(float(row.double().mean()) - want) <= bound
+
+
+def test_draws_by_bytes_are_independent_and_repeat_with_the_generator():
+    states = [torch.Generator().manual_seed(3) for _ in range(2)]
+    one, two = (draw(0.3, torch.empty(1 << 18), "element", state) for state in states)
+    assert torch.equal(one, two)
+    assert not torch.equal(one, draw(0.3, torch.empty(1 << 18), "element", states[0]))
+    centred = one.double() - 0.3
+    for lag in (1, 2, 3, 4, 7, 8, 16):
+        assert abs(float((centred[lag:] * centred[:-lag]).mean())) < 5 * 0.21 / math.sqrt(1 << 18)
 
 
 def test_samples_are_drawn_whole_and_elements_alone():

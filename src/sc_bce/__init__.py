@@ -7,6 +7,8 @@ from .functional import perturb_target, sc_bce_with_logits
 from .loss import SCBCEWithLogitsLoss
 from .temperature import TemperatureScaling
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AdaptivePerturbation",
     "CalibrationHistogram",

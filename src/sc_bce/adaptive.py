@@ -11,7 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _checks
-from .functional import sample_statistics, sc_bce_with_logits
+from .functional import (
+    BatchSums,
+    batch_sums,
+    loss_of_sums,
+    sample_accuracies,
+    sample_margins,
+    sc_bce_with_logits,
+)
 from .loss import draw
 
 __all__ = ["AdaptivePerturbation"]
@@ -215,18 +222,36 @@ class AdaptivePerturbation(nn.Module):
         if not self._moving:
             loss = self._loss(input, target, 0.0)
             if self.focus > 0:
-                self._move(rows, *self._statistics(input, target))
+                self._move(rows, input, target, self._margins(input, target))
             if not torch.compiler.is_compiling():
                 self._warn_without_step(len(rows))
             return loss
-        # Before the draw: a batch that is refused leaves the generator where it was.
-        statistics = self._statistics(input, target)
         alpha = self.alpha.index_select(0, rows).reshape(input.shape[:1])
+        # Before the draw: a batch that is refused leaves the generator where it was.
+        sums = self._sums(input, target, alpha)
+        if sums is None:
+            margin = self._margins(input, target)
+        else:
+            margin = (sums.margin.detach() * (len(rows) / input.numel())).float()
         if self.sampling != "expected":
             alpha = draw(alpha, input, self.sampling, self.generator)
-        loss = self._loss(input, target, alpha)
-        self._move(rows, *statistics)
+        if sums is None:
+            loss = self._loss(input, target, alpha)
+        else:
+            loss = loss_of_sums(sums, input, target, alpha, self.beta, self.reduction)
+        self._move(rows, input, target, margin)
         return loss
+
+    def _sums(self, input: Tensor, target: Tensor, alpha: Tensor) -> BatchSums | None:
+        special = (self.weight, self.pos_weight, self.ignore_index)
+        if self.sampling == "element" or special != (None, None, None):
+            return None
+        _checks.batch(input, target)
+        return batch_sums(input, target, alpha, self.beta, self.reduction)
+
+    @torch.no_grad()
+    def _margins(self, input: Tensor, target: Tensor) -> Tensor:
+        return sample_margins(input, target, self.weight, self.ignore_index)
 
     def _loss(self, input: Tensor, target: Tensor, alpha: float | Tensor) -> Tensor:
         return sc_bce_with_logits(
@@ -256,16 +281,12 @@ class AdaptivePerturbation(nn.Module):
         return rows
 
     @torch.no_grad()
-    def _statistics(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        return sample_statistics(input, target, self.weight, self.ignore_index)
-
-    @torch.no_grad()
-    def _move(self, rows: Tensor, margin: Tensor, hits: Tensor) -> None:
+    def _move(self, rows: Tensor, input: Tensor, target: Tensor, margin: Tensor) -> None:
         """Move the rows of a batch; where nothing valid and finite was seen, hold them."""
-        counts = margin.isfinite()
-        merge = _RepeatedRows(rows, counts)
+        merge = _RepeatedRows(rows, margin.isfinite())
         moves = merge.any
         if self.focus > 0:
+            hits = sample_accuracies(input, target, self.ignore_index)
             old = self.sample_accuracy.index_select(0, rows)
             recent = torch.where(moves, 0.9 * old + 0.1 * merge.mean(hits), old)
             self.sample_accuracy.index_copy_(0, rows, recent)

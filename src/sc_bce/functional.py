@@ -6,11 +6,13 @@ balance of focal loss), :math:`\beta` the perturbation strength.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _fused
 
 __all__ = ["perturb_target", "sc_bce_with_logits"]
 
@@ -82,8 +84,11 @@ def perturb_target(
     wide = torch.promote_types(dtype, torch.float32)
     y = _floating(target, wide, ignore_index)
     strength = _level("alpha", alpha, y) * _level("beta", beta, y)
-    # Towards 1/2 instead of (1 - s) y + s/2: both labels round once, by the same amount.
-    q = y + strength * (0.5 - y)
+    # Towards 1/2 instead of (1 - s) y + s/2: both labels round by the same amount.
+    if torch.compiler.is_compiling():
+        q = y + strength * (0.5 - y)  # fused anyway, and quicker than the cases of lerp
+    else:
+        q = torch.lerp(y, y.new_full((), 0.5), strength)  # the same in one pass
     if ignore_index is not None:
         q = torch.where(valid_elements(target, ignore_index), q, y)
     return q.to(dtype)
@@ -169,6 +174,7 @@ def sc_bce_with_logits(
     _checks.perturbation(alpha, beta)
     ignore_index = _checks.ignore_index(ignore_index)
     plain = not isinstance(alpha, Tensor) and alpha == 0
+    special = weight is not None or pos_weight is not None or ignore_index is not None
     if plain and ignore_index is None:
         if isinstance(target, Tensor) and not target.is_floating_point():
             _checks.logits(input)
@@ -178,8 +184,11 @@ def sc_bce_with_logits(
         )
     _checks.reduction(reduction)
     _checks.batch(input, target)
-    # torch's rule: the target's dtype is the result's; a bool or integer target has none.
-    dtype = target.dtype if target.is_floating_point() else input.dtype
+    if not (plain or special):
+        sums = batch_sums(input, target, alpha, beta, reduction)
+        if sums is not None:
+            return loss_of_sums(sums, input, target, alpha, beta, reduction)
+    dtype = _result_dtype(input, target)
     if plain:
         q = _floating(target, dtype, ignore_index)
     else:
@@ -197,32 +206,95 @@ def sc_bce_with_logits(
     return loss if _autocasts(input.device.type) else loss.to(dtype)
 
 
-def sample_statistics(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None
-) -> tuple[Tensor, Tensor]:
-    """Mean signed margin (2y - 1)x and accuracy of each sample, (N,) float32; no gradient.
+class BatchSums(NamedTuple):
+    """What is enough of a batch for every level, one value for each of its parts."""
 
-    The margin is weighted as the loss is (torch's ``weight``, divided by the number of valid
-    elements), so that beta/2 of it is the derivative of the sample's mean loss by its alpha.
-    Both are nan for a sample without a valid element.
+    loss: Tensor  # of BCE(x, y)
+    margin: Tensor  # of (2y - 1) x
+
+
+def batch_sums(
+    input: Tensor, target: Tensor, alpha: float | Tensor, beta: float | Tensor, reduction: str
+) -> BatchSums | None:
+    """One part per sample where a level differs by sample, else one in all; None where unfit.
+
+    With a draw for each element as `alpha` the margins are those of what it drew.
+    """
+    parts, drawn = 1, _draw(alpha, input)
+    for level in (beta,) if drawn is not None else (alpha, beta):
+        if isinstance(level, Tensor) and level.dim():
+            if level.shape != input.shape[:1]:
+                return None
+            parts = len(level)
+    if reduction == "none" or not _fused.applies(input, target, parts):
+        return None
+    if not target.is_floating_point() and target.dtype != torch.bool:
+        low, high = target.aminmax()
+        if low < 0 or high > 1:
+            _checks.hard_labels(target, (target != 0) & (target != 1), None)
+    return BatchSums(*_fused.sample_sums(input, target, parts, drawn))
+
+
+def loss_of_sums(
+    sums: BatchSums,
+    input: Tensor,
+    target: Tensor,
+    alpha: float | Tensor,
+    beta: float | Tensor,
+    reduction: str,
+) -> Tensor:
+    """The loss of the batch under levels that have one value, or one for each of its parts."""
+    if _draw(alpha, input) is not None:
+        alpha = 1.0  # the margins are already those of what it drew
+    strength = _level("alpha", alpha, sums.loss) * _level("beta", beta, sums.loss)
+    loss = (sums.loss + (strength / 2) * sums.margin).sum()
+    if reduction == "mean":
+        loss = loss / input.numel()
+    return loss if _autocasts(input.device.type) else loss.to(_result_dtype(input, target))
+
+
+def _draw(alpha: float | Tensor, input: Tensor) -> Tensor | None:
+    """Alpha itself where it is a draw for each element that the fused sums can read."""
+    if not isinstance(alpha, Tensor) or alpha.dtype != torch.bool or alpha.shape != input.shape:
+        return None
+    return alpha if alpha.is_contiguous() and _fused.plain_values(alpha) else None
+
+
+def _result_dtype(input: Tensor, target: Tensor) -> torch.dtype:
+    """torch's rule: that of the target; a bool or integer target has none to give."""
+    return target.dtype if target.is_floating_point() else input.dtype
+
+
+def sample_margins(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None
+) -> Tensor:
+    """Mean signed margin (2y - 1)x of each sample, (N,) float32; no gradient.
+
+    Weighted as the loss is (torch's ``weight``, divided by the number of valid elements), so that
+    beta/2 of it is the derivative of the sample's mean loss by its alpha; nan for a sample
+    without a valid element.
     """
     _checks.batch(input, target)
-    input = input.detach()
     y = _floating(target, torch.promote_types(input.dtype, torch.float32), ignore_index)
-    margin = (2 * y - 1) * input
-    hits = (input >= 0) == (y >= 0.5)
+    # Low precision is accumulated in at least float32, as y is.
+    margin = (2 * y - 1) * input.detach()
     if weight is not None:
         margin = margin * weight
+    return _sample_means(margin, target, ignore_index)
+
+
+def sample_accuracies(input: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
+    """Share of each sample's valid elements that are right, (N,) float32; nan without any."""
+    hits = (input.detach() >= 0) == (target >= 0.5)
+    return _sample_means(hits.float(), target, ignore_index)
+
+
+def _sample_means(value: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
     if ignore_index is None:
-        # Low precision is accumulated in at least float32, as y is.
-        return _by_sample(margin).mean(1).float(), _by_sample(hits).float().mean(1)
+        return _by_sample(value).mean(1).float()
     valid = valid_elements(target, ignore_index)
-    count = _by_sample(valid).sum(1)
-    margin = torch.where(valid, margin, 0.0)
-    return (
-        (_by_sample(margin).sum(1) / count).float(),
-        _by_sample(hits & valid).sum(1).float() / count,
-    )
+    total = _by_sample(torch.where(valid, value, 0.0)).sum(1)
+    return (total / _by_sample(valid).sum(1)).float()
 
 
 def _by_sample(value: Tensor) -> Tensor:

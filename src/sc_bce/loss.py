@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
+from ._fused import plain_values
 from .functional import sc_bce_with_logits
 
 __all__ = ["SCBCEWithLogitsLoss"]
+
+_MANY = 1 << 12  # draws, from which on bytes are quicker than uniform numbers
 
 Loss = TypeVar("Loss", bound="SCBCEWithLogitsLoss")
 
@@ -182,7 +185,26 @@ def draw(
     shape = input.shape if sampling == "element" else input.shape[:1]
     if isinstance(alpha, Tensor) and alpha.dim() == 1:
         alpha = alpha.reshape(alpha.shape[0], *(1 for _ in shape[1:]))
-    return _uniform(shape, input.device, generator) < alpha
+    if shape.numel() < _MANY or not plain_values(input):
+        return _uniform(shape, input.device, generator) < alpha
+    return _by_bytes(alpha, shape, generator)
+
+
+def _by_bytes(
+    alpha: float | Tensor, shape: torch.Size, generator: torch.Generator | None
+) -> Tensor:
+    # A CPU makes its random numbers one by one. One byte decides for an element, unless it ties
+    # with the first eight bits of alpha: then a uniform number is compared with the bits left.
+    count = shape.numel()
+    words = torch.empty(-(-count // 8), dtype=torch.int64)
+    byte = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[:count].view(shape)
+    level = torch.as_tensor(alpha, dtype=torch.float32) * 256
+    first = level.floor().clamp(max=255)  # at alpha = 1 all bits left say yes
+    drawn = byte < first.to(torch.uint8)
+    ties = (byte == first.to(torch.uint8)).nonzero(as_tuple=True)
+    left = (level - first).expand(shape)[ties]
+    drawn[ties] = _uniform(left.shape, left.device, generator) < left
+    return drawn
 
 
 def _truncated_normal(input: Tensor, bound: float, generator: torch.Generator | None) -> Tensor:
