@@ -10,11 +10,13 @@ import math
 import operator
 from collections.abc import Collection, Mapping
 from numbers import Integral, Real
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
+
+Module = TypeVar("Module", bound=nn.Module)
 
 LARGE = 1e15  # of a step size or a weight: products stay finite in float32
 
@@ -330,6 +332,33 @@ def histograms(named: Mapping[str, object], kind: type) -> None:
                 f"Expected argument `histogram` to be a {kind.__name__} or a mapping of names to "
                 f"them, but got {_describe(one)}"
             )
+
+
+def named_module(parent: nn.Module, name: str, kind: type[Module]) -> Module:
+    """The submodule of that name, dots allowed."""
+    modules = dict(parent.named_modules(remove_duplicate=False))
+    found = modules.get(name)
+    if not isinstance(found, kind):
+        others = [repr(key) for key, module in modules.items() if isinstance(module, kind)]
+        got = "of which there is none" if found is None else f"a {type(found).__name__}"
+        remedy = f"choose {', '.join(others)}" if others else "assign one in its __init__"
+        raise ValueError(
+            f"Expected argument `criterion` to be the name of an {kind.__name__} in the "
+            f"{type(parent).__name__}, but got {name!r}, {got}; {remedy}"
+        )
+    return found
+
+
+def logits_and_target(outputs: object) -> tuple[Any, Any]:
+    """What a validation step hands to the callback."""
+    if not isinstance(outputs, Mapping) or not {"logits", "target"} <= set(outputs):
+        held = f" with {sorted(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
+        raise ValueError(
+            "Expected `validation_step` to return a mapping with 'logits' and 'target', but got "
+            f"{'None' if outputs is None else type(outputs).__name__ + held}; "
+            'return {"logits": logits, "target": target}'
+        )
+    return outputs["logits"], outputs["target"]
 
 
 def hard_labels(target: Tensor, illegal: Tensor, ignored: float | None) -> bool:

@@ -1,0 +1,99 @@
+"""The callback for Lightning. Needs lightning: `pip install sc-bce[lightning]`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import _checks
+from ..adaptive import AdaptivePerturbation
+from ..calibration import CalibrationHistogram
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError as error:
+    raise ImportError(
+        "AdaptivePerturbationCallback needs: pip install sc-bce[lightning]"
+    ) from error
+
+__all__ = ["AdaptivePerturbationCallback"]
+
+
+class AdaptivePerturbationCallback(Callback):
+    """Measures each validation and tells the :class:`AdaptivePerturbation` of the LightningModule.
+
+    ``validation_step`` returns a mapping with ``"logits"`` and ``"target"``. At the end of each
+    validation of ``fit`` the callback calls the criterion's ``step`` with the accuracy and the
+    mean confidence over all processes, and logs ``val_ece``, ``val_oe`` and ``alpha_mean``.
+    ``Trainer.validate`` logs and does not step; the sanity check before training does neither.
+
+    Args:
+        criterion: name of the criterion in the LightningModule, with dots where it lies deeper.
+            Default: ``"criterion"``.
+
+    Attributes:
+        histogram: :class:`CalibrationHistogram` of the last validation, over all processes.
+
+    Raises:
+        ValueError: in use, no :class:`AdaptivePerturbation` of that name, or a ``validation_step``
+            that returns something else.
+        ImportError: at import, lightning is not installed.
+
+    Note:
+        Elements of the criterion's ``ignore_index`` are left out. So is a second validation loader
+        (one out of distribution, say) if ``validation_step`` returns None for its batches. Each
+        validation is a step: where there is not one per epoch, the criterion's ``warmup`` counts
+        validations. In several processes Lightning's sampler repeats samples until all have as
+        many, and these count twice.
+
+        The criterion is a part of the LightningModule, so that its checkpoint holds the levels.
+        One that is written after a validation, as ModelCheckpoint does, serves all processes; one
+        from within an epoch holds only the levels of the process that wrote it.
+
+    Example:
+        >>> from sc_bce.integrations.lightning import AdaptivePerturbationCallback
+        >>> callback = AdaptivePerturbationCallback(criterion="loss")
+        >>> callback.histogram
+        CalibrationHistogram(num_cells=10000, count=0)
+    """
+
+    def __init__(self, criterion: str = "criterion") -> None:
+        self.criterion = criterion
+        self.histogram = CalibrationHistogram()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._find(pl_module)  # before the first epoch rather than after it
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.histogram = CalibrationHistogram()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if outputs is None and dataloader_idx > 0:
+            return
+        logits, target = _checks.logits_and_target(outputs)
+        self.histogram.update(logits, target, ignore_index=self._find(pl_module).ignore_index)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        histogram, criterion = self.histogram.all_reduce(), self._find(pl_module)
+        if trainer.sanity_checking:
+            return
+        # Here and not later: a checkpoint may be written right after the validation.
+        if trainer.state.fn == "fit":
+            criterion.step(histogram.accuracy(), histogram.confidence())
+        measures = {
+            "val_ece": histogram.ece(),
+            "val_oe": histogram.oe(),
+            "alpha_mean": criterion.alpha.mean(),
+        }
+        # The processes agree already; without sync_dist Lightning warns that they might not.
+        pl_module.log_dict({k: float(v) for k, v in measures.items()}, sync_dist=True)
+
+    def _find(self, pl_module: LightningModule) -> AdaptivePerturbation:
+        return _checks.named_module(pl_module, self.criterion, AdaptivePerturbation)
