@@ -16,7 +16,6 @@ Fit = Callable[[Array, Array, float], Calibrate]  # from logits, masks, flip rat
 
 CLIP = 1e-3  # of isotonic probabilities: 0 and 1 would cost an infinite loss on the first miss
 BEND = 1e-3  # how far below 1 a smooth flip removal bends
-FLIP_RATES = np.arange(0, 0.2, 0.01)  # among which the fitted one is sought
 
 
 def temperature(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
@@ -31,14 +30,7 @@ def flip_temperature(logits: Array, masks: Array, flip_rate: float) -> Calibrate
 
 def fitted_flip(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
     """The same with the flip rate of least validation loss: is the known one the right one?"""
-    scalings = [_scaling(logits, masks, float(rate)) for rate in FLIP_RATES]
-    target = torch.from_numpy(masks)
-
-    def loss(scaling: TemperatureScaling) -> float:
-        z = scaling(torch.from_numpy(logits))
-        return float(torch.nn.functional.binary_cross_entropy_with_logits(z, target))
-
-    return _calibrate(min(scalings, key=loss))
+    return _calibrate(_scaling(logits, masks, None))
 
 
 def clipped_flip(clip: float) -> Fit:
@@ -102,7 +94,7 @@ def _then_temperature(removed: Callable[[Array], Array], logits: Array, masks: A
     return lambda z: scaled(removed(z))
 
 
-def _scaling(logits: Array, masks: Array, flip_rate: float) -> TemperatureScaling:
+def _scaling(logits: Array, masks: Array, flip_rate: float | None) -> TemperatureScaling:
     return TemperatureScaling(flip_rate).fit(torch.from_numpy(logits), torch.from_numpy(masks))
 
 

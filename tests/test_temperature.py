@@ -187,3 +187,46 @@ def test_bad_flip_rates_are_refused(rate):
         TemperatureScaling(rate)
     with pytest.raises(TypeError, match="`flip_rate`"):
         TemperatureScaling(torch.tensor([rate]))
+
+
+# --- a fitted flip rate -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("g", [0.0, 0.035, 0.1, 0.25])
+def test_a_flip_rate_of_none_is_found(g):
+    """Logits of a network trained at flip rate g, and twice too sure below it."""
+    truth = 2.5 * torch.randn(200_000, dtype=torch.float64)
+    target = torch.rand(len(truth)) < torch.sigmoid(truth)
+    logits = torch.logit((1 - 2 * g) * torch.sigmoid(2 * truth) + g)
+    scaling = TemperatureScaling(None).fit(logits, target)
+    assert float(scaling.flip_rate) == pytest.approx(g, abs=0.0101)
+    assert float(scaling.temperature) == pytest.approx(2.0, abs=0.2)
+    again = TemperatureScaling(float(scaling.flip_rate)).fit(logits, target)
+    assert_close(scaling(logits), again(logits), rtol=1e-5, atol=1e-5)
+
+
+def test_a_fitted_flip_rate_has_no_higher_loss_than_any_given_one():
+    logits = 4 * torch.randn(5000)
+    target = torch.rand(5000) < 0.1 + 0.8 * torch.sigmoid(logits / 2)
+
+    def loss(rate):
+        z = TemperatureScaling(rate).fit(logits, target)(logits)
+        return float(torch.nn.functional.binary_cross_entropy_with_logits(z, target.float()))
+
+    fitted = loss(None)
+    assert all(fitted <= loss(rate) + 1e-6 for rate in (0.0, 0.02, 0.06, 0.1, 0.2, 0.3))
+
+
+def test_before_the_fit_a_flip_rate_of_none_removes_nothing_and_its_state_is_saved():
+    scaling = TemperatureScaling(None)
+    z = torch.linspace(-4, 4, 9)
+    assert torch.equal(scaling(z), z)
+    target = torch.rand(4000) < 0.85
+    scaling.fit(torch.where(target, 2.0, -2.0) * torch.where(torch.rand(4000) < 0.9, 1, -1), target)
+    other = TemperatureScaling(None)
+    other.load_state_dict(scaling.state_dict())
+    assert torch.equal(other(z), scaling(z))
+    before = scaling.state_dict()
+    with pytest.raises(ValueError, match="both classes"):
+        scaling.fit(torch.ones(3), torch.ones(3))
+    assert_close(scaling.state_dict(), before)

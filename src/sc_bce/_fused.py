@@ -137,7 +137,12 @@ class _SampleSums(Function):
 
 
 def _rows(samples: int, *values: Tensor | None) -> list[Any]:
-    return [None if value is None else value.view(samples, -1) for value in values]
+    """Each as a matrix; bools as bytes, which become floats many times faster."""
+    rows = [None if value is None else value.view(samples, -1) for value in values]
+    return [
+        row.view(torch.uint8) if row is not None and row.dtype == torch.bool else row
+        for row in rows
+    ]
 
 
 class _Work:

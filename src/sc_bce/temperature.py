@@ -6,6 +6,7 @@ import math
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _checks
@@ -16,6 +17,7 @@ __all__ = ["TemperatureScaling"]
 Scaling = TypeVar("Scaling", bound="TemperatureScaling")
 
 _SUBSET = 1_000_000  # elements that a fit looks at
+_COARSE, _FINE, _END = 0.02, 0.005, 0.3  # steps and end of the search for a flip rate
 _CLIP = 1e-3  # of the probability without the flip
 _SLOPES = (1e-3, 1e3)  # of 1 / temperature: separable data would ask for an infinite one
 
@@ -37,10 +39,11 @@ class TemperatureScaling(nn.Module):
     Args:
         flip_rate: flip rate of the training, in [0, 1/2): ``criterion.flip_rate`` of
             :class:`AdaptivePerturbation`, or ``alpha * beta / 2`` of a fixed perturbation; a
-            number or 0-d tensor. Default: 0.
+            number or 0-d tensor. None fits it too, among multiples of 0.005 up to 0.3: for levels
+            that still moved at the end, or a network of unknown training. Default: 0.
 
     Attributes:
-        flip_rate: the same, a 0-d buffer.
+        flip_rate: the flip rate that is removed, a 0-d buffer; 0 until it is fitted.
         temperature: the fitted temperature, a 0-d buffer.
 
     Shape:
@@ -49,7 +52,7 @@ class TemperatureScaling(nn.Module):
 
     Raises:
         ValueError: ``flip_rate`` outside [0, 1/2).
-        TypeError: ``flip_rate`` not a number or 0-d tensor.
+        TypeError: ``flip_rate`` not a number, 0-d tensor or None.
 
     Note:
         The decision at 1/2 never changes. Computed in at least float32; works under compile and
@@ -74,16 +77,18 @@ class TemperatureScaling(nn.Module):
     flip_rate: Tensor
     temperature: Tensor
 
-    def __init__(self, flip_rate: float | Tensor = 0.0) -> None:
+    def __init__(self, flip_rate: float | Tensor | None = 0.0) -> None:
         super().__init__()
-        self.register_buffer("flip_rate", torch.tensor(_checks.flip_rate(flip_rate)))
+        self.fit_flip_rate = flip_rate is None
+        rate = 0.0 if flip_rate is None else _checks.flip_rate(flip_rate)
+        self.register_buffer("flip_rate", torch.tensor(rate))
         self.register_buffer("temperature", torch.tensor(1.0))
 
     @torch.no_grad()
     def fit(
         self: Scaling, logits: Tensor, target: Tensor, *, ignore_index: int | None = None
     ) -> Scaling:
-        """Fit the temperature to validation data, and return this module.
+        """Fit the temperature, and a flip rate of None, to validation data; return this module.
 
         Newton's method in float64 on 1 / temperature, in which the negative log-likelihood is
         convex, inside a bracket of [0.001, 1000]. Above a million elements it looks at a million,
@@ -111,19 +116,37 @@ class TemperatureScaling(nn.Module):
             z, target = z[chosen], target[chosen]
         y = target.double()
         _checks.validation_data(z, y)
-        slope = _best_slope(self._without_flip(z.double()), y)
-        self.temperature.fill_(1 / slope)
+        z = z.double()
+        if self.fit_flip_rate:
+            self.flip_rate.fill_(self._best_flip_rate(z, y))
+        self.temperature.fill_(1 / _best_slope(self._without_flip(z, self.flip_rate), y))
         return self
+
+    def _best_flip_rate(self, z: Tensor, y: Tensor) -> float:
+        """That of the least loss under its best temperature: a coarse search, then a fine one."""
+        slope = 1.0
+
+        def loss(step: int) -> float:
+            nonlocal slope
+            u = self._without_flip(z, z.new_tensor(step * _FINE))
+            slope = _best_slope(u, y, start=slope)
+            return float(F.binary_cross_entropy_with_logits(slope * u, y))
+
+        stride, end = round(_COARSE / _FINE), round(_END / _FINE)
+        near = min(range(0, end + 1, stride), key=loss)
+        return min(range(max(0, near - stride), min(end, near + stride) + 1), key=loss) * _FINE
 
     def forward(self, logits: Tensor) -> Tensor:
         _checks.logits(logits, "logits")
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return (self._without_flip(z) / self.temperature.to(z.dtype)).to(logits.dtype)
+        u = self._without_flip(z, self.flip_rate)
+        return (u / self.temperature.to(z.dtype)).to(logits.dtype)
 
-    def _without_flip(self, z: Tensor) -> Tensor:
+    @staticmethod
+    def _without_flip(z: Tensor, flip_rate: Tensor) -> Tensor:
         # logit((s - g) / (1 - 2g)) with s = sigmoid(z) is z + log(1 - r e^-z) - log(1 - r e^z),
         # r = g / (1 - g): exact at g = 0, and no difference of nearly equal probabilities.
-        g = self.flip_rate.to(z.dtype)
+        g = flip_rate.to(z.dtype)
         bound = math.log((1 - _CLIP) / _CLIP)
         end = torch.logit((1 - 2 * g) * (1 - _CLIP) + g)
         size = torch.minimum(z.abs(), torch.where(g > 0, end, torch.inf))
@@ -140,10 +163,10 @@ class TemperatureScaling(nn.Module):
         return f"flip_rate={float(self.flip_rate):.4g}, temperature={float(self.temperature):.4g}"
 
 
-def _best_slope(u: Tensor, y: Tensor) -> float:
+def _best_slope(u: Tensor, y: Tensor, start: float = 1.0) -> float:
     """The a > 0 that minimises the mean of BCE(a u, y): a bracketed Newton iteration."""
     low, high = _SLOPES
-    slope = 1.0
+    slope = start
     for _ in range(200):
         p = torch.sigmoid(slope * u)
         gradient = float((u * (p - y)).mean())
