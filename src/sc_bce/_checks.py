@@ -354,8 +354,6 @@ def predictions(
         illegal = (target != 0) & (target != 1) | input.isnan()
         if not from_logits:
             illegal |= (input < 0) | (input > 1)
-        if ignored is not None:
-            illegal &= target != ignored
         value = input[illegal][0].item()
         if value != value:
             raise ValueError(

@@ -334,20 +334,23 @@ class _Tally:
     """
 
     def __init__(self, num_cells: int, input: Tensor, target: Tensor) -> None:
-        dtype = torch.promote_types(input.dtype, torch.float32)
-        if target.is_floating_point():
-            dtype = torch.promote_types(dtype, target.dtype)
-        self._dtype = dtype if num_cells <= _FINEST else torch.float64
+        precision = torch.promote_types(input.dtype, torch.float32)
         self._half = num_cells // 2
-        # What rounding left just below an edge is on it: 0.9 in float32, or 1 - 0.2. The third
-        # unit makes up for what the arithmetic below rounds.
-        slack = 3 * num_cells * torch.finfo(self._dtype).eps
+        # What rounding left just below an edge is on it: 0.9 in float32, or 1 - 0.2. Two units of
+        # the input's precision, and a third for what is rounded here.
+        slack = 3 * num_cells * torch.finfo(precision).eps
+        # A label must not be rounded to a legal one, nor a cell to its neighbour.
+        wider = target.dtype if target.is_floating_point() else precision
+        self._dtype = torch.promote_types(
+            precision, wider if num_cells <= _FINEST else torch.float64
+        )
         device, block = input.device, min(input.numel(), _BLOCK)
         self._one = torch.ones((), dtype=self._dtype, device=device)
         self._top = self._one * (self._half + slack)
         # By (predicted class, label, confidence), with one cell more for p = 1. Each row is filled
         # by one thread.
-        size = (_ROWS if input.numel() >= _BLOCK else 1, 4 * (self._half + 1))
+        rows = min(_ROWS, torch.get_num_threads()) if input.numel() >= _BLOCK else 1
+        size = (rows, 4 * (self._half + 1))
         self._counts = torch.zeros(size, dtype=torch.int64, device=device)
         self._doubts = torch.zeros(size, dtype=torch.float64, device=device)
         self._ignored = torch.zeros((), dtype=torch.int64, device=device)
@@ -384,7 +387,7 @@ class _Tally:
         legal = ~log_loss.isnan()
         if label.dtype != torch.bool:
             legal &= torch.mul(y, y, out=work).sub_(y).abs_().sum() == 0
-        readable = _checks.predictions(legal, input, target, from_logits, ignore_index)
+        readable = _checks.predictions(legal, x, label, from_logits, ignore_index)
         self._squares += torch.mul(doubt, doubt, out=work).sum()
         torch.sub(self._one, doubt, out=work)
         self._log_loss += log_loss + _sum_log1p(torch.div(doubt, work, out=work))
