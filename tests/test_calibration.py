@@ -435,6 +435,7 @@ ERRORS = [
         ValueError,
         "besides ignore_index=-1.*got the value 255",
     ),
+    (update([math.nan, 0.5], [255, 7], ignore_index=255), ValueError, "got the value 7"),
     (update([0.5, -0.1], [True, False]), ValueError, r"in \[0, 1\], but got -0.1"),
     (
         update([0.5], torch.tensor([1 + 1e-12], dtype=torch.float64)),

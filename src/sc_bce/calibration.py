@@ -64,8 +64,9 @@ class CalibrationHistogram:
         The state lives where the last update's input lived; updates never make an accelerator
         wait. A value on an inner bin edge, to two units of its precision, belongs to the bin
         farther from 1/2, so that p = 0.1 and p = 0.9 are the same confidence; p = 1 belongs to
-        the last bin. Measures are 0-d
-        float64 tensors, nan before the first update.
+        the last bin. Each element is worked out in the input's precision, float32 at least, so
+        that small losses keep their digits, and summed in float64. Measures are 0-d float64
+        tensors, nan before the first update.
 
     References:
         Guo et al., ICML 2017 (ECE, MCE); Thulasidasan et al., NeurIPS 2019 (OE); Nixon et al.,
@@ -417,7 +418,7 @@ class _Tally:
             part[..., -2] += part[..., -1]
         counts, doubts = counts[..., :-1], doubts[..., :-1]
         confidences = counts - doubts
-        wrong = (confidences - doubts)[[0, 1], [1, 0]].sum()
+        wrong = sum((confidences[i, 1 - i] - doubts[i, 1 - i]).sum() for i in (0, 1))
         return counts.transpose(1, 2), confidences.sum(1), self._squares + wrong, self._log_loss
 
 
