@@ -1,6 +1,7 @@
 import math
 import os
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from strategies import batches, seeds, shapes
 from torch.testing import assert_close
 
-from sc_bce import CalibrationHistogram
+from sc_bce import CalibrationHistogram, calibration
 
 KINDS = ("top_label", "positive_class")
 filled = shapes.filter(lambda shape: 0 not in shape)
@@ -101,6 +102,84 @@ def test_reliability_is_the_table_of_the_bins():
     assert positive.count.tolist() == [2, 3]
     assert_close(positive.confidence, torch.tensor([0.1, 2.59 / 3]).double())
     assert_close(positive.accuracy, torch.tensor([0.5, 2 / 3]).double())
+
+
+# --- in the input's own precision -------------------------------------------------------------
+
+
+@given(
+    seeds,
+    st.integers(1, 3000),
+    st.sampled_from([0.0, 1.0, 4.0, 12.0]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.booleans(),
+    st.sampled_from([7, 64, 1 << 18]),
+    st.sampled_from([1, 2, 3]),
+    st.sampled_from([torch.bool, torch.uint8, torch.int64, torch.float32]),
+)
+def test_low_precision_equals_float64(seed, n, scale, dtype, from_logits, block, threads, mask):
+    generator = torch.Generator().manual_seed(seed)
+    x = (scale * torch.randn(n, generator=generator)).to(dtype)
+    if not from_logits:
+        x = x.sigmoid()
+    y = torch.rand(n, generator=generator) < 0.4
+    want, got = CalibrationHistogram(), CalibrationHistogram()
+    want.update(x.double(), y, from_logits=from_logits)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with mock.patch.object(calibration, "_BLOCK", block):
+            got.update(x, y.to(mask), from_logits=from_logits)
+    finally:
+        torch.set_num_threads(before)
+    for name in ("nll", "brier"):
+        assert float(getattr(got, name)()) == pytest.approx(
+            float(getattr(want, name)()), rel=3e-7, abs=1e-38
+        )
+    for kind in KINDS:
+        assert float(got.accuracy(kind)) == float(want.accuracy(kind))
+        assert float(got.confidence(kind)) == pytest.approx(
+            float(want.confidence(kind)), rel=3e-7, abs=1e-38
+        )
+    # Only what lies on an edge may be counted in the cell beside.
+    p = x.double().sigmoid() if from_logits else x.double()
+    cells = torch.maximum(p, 1 - p) * got.num_cells
+    on_edge = (cells - cells.round()).abs() <= 6 * got.num_cells * torch.finfo(torch.float32).eps
+    moved = (got.state_dict()["counts"] - want.state_dict()["counts"]).abs().sum()
+    assert moved <= 2 * on_edge.sum()
+
+
+@pytest.mark.parametrize("margin", [5.0, 20.0, 60.0, 85.0])
+def test_small_losses_keep_their_digits(margin):
+    histogram = CalibrationHistogram()
+    histogram.update(torch.tensor([margin, -margin] * 50), torch.tensor([True, False] * 50))
+    p = math.exp(-margin) / (1 + math.exp(-margin))
+    assert float(histogram.nll()) == pytest.approx(math.log1p(math.exp(-margin)), rel=1e-6)
+    assert float(histogram.brier()) == pytest.approx(p**2, rel=1e-6, abs=1e-38)
+    wrong = CalibrationHistogram()
+    wrong.update(torch.tensor([margin]), torch.tensor([False]))
+    assert float(wrong.nll()) == pytest.approx(margin + math.log1p(math.exp(-margin)), rel=1e-7)
+
+
+def test_either_zero_is_a_positive_prediction():
+    for zero in (0.0, -0.0):
+        histogram = CalibrationHistogram()
+        histogram.update(torch.tensor([zero]), torch.tensor([True]))
+        assert float(histogram.accuracy()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("num_cells", [100, 10_000, 1_000_000])
+def test_logits_of_an_edge_are_on_it(dtype, num_cells):
+    for num_bins in (10, 20, 25, 50, 100):
+        p = torch.arange(1, num_bins, dtype=torch.float64) / num_bins
+        histogram = CalibrationHistogram(num_cells)
+        # Either side of 1/2; the edge at 1/2 itself tells the classes apart.
+        logit = torch.logit(p[p != 0.5]).to(dtype)
+        histogram.update(logit, torch.ones(len(logit)))
+        want = torch.ones(num_bins, dtype=torch.int64)
+        want[(num_bins - 1) // 2 : num_bins // 2 + 1] = 0
+        assert torch.equal(histogram.reliability(num_bins, "positive_class").count, want)
 
 
 # --- against implementations of others --------------------------------------------------------
@@ -351,6 +430,19 @@ ERRORS = [
     (update([0.5], [255]), ValueError, "got the value 255; for a 0/255 mask pass `mask > 0`"),
     (update([0.5], [0.5]), ValueError, "only 0 and 1, but got the value 0.5"),
     (update([0.5], [7], ignore_index=255), ValueError, "besides ignore_index=255"),
+    (
+        update([0.5, 0.5], torch.tensor([1, 255], dtype=torch.uint8), ignore_index=-1),
+        ValueError,
+        "besides ignore_index=-1.*got the value 255",
+    ),
+    (update([math.nan, 0.5], [255, 7], ignore_index=255), ValueError, "got the value 7"),
+    (update([0.5, -0.1], [True, False]), ValueError, r"in \[0, 1\], but got -0.1"),
+    (
+        update([0.5], torch.tensor([1 + 1e-12], dtype=torch.float64)),
+        ValueError,
+        "only 0 and 1, but got",
+    ),
+    (update([0.5], [1e-30]), ValueError, "only 0 and 1, but got the value 1"),
     (update([1], [1]), TypeError, "floating-point logits, but got torch.int64"),
     (
         lambda: CalibrationHistogram().update([0.5], torch.ones(1)),

@@ -375,11 +375,14 @@ def hard_labels(target: Tensor, illegal: Tensor, ignored: float | None) -> bool:
 
 
 def predictions(
-    input: Tensor, target: Tensor, illegal: Tensor, from_logits: bool, ignored: float | None
+    legal: Tensor, input: Tensor, target: Tensor, from_logits: bool, ignored: float | None
 ) -> bool:
-    """Refuse predictions that can't be measured; False where `illegal` can't be read."""
-    found = _any(illegal)
+    """Refuse predictions that can't be measured; False where `legal`, 0-d, can't be read."""
+    found = _any(~legal)
     if found:
+        illegal = (target != 0) & (target != 1) | input.isnan()
+        if not from_logits:
+            illegal |= (input < 0) | (input > 1)
         value = input[illegal][0].item()
         if value != value:
             raise ValueError(
