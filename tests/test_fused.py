@@ -69,7 +69,7 @@ def test_loss_and_gradients_are_those_of_the_plain_path(batch, block, pair, redu
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("mask", [*MASKS, *FLOATS])
+@pytest.mark.parametrize("mask", [*MASKS, *FLOATS, torch.uint16, torch.uint32, torch.uint64])
 def test_every_dtype_is_that_of_the_plain_path(dtype, mask):
     x = (4 * torch.randn(3, 50)).to(dtype).requires_grad_()
     y = torch.randint(0, 2, (3, 50)).to(mask)
@@ -202,6 +202,7 @@ def test_what_it_can_not_serve_takes_the_plain_path():
         sc_bce_with_logits(x, y, 0.1, reduction="none")
         sc_bce_with_logits(x, y, torch.full((4, 6), 0.1))
         sc_bce_with_logits(x, y.clone().requires_grad_(), 0.1)
+        assert sc_bce_with_logits(x, y.double(), 0.1).dtype == torch.float64
         sc_bce_with_logits(x.to("meta"), y.to("meta"), 0.1)
         sc_bce_with_logits(x, y)
         with pytest.raises(ValueError, match="alpha"):

@@ -22,6 +22,7 @@ __all__ = ["applies", "plain_values", "sample_sums"]
 _BLOCK = 1 << 20  # elements worked on at a time: few enough for a cache, many enough for threads
 _LEAST = 1 << 18  # elements from which on this is quicker than torch's own few calls
 _EACH = 1 << 10  # elements of a sample, likewise
+_RARE = (torch.uint16, torch.uint32, torch.uint64)  # torch can't reduce them
 _HALVINGS = 5  # 32 to 64 factors in [1/2, 1] can't underflow in float32
 
 
@@ -30,6 +31,7 @@ def applies(input: Tensor, target: Tensor, samples: int = 1) -> bool:
 
     Under compile, export, vmap, functorch's gradients and forward-mode AD they don't.
     """
+    wide = torch.promote_types(input.dtype, torch.float32)
     return (
         input.numel() >= max(_LEAST, _EACH * samples)
         and plain_values(input)
@@ -37,6 +39,8 @@ def applies(input: Tensor, target: Tensor, samples: int = 1) -> bool:
         and input.is_contiguous()
         and target.is_contiguous()
         and not target.requires_grad
+        and target.dtype not in _RARE
+        and (not target.is_floating_point() or torch.promote_types(target.dtype, wide) == wide)
         and not (_is_dual(input) or _is_dual(target))
     )
 
