@@ -434,11 +434,14 @@ def page(words: str, studies: Sequence[Study], folder: Path) -> str:
 
     def mean(found: re.Match[str]) -> str:
         data, method, part, key = found[1].split()
-        got = values(by_name[data], method, ("", part, key)) if data in by_name else []
+        got = values(by_name[data], method, ("", part, key))
         if not got:
             raise ValueError(f"Expected a measure, but no study has {found[0]}")
         return f"{np.mean(got):.4f}"
 
+    # What is said of other data than these is left out.
+    parts = re.split(r"^(?=## )", words, flags=re.M)
+    words = "".join(part for part in parts if set(re.findall(r"\{\{(\S+)", part)) <= set(by_name))
     filled = re.sub(r"^@([\w-]+)$", fill, words, flags=re.M)
     return re.sub(r"\{\{(\S+ \S+ \S+ \S+)\}\}", mean, filled)
 

@@ -127,6 +127,10 @@ def test_extreme_and_non_finite_logits():
         bad = torch.tensor([[1.0, torch.nan, 2.0, 3.0]])
         assert sc_bce_with_logits(bad, y, 0.05).isnan()
         assert sc_bce_with_logits(torch.tensor([[torch.inf] * 4]), y, 0.05).isnan()
+        # As torch: no overflow below float32's end, and a certain miss costs inf.
+        for x, label in ((3e38, 0.0), (-3e38, 1.0), (torch.inf, 0.0)):
+            loss, _ = _fused.sample_sums(torch.tensor([[x]]), torch.tensor([[label]]), 1)
+            assert loss == abs(x)
 
 
 # --- differentiation and transforms ------------------------------------------------------------
@@ -211,6 +215,42 @@ def test_what_it_can_not_serve_takes_the_plain_path():
         assert not taken.called
         sc_bce_with_logits(x, y, 0.1)
         assert taken.called
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_second_gradients_in_low_precision_are_computed_in_float32(dtype):
+    x = torch.full((2, 8), 7.0, dtype=dtype, requires_grad=True)
+    y = torch.ones(2, 8, dtype=torch.bool)
+    want = 1 - 0.001 / 1 - float(torch.sigmoid(torch.tensor(7.0, dtype=torch.float64)))
+    with fusing():
+        loss = sc_bce_with_logits(x, y, 0.001, reduction="sum")
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert grad[0, 0].item() == pytest.approx(-want, rel=0.02)
+
+
+def test_masks_of_inference_mode_and_a_default_device():
+    x = torch.randn(4, 2000, requires_grad=True)
+    with torch.inference_mode():
+        y = torch.rand(4, 2000) > 0.5
+    with fusing():
+        sc_bce_with_logits(x, y, 0.1).backward()
+        want = x.grad.clone()
+        with torch.device("meta"):
+            criterion = SCBCEWithLogitsLoss.disturb_label(0.1)
+            criterion(x, y.clone()).backward()
+            (again,) = torch.autograd.grad(sc_bce_with_logits(x, y.clone(), 0.1), x)
+    assert_close(again, want)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tracing_steps_aside():
+    x, y = torch.randn(2, 8), torch.rand(2, 8) > 0.5
+    with fusing(), watched() as taken:
+        traced = torch.jit.trace(
+            lambda x, y: sc_bce_with_logits(x, y, 0.1), (x, y), check_trace=False
+        )
+    assert not taken.called
+    assert_close(traced(x, y), sc_bce_with_logits(x, y, 0.1))
 
 
 # --- memory, masks, table ----------------------------------------------------------------------

@@ -127,7 +127,8 @@ def test_each_validation_of_a_fit_is_measured_told_and_logged():
     want = CalibrationHistogram()
     x, y = loaders[1].dataset.tensors
     want.update(module.net(x), y)
-    same(want.state_dict(), histogram.state_dict())
+    # All at once or batch by batch: the same but for rounding.
+    torch.testing.assert_close(want.state_dict(), histogram.state_dict(), rtol=1e-6, atol=0)
     # Of the last of three epochs, the one after the warm-up: levels moved, and the budget.
     assert logged["alpha_mean"] == pytest.approx(module.criterion.alpha.mean().item())
     assert logged["alpha_mean"] > 0

@@ -20,7 +20,7 @@ from torch.autograd import Function, forward_ad
 __all__ = ["applies", "plain_values", "sample_sums"]
 
 _BLOCK = 1 << 20  # elements worked on at a time: few enough for a cache, many enough for threads
-_LEAST = 1 << 18  # elements from which on this is quicker than torch's own few calls
+_LEAST = 1 << 18  # elements from which on this is quicker than the plain path
 _EACH = 1 << 10  # elements of a sample, likewise
 _RARE = (torch.uint16, torch.uint32, torch.uint64)  # torch can't reduce them
 _HALVINGS = 5  # 32 to 64 factors in [1/2, 1] can't underflow in float32
@@ -51,6 +51,8 @@ def plain_values(value: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and value.device.type == "cpu"
         and type(value) in (Tensor, nn.Parameter)
+        and not value.is_inference()  # which autograd could not save
+        and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -102,7 +104,7 @@ class _SampleSums(Function):
                 margin[rows] += 2 * torch.mul(m, work.wide(z[rows, columns], 3), out=a).sum(1)
             # BCE(x, y) = (|x| - margin)/2 - log sigmoid(|x|): no cancellation, no overflow.
             torch.abs(x_block, out=a)
-            loss[rows] += torch.sub(a, m, alpha=2, out=m).sum(1) / 2
+            loss[rows] -= torch.sub(m, a, alpha=0.5, out=m).sum(1)
             # One logarithm for many elements: that of the product of the sigmoids.
             loss[rows] -= _folded(a.sigmoid_()).log_().sum(1)
         return loss, margin
@@ -115,6 +117,7 @@ class _SampleSums(Function):
         if torch.is_grad_enabled() or not (_has_values(for_loss) and _has_values(for_margin)):
             # To be differentiated again, or for many gradients at once.
             y = y.to(torch.promote_types(x.dtype, torch.float32))
+            x = x.to(y.dtype)
             sign = 2 * y - 1 if z is None else (2 * y - 1) * z
             again = for_loss * (torch.sigmoid(x) - y) + for_margin * sign
             return again.to(input.dtype).view_as(input), None, None, None
@@ -165,12 +168,13 @@ class _Work:
                 yield slice(row, row + self._rows), slice(column, column + self._columns)
 
     def sums(self, samples: int) -> Tensor:
-        return torch.zeros(samples, dtype=self.dtype)
+        return torch.zeros(samples, dtype=self.dtype, device="cpu")
 
     def buffer(self, like: Tensor, place: int) -> Tensor:
         kept = self._buffers[place]
         if kept is None:
-            kept = torch.empty(min(self._rows, self._shape[0]) * self._columns, dtype=self.dtype)
+            size = min(self._rows, self._shape[0]) * self._columns
+            kept = torch.empty(size, dtype=self.dtype, device="cpu")
             self._buffers[place] = kept
         return kept[: like.numel()].view(like.shape)
 

@@ -196,9 +196,9 @@ def _by_bytes(
     # A CPU makes its random numbers one by one. One byte decides for an element, unless it ties
     # with the first eight bits of alpha: then a uniform number is compared with the bits left.
     count = shape.numel()
-    words = torch.empty(-(-count // 8), dtype=torch.int64)
+    words = torch.empty(-(-count // 8), dtype=torch.int64, device="cpu")
     byte = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[:count].view(shape)
-    level = torch.as_tensor(alpha, dtype=torch.float32) * 256
+    level = torch.as_tensor(alpha, dtype=torch.float32, device="cpu") * 256
     first = level.floor().clamp(max=255)  # at alpha = 1 all bits left say yes
     drawn = byte < first.to(torch.uint8)
     ties = (byte == first.to(torch.uint8)).nonzero(as_tuple=True)
