@@ -156,6 +156,10 @@ def sc_bce_with_logits(
         compile, vmap), an illegal one gives nan. With everything ignored the mean is 0; the mean
         of an empty batch is nan, as in torch.
 
+        Large contiguous batches on a CPU, without weights or ignored elements and reduced, take
+        one fused sweep: the same gradient, and a loss within 1.2e-7 per element in float32. It
+        keeps a mask itself for backward, so that one must not be overwritten before.
+
     References:
         Liu et al., ICCV 2023, arXiv 2307.13539 (SC-BCE).
 
