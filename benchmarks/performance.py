@@ -205,7 +205,7 @@ def figure(result: Result) -> "Figure":
     axes.spines[["top", "right"]].set_visible(False)
     lines, labels = axes.get_legend_handles_labels()
     kept = dict(zip(labels, lines, strict=True))
-    axes.legend(kept.values(), kept.keys(), fontsize=8, frameon=False, loc="lower right")
+    axes.legend(kept.values(), kept.keys(), fontsize=8, frameon=False, loc="center right")
     return drawing
 
 
