@@ -120,6 +120,7 @@ def test_importing_brings_nothing_but_torch():
 def test_imports_go_downward():
     order = [
         "_checks",
+        "_batch",
         "_fused",
         "functional",
         "loss",

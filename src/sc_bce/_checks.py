@@ -21,12 +21,17 @@ Module = TypeVar("Module", bound=nn.Module)
 LARGE = 1e15  # of a step size or a weight: products stay finite in float32
 
 
+def sentence(name: str, expected: str, got: object, remedy: str = "") -> str:
+    """The one sentence that every refusal says; `expected` begins with its verb."""
+    return f"Expected argument `{name}` to {expected}, but got {got}{remedy and '; ' + remedy}"
+
+
 def number(name: str, value: object, low: float, high: float, remedy: str = "") -> None:
     """Refuse what is not a number in [low, high]; nan is in no interval."""
     if not isinstance(value, Real):
         raise TypeError(
             f"Expected argument `{name}` to be a number in [{low:g}, {high:g}]"
-            f"{' or a Tensor' if remedy else ''}, but got {_describe(value)}{remedy}"
+            f"{' or a Tensor' if remedy else ''}, but got {describe(value)}{remedy}"
         )
     if not low <= value <= high:  # type: ignore[operator]
         raise ValueError(
@@ -40,7 +45,7 @@ def positive(name: str, value: object, high: float = LARGE) -> None:
         raise ValueError(f"Expected argument `{name}` to be above 0, but got {value}")
 
 
-def share(name: str, value: object, high: float = 1.0) -> float:
+def unit_number(name: str, value: object, high: float = 1.0) -> float:
     """A number or 0-d tensor in [0, high], as a float; a tensor is waited for."""
     if isinstance(value, Tensor):
         if value.dim() > 0 or value.is_complex():
@@ -54,7 +59,7 @@ def share(name: str, value: object, high: float = 1.0) -> float:
 
 
 def flip_rate(value: object) -> float:
-    rate = share("flip_rate", value, high=0.5)
+    rate = unit_number("flip_rate", value, high=0.5)
     if rate == 0.5:
         raise ValueError(
             "Expected argument `flip_rate` to be below 1/2, where labels still say something, "
@@ -66,7 +71,7 @@ def flip_rate(value: object) -> float:
 def warmup(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(
-            f"Expected argument `warmup` to be an int, 0 or more, but got {_describe(value)}"
+            f"Expected argument `warmup` to be an int, 0 or more, but got {describe(value)}"
         )
     if int(value) < 0:
         raise ValueError(f"Expected argument `warmup` to be an int, 0 or more, but got {value}")
@@ -93,7 +98,7 @@ def perturbation(alpha: object, beta: object) -> None:
 def positive_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(
-            f"Expected argument `{name}` to be a positive int, but got {_describe(value)}"
+            f"Expected argument `{name}` to be a positive int, but got {describe(value)}"
         )
     if int(value) < 1:
         raise ValueError(f"Expected argument `{name}` to be a positive int, but got {value}")
@@ -126,7 +131,7 @@ def generator(value: object) -> None:
     if value is not None and not isinstance(value, torch.Generator):
         raise TypeError(
             "Expected argument `generator` to be a torch.Generator or None, but got "
-            f"{_describe(value)}; pass `torch.Generator(device).manual_seed(seed)`"
+            f"{describe(value)}; pass `torch.Generator(device).manual_seed(seed)`"
         )
 
 
@@ -136,7 +141,7 @@ def ignore_index(value: object) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real) or value in (math.inf, -math.inf):
         raise TypeError(
-            f"Expected argument `ignore_index` to be an int or None, but got {_describe(value)}"
+            f"Expected argument `ignore_index` to be an int or None, but got {describe(value)}"
         )
     if value != value:
         raise ValueError(
@@ -149,37 +154,6 @@ def ignore_index(value: object) -> int | None:
             f"Expected argument `ignore_index` to be an int of 64 bits or None, but got {value}"
         )
     return int(whole)
-
-
-def logits(input: object, name: str = "input") -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"Expected argument `{name}` to be a Tensor, but got {_describe(input)}")
-    if not input.is_floating_point():
-        raise TypeError(
-            f"Expected argument `{name}` to hold floating-point logits, but got {input.dtype}; "
-            f"pass the raw output of the network, or `{name}.float()`"
-        )
-
-
-def label(target: object) -> None:
-    if not isinstance(target, Tensor):
-        raise TypeError(f"Expected argument `target` to be a Tensor, but got {_describe(target)}")
-    if target.is_complex():
-        raise TypeError(
-            f"Expected argument `target` to be a bool, integer or floating-point Tensor, "
-            f"but got {target.dtype}; pass `target.real`"
-        )
-
-
-def batch(input: Tensor, target: Tensor, name: str = "input") -> None:
-    """Logits, labels, and torch's rule: their sizes are equal."""
-    logits(input, name)
-    label(target)
-    if target.size() != input.size():
-        raise ValueError(
-            f"Expected argument `target` to have the size of `{name}`, {input.size()}, "
-            f"but got {target.size()}; reshape one of them (for example `target.unsqueeze(1)`)"
-        )
 
 
 def floating(name: str, dtype: object) -> None:
@@ -226,7 +200,7 @@ def sample_index(index: object, shape: torch.Size, num_samples: int) -> Tensor:
         )
     if not isinstance(index, Tensor):
         raise TypeError(
-            f"Expected argument `index` to be an integer Tensor, but got {_describe(index)}; "
+            f"Expected argument `index` to be an integer Tensor, but got {describe(index)}; "
             "pass `torch.as_tensor(index)`"
         )
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
@@ -268,7 +242,7 @@ def saved_cells(name: str, saved: object, own: Tensor) -> None:
     if not isinstance(saved, Tensor) or saved.dim() != own.dim():
         raise ValueError(
             f"Expected the saved `{name}` to be a Tensor of shape {tuple(own.shape)}, but got "
-            f"{tuple(saved.shape) if isinstance(saved, Tensor) else _describe(saved)}"
+            f"{tuple(saved.shape) if isinstance(saved, Tensor) else describe(saved)}"
         )
     if saved.shape != own.shape:
         raise ValueError(
@@ -281,7 +255,7 @@ def position(index: object, size: int) -> int:
     """The index of a data set, negative ones counted from the end."""
     if not isinstance(index, SupportsIndex):
         raise TypeError(
-            f"Expected argument `index` to be an int, but got {_describe(index)}; a sampler of "
+            f"Expected argument `index` to be an int, but got {describe(index)}; a sampler of "
             "batches belongs into DataLoader's `batch_sampler`"
         )
     place = operator.index(index)
@@ -296,7 +270,7 @@ def fetched(items: object, count: int) -> None:
     if not isinstance(items, (list, tuple)) or len(items) != count:
         raise TypeError(
             f"Expected the data set's `__getitems__` to return a list of {count} items, but got "
-            f"{_describe(items)}; a data set of columns has no item to put an index into"
+            f"{describe(items)}; a data set of columns has no item to put an index into"
         )
 
 
@@ -305,7 +279,7 @@ def map_style(dataset: object) -> None:
     if not complete or isinstance(dataset, (IterableDataset, type)):
         raise TypeError(
             "Expected argument `dataset` to be a map-style data set, with __getitem__ and "
-            f"__len__, but got {_describe(dataset)}; samples of a stream have no index: use "
+            f"__len__, but got {describe(dataset)}; samples of a stream have no index: use "
             "AdaptivePerturbation(num_samples=None) there"
         )
 
@@ -330,7 +304,7 @@ def histograms(named: Mapping[str, object], kind: type) -> None:
         if not isinstance(one, kind):
             raise TypeError(
                 f"Expected argument `histogram` to be a {kind.__name__} or a mapping of names to "
-                f"them, but got {_describe(one)}"
+                f"them, but got {describe(one)}"
             )
 
 
@@ -434,7 +408,7 @@ def _any(mask: Tensor) -> bool | None:
         return None
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if not isinstance(value, (int, float, str, type(None))):

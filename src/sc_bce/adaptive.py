@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import _checks
+from . import _batch, _checks
 from .functional import (
     BatchSums,
     batch_sums,
@@ -246,7 +246,7 @@ class AdaptivePerturbation(nn.Module):
         special = (self.weight, self.pos_weight, self.ignore_index)
         if self.sampling == "element" or special != (None, None, None):
             return None
-        _checks.batch(input, target)
+        _batch.pair(input, target)
         return batch_sums(input, target, alpha, self.beta, self.reduction)
 
     @torch.no_grad()
@@ -267,7 +267,7 @@ class AdaptivePerturbation(nn.Module):
 
     def _rows(self, input: Tensor, index: Tensor | None) -> Tensor:
         """The row of each sample of the batch, on the device of the table."""
-        _checks.logits(input)
+        _batch.logits(input)
         _checks.same_device(input, self.alpha)
         samples = input.shape[0] if input.dim() else 1
         if self.num_samples is None:
@@ -346,9 +346,9 @@ class AdaptivePerturbation(nn.Module):
             >>> histogram.update(torch.tensor([3.0, -2.0]), torch.tensor([1, 1]))
             >>> criterion.step(histogram.accuracy(), histogram.confidence())
         """
-        accuracy = _checks.share("accuracy", accuracy)
+        accuracy = _checks.unit_number("accuracy", accuracy)
         if confidence is not None:
-            confidence = _checks.share("confidence", confidence)
+            confidence = _checks.unit_number("confidence", confidence)
         elif self.objective == "feedback":
             raise ValueError(
                 "Expected argument `confidence` to be given for objective 'feedback', but got "

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _checks
-from .functional import valid_elements
+from . import _batch, _checks
+from ._batch import valid_elements
 
 __all__ = ["CalibrationHistogram", "Reliability"]
 
@@ -126,7 +126,7 @@ class CalibrationHistogram:
                 wait, such elements make the measures nan instead.
             TypeError: an argument of the wrong type.
         """
-        _checks.batch(input, target)
+        _batch.pair(input, target)
         ignore_index = _checks.ignore_index(ignore_index)
         tally = _Tally(self.num_cells, input, target)
         if input.numel():

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _fused
+from . import _batch, _checks, _fused
+from ._batch import valid_elements
 
 __all__ = ["perturb_target", "sc_bce_with_logits"]
 
@@ -75,7 +76,7 @@ def perturb_target(
         tensor([1.0000, 0.2000])
     """
     _checks.perturbation(alpha, beta)
-    _checks.label(target)
+    _batch.label(target)
     ignore_index = _checks.ignore_index(ignore_index)
     if dtype is None:
         own = target.dtype if target.is_floating_point() else torch.get_default_dtype()
@@ -181,13 +182,13 @@ def sc_bce_with_logits(
     special = weight is not None or pos_weight is not None or ignore_index is not None
     if plain and ignore_index is None:
         if isinstance(target, Tensor) and not target.is_floating_point():
-            _checks.logits(input)
+            _batch.logits(input)
             target = _floating(target, input.dtype, None)
         return F.binary_cross_entropy_with_logits(
             input, target, weight, pos_weight=pos_weight, reduction=reduction
         )
     _checks.reduction(reduction)
-    _checks.batch(input, target)
+    _batch.pair(input, target)
     if not (plain or special):
         sums = batch_sums(input, target, alpha, beta, reduction)
         if sums is not None:
@@ -278,7 +279,7 @@ def sample_margins(
     beta/2 of it is the derivative of the sample's mean loss by its alpha; nan for a sample
     without a valid element.
     """
-    _checks.batch(input, target)
+    _batch.pair(input, target)
     y = _floating(target, torch.promote_types(input.dtype, torch.float32), ignore_index)
     # Low precision is accumulated in at least float32, as y is.
     margin = (2 * y - 1) * input.detach()
@@ -331,16 +332,6 @@ def _masked(
         # All ignored is 0 / 1; an empty batch stays torch's 0 / 0.
         total = total / valid.sum().clamp(min=min(1, valid.numel()))
     return total
-
-
-def valid_elements(target: Tensor, ignore_index: float) -> Tensor:
-    """Where the target is not `ignore_index`; a value that its dtype can't hold is nowhere."""
-    if not target.is_floating_point() and target.dtype != torch.bool:
-        bounds = torch.iinfo(target.dtype)
-        if not bounds.min <= ignore_index <= bounds.max:
-            # A comparison would wrap -1 to 255 and so ignore the foreground of a uint8 mask.
-            return torch.ones_like(target, dtype=torch.bool)
-    return target != ignore_index
 
 
 def _floating(target: Tensor, dtype: torch.dtype, ignore_index: float | None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from . import _batch, _checks
 from ._fused import plain_values
 from .functional import sc_bce_with_logits
 
@@ -151,7 +151,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         beta: float | Tensor = self.beta
         drawn = self.sampling != "expected" and self.training and torch.is_grad_enabled()
         if drawn and self.alpha > 0:
-            _checks.batch(input, target)  # before the draw
+            _batch.pair(input, target)  # before the draw
             alpha = draw(self.alpha, input, self.sampling, self.generator)
             if self.noise > 0:
                 beta = self.beta + 2 * _truncated_normal(input, self.noise, self.generator)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _checks
-from .functional import valid_elements
+from . import _batch, _checks
+from ._batch import valid_elements
 
 __all__ = ["TemperatureScaling"]
 
@@ -104,7 +104,7 @@ class TemperatureScaling(nn.Module):
                 class only; logits that are not finite. The module is then unchanged.
             TypeError: an argument of the wrong type.
         """
-        _checks.batch(logits, target, "logits")
+        _batch.pair(logits, target, "logits")
         ignore_index = _checks.ignore_index(ignore_index)
         z, target = logits.reshape(-1), target.reshape(-1)
         if ignore_index is not None:
@@ -137,7 +137,7 @@ class TemperatureScaling(nn.Module):
         return min(range(max(0, near - stride), min(end, near + stride) + 1), key=loss) * _FINE
 
     def forward(self, logits: Tensor) -> Tensor:
-        _checks.logits(logits, "logits")
+        _batch.logits(logits, "logits")
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         u = self._without_flip(z, self.flip_rate)
         return (u / self.temperature.to(z.dtype)).to(logits.dtype)
