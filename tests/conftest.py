@@ -39,7 +39,7 @@ def path(request):
     if request.param == "plain":
         yield
         return
-    with mock.patch.multiple(_fused, _LEAST=1, _EACH=1, _BLOCK=5):
+    with mock.patch.multiple(_fused, _MIN_ELEMENTS=1, _MIN_PER_ROW=1, _BLOCK=5):
         yield
 
 

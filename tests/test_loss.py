@@ -11,7 +11,7 @@ from strategies import batches, pairs
 from torch.testing import assert_close
 
 from sc_bce import SCBCEWithLogitsLoss, sc_bce_with_logits
-from sc_bce.loss import draw
+from sc_bce._batch import bernoulli as draw
 
 SETTINGS = {
     "label_smoothing": (SCBCEWithLogitsLoss.label_smoothing, 0.1, 1.0, 0.1, "expected", 0.0),

@@ -1,35 +1,70 @@
-"""What a caller passes, made ready once: sizes, legality, valid elements, labels, strength."""
+"""What a caller passes, made ready once: sizes, legality, valid elements, labels, strength, draw.
+
+Below this room nothing is checked and nothing raises.
+"""
 
 from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _checks
+from ._checks import sentence
+
+_BYTES_PAY_FROM = 1 << 12  # draws, from which on bytes are quicker than uniform numbers
+_FEW = 1 << 12  # elements, up to which a look at each costs nothing beside the call
+_UNREDUCIBLE = (torch.uint16, torch.uint32, torch.uint64)  # torch has no min and max of them
+
+
+# -- batches
+
+
+class Batch(NamedTuple):
+    """Logits and labels of equal size, as they came: a mask stays its one byte."""
+
+    input: Tensor
+    target: Tensor
+    valid: Tensor | None  # where the loss counts; None is everywhere
+    legal: bool  # False where the labels could not be read, and may be illegal
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch's rule: that of the target; a bool or integer target has none to give."""
+        return self.target.dtype if self.target.is_floating_point() else self.input.dtype
+
+    def labels(self, dtype: torch.dtype) -> Tensor:
+        """The target in a floating dtype, nan for an illegal label that could not be refused."""
+        return as_labels(self.target, dtype, self.valid, self.legal)
+
+
+def prepare(input: Tensor, target: Tensor, ignore_index: int | None, every: bool = False) -> Batch:
+    """Check a batch; `every`: look at all floating-point labels too, at the price of a pass."""
+    pair(input, target)
+    valid = None if ignore_index is None else valid_elements(target, ignore_index)
+    return Batch(input, target, valid, require_labels(target, valid, ignore_index, every))
 
 
 def logits(input: object, name: str = "input") -> None:
     if not isinstance(input, Tensor):
-        raise TypeError(
-            f"Expected argument `{name}` to be a Tensor, but got {_checks.describe(input)}"
-        )
+        raise TypeError(sentence(name, "be a Tensor", _checks.describe(input)))
     if not input.is_floating_point():
         raise TypeError(
-            f"Expected argument `{name}` to hold floating-point logits, but got {input.dtype}; "
-            f"pass the raw output of the network, or `{name}.float()`"
-        )
+            sentence(
+                name, "hold floating-point logits", input.dtype,
+                f"pass the raw output of the network, or `{name}.float()`",
+            )
+        )  # fmt: skip
 
 
 def label(target: object) -> None:
     if not isinstance(target, Tensor):
-        raise TypeError(
-            f"Expected argument `target` to be a Tensor, but got {_checks.describe(target)}"
-        )
+        raise TypeError(sentence("target", "be a Tensor", _checks.describe(target)))
     if target.is_complex():
-        raise TypeError(
-            f"Expected argument `target` to be a bool, integer or floating-point Tensor, "
-            f"but got {target.dtype}; pass `target.real`"
-        )
+        wanted = "be a bool, integer or floating-point Tensor"
+        raise TypeError(sentence("target", wanted, target.dtype, "pass `target.real`"))
 
 
 def pair(input: Tensor, target: Tensor, name: str = "input") -> None:
@@ -38,9 +73,11 @@ def pair(input: Tensor, target: Tensor, name: str = "input") -> None:
     label(target)
     if target.size() != input.size():
         raise ValueError(
-            f"Expected argument `target` to have the size of `{name}`, {input.size()}, "
-            f"but got {target.size()}; reshape one of them (for example `target.unsqueeze(1)`)"
-        )
+            sentence(
+                "target", f"have the size of `{name}`, {input.size()}", target.size(),
+                "reshape one of them (for example `target.unsqueeze(1)`)",
+            )
+        )  # fmt: skip
 
 
 def valid_elements(target: Tensor, ignore_index: float) -> Tensor:
@@ -51,3 +88,355 @@ def valid_elements(target: Tensor, ignore_index: float) -> Tensor:
             # A comparison would wrap -1 to 255 and so ignore the foreground of a uint8 mask.
             return torch.ones_like(target, dtype=torch.bool)
     return target != ignore_index
+
+
+def require_labels(
+    target: Tensor, valid: Tensor | None, ignore_index: int | None, every: bool = False
+) -> bool:
+    """Refuse labels that are none; False where they can't be read without waiting.
+
+    Integers must be 0 or 1. Floats in [0, 1] are looked at where that costs next to nothing.
+    """
+    if target.dtype == torch.bool:
+        return True
+    if target.is_floating_point():
+        if (every or target.numel() <= _FEW) and readable(target):
+            # A nan label is torch's to carry through: the loss says nan.
+            illegal = (target < 0) | (target > 1)
+            refuse_labels(target, illegal if valid is None else illegal & valid, ignore_index)
+        return True
+    if valid is None and readable(target) and target.dtype not in _UNREDUCIBLE and target.numel():
+        low, high = target.aminmax()
+        if low >= 0 and high <= 1:
+            return True
+    illegal = _illegal(target, valid)
+    return refuse_labels(target, illegal, ignore_index)
+
+
+def refuse_labels(target: Tensor, illegal: Tensor, ignore_index: float | None) -> bool:
+    """Raise if any element is marked `illegal`; False where that can't be read."""
+    found = seen(illegal)
+    if found:
+        kind = "be in [0, 1]" if target.is_floating_point() else "hold only 0 and 1"
+        void = "" if ignore_index is None else f" (besides ignore_index={ignore_index:g})"
+        raise ValueError(
+            sentence(
+                "target", kind + void, f"the value {target[illegal][0].item():g}",
+                "for a 0/255 mask pass `mask > 0` or `mask / 255`, for labels -1 and 1 "
+                "`target > 0`, and name a void label with `ignore_index`",
+            )
+        )  # fmt: skip
+    return found is not None
+
+
+def _illegal(target: Tensor, valid: Tensor | None) -> Tensor:
+    illegal = (target != 0) & (target != 1)
+    return illegal if valid is None else illegal & valid
+
+
+def as_labels(target: Tensor, dtype: torch.dtype, valid: Tensor | None, legal: bool) -> Tensor:
+    y = target.to(dtype)
+    return y if legal else torch.where(_illegal(target, valid), torch.nan, y)
+
+
+# -- what may be read
+
+
+def seen(mask: Tensor) -> bool | None:
+    """Whether any element is set; None where a look would wait or break a trace."""
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    try:
+        return bool(mask.any())
+    except RuntimeError:  # vmap, fake and proxy tensors have no values to branch on
+        return None
+
+
+def readable(value: Tensor) -> bool:
+    """Whether `value` is an ordinary CPU tensor whose data may be read and written now.
+
+    It is not when it is traced, compiled, vmapped or a subclass, and neither are tensors of
+    inference mode, which autograd could not save.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and value.device.type == "cpu"
+        and type(value) in (Tensor, nn.Parameter)
+        and not value.is_inference()
+        and not _transformed()
+    )
+
+
+def _transformed() -> bool:
+    """Whether tracing, a functorch transform or a dispatch mode is active.
+
+    The only use of torch's private names; without them everything counts as transformed, which
+    costs speed and nothing else.
+    """
+    try:
+        return (
+            torch._C._get_tracing_state() is not None
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._len_torch_dispatch_stack() > 0
+        )
+    except AttributeError:
+        return True
+
+
+# -- perturbation
+
+
+class Perturbation(NamedTuple):
+    """Probability, strength and prior: numbers, or tensors that broadcast to the input."""
+
+    alpha: float | Tensor
+    beta: float | Tensor
+    prior: float | Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [value for value in self if isinstance(value, Tensor)]
+
+    def strength(self, dtype: torch.dtype) -> float | Tensor:
+        """alpha * beta, in a dtype of at least float32."""
+        alpha, beta = (
+            value.to(dtype) if isinstance(value, Tensor) else value
+            for value in (self.alpha, self.beta)
+        )
+        return alpha * beta
+
+    def towards_prior(self, y: Tensor) -> Tensor:
+        """y + s (c - y)."""
+        c = self.prior.to(y.dtype) if isinstance(self.prior, Tensor) else self.prior
+        s = self.strength(y.dtype)
+        # Towards c instead of (1 - s) y + s c: both labels round by the same amount.
+        if torch.compiler.is_compiling():
+            return y + s * (c - y)  # lerp branches at s >= 1/2, and inductor would write both
+        end = c if isinstance(c, Tensor) else y.new_full((), c)
+        return torch.lerp(y, end, s)  # the same in one pass
+
+
+def perturbation(
+    alpha: float | Tensor, beta: float | Tensor | None, prior: float | Tensor, size: torch.Size
+) -> Perturbation:
+    """Check shapes, and tensors of alpha on a CPU; what is (N,) then lies along dimension 0.
+
+    Numbers have passed `require_numbers`, which says what beta is where it is None.
+    """
+    if isinstance(alpha, Tensor):
+        _require_probabilities(alpha)
+    if isinstance(prior, Tensor):
+        prior = prior_of(prior, size)
+        beta = 1 / torch.maximum(prior, 1 - prior) if beta is None else beta
+    assert beta is not None
+    return Perturbation(_level_of("alpha", alpha, size), _level_of("beta", beta, size), prior)
+
+
+def _require_probabilities(alpha: Tensor) -> None:
+    """Refuse an alpha outside [0, 1] where it can be read; a draw of bools is none."""
+    if alpha.dtype == torch.bool or not alpha.numel() or not readable(alpha):
+        return
+    low, high = alpha.detach().aminmax()
+    if low < 0 or high > 1:
+        got = f"the value {(low if low < 0 else high).item():g}"
+        remedy = "the third argument is alpha; pass a weight as `weight=`"
+        raise ValueError(sentence("alpha", "be in [0, 1]", got, remedy))
+
+
+def require_numbers(
+    alpha: float | Tensor, beta: float | Tensor | None, prior: float | Tensor
+) -> float | Tensor | None:
+    """Ranges where the values are numbers. Returns beta, None only where the prior is a tensor.
+
+    Two numbers must also keep the label order, alpha * beta <= 1. A tensor of drawn zeros and
+    ones is free of that: a single flipped label is what sampling is.
+    """
+    limit = 2.0
+    if not isinstance(prior, Tensor):
+        _checks.inside("prior", prior, 0.0, 1.0, tensor="pass `torch.as_tensor(prior)`")
+        limit = 1 / max(prior, 1 - prior)
+        beta = limit if beta is None else beta
+    if not isinstance(alpha, Tensor):
+        _checks.number("alpha", alpha, 0.0, 1.0, tensor="pass `torch.as_tensor(alpha)`")
+    if beta is not None and not isinstance(beta, Tensor):
+        _checks.number("beta", beta, 0.0, limit, tensor="pass `torch.as_tensor(beta)`")
+        if not isinstance(alpha, Tensor) and alpha * beta > 1:
+            raise ValueError(
+                sentence(
+                    "alpha", "be at most 1 / beta, so that the labels keep their order",
+                    f"alpha * beta = {alpha} * {beta} > 1", "lower one of them",
+                )
+            )  # fmt: skip
+    return beta
+
+
+def hold_prior(module: nn.Module, prior: float | Tensor) -> None:
+    """Make a prior the module's: a number, or a buffer that moves with it and is not saved."""
+    if not isinstance(prior, Tensor):
+        module.prior = float(prior)  # type: ignore[assignment]
+        return
+    if prior.is_complex():
+        raise TypeError(sentence("prior", "be a real Tensor", prior.dtype))
+    if prior.numel() and readable(prior) and not bool(((prior >= 0) & (prior <= 1)).all()):
+        raise ValueError(sentence("prior", "be in [0, 1]", prior))
+    module.register_buffer("prior", prior.detach().clone().float(), persistent=False)
+
+
+def shown_prior(prior: float | Tensor) -> str:
+    return f"prior={tuple(prior.shape) if isinstance(prior, Tensor) else prior}"
+
+
+def single_flip_rate(rates: tuple[Tensor, Tensor], prior: float | Tensor) -> Tensor:
+    if isinstance(prior, Tensor) or prior != 0.5:
+        raise ValueError(
+            "Expected `prior` to be 1/2, where one flip rate holds for both labels, but got "
+            f"{prior}; read `flip_rates`, a pair"
+        )
+    return rates[0]
+
+
+def _level_of(name: str, value: float | Tensor, size: torch.Size) -> float | Tensor:
+    """0-d, (N,) along dimension 0, or of as many dimensions as the input and broadcasting."""
+    if not isinstance(value, Tensor):
+        return value if isinstance(value, (int, float)) else float(value)
+    if value.dim() == 0:
+        return value
+    if value.dim() == 1 and len(size) > 0 and value.shape[0] == size[0]:
+        return value.reshape(value.shape[0], *(1 for _ in size[1:]))
+    if value.dim() == len(size) > 1 and _broadcasts(value.shape, size):
+        return value
+    samples = f"{size[0]} values, one per sample (dimension 0)" if size else "no dimension"
+    wanted = f"be a number, a 0-d tensor, {samples}, or a tensor of {len(size)} dimensions"
+    got = f"shape {tuple(value.shape)}"
+    raise ValueError(sentence(name, f"{wanted} that broadcasts to {tuple(size)}", got))
+
+
+def prior_of(value: Tensor, size: torch.Size) -> Tensor:
+    """Broadcasting from the last dimension, as pos_weight does."""
+    if value.is_complex():
+        raise TypeError(sentence("prior", "be a real Tensor", value.dtype))
+    value = value if value.is_floating_point() else value.float()
+    if value.dim() == 1 and len(size) > 2:
+        ones = ", 1" * (len(size) - 2)
+        raise ValueError(
+            sentence(
+                "prior", f"have one value per label, shape ({size[1]}{ones})",
+                f"shape {tuple(value.shape)}, which would lie along the last dimension",
+                f"pass `prior.reshape(-1{ones})`",
+            )
+        )  # fmt: skip
+    if value.dim() <= len(size) and _broadcasts(value.shape, size[len(size) - value.dim() :]):
+        return value.reshape(*(1 for _ in range(len(size) - value.dim())), *value.shape)
+    raise ValueError(
+        sentence(
+            "prior", f"be a number or a tensor that broadcasts to {tuple(size)} from the last "
+            "dimension", f"shape {tuple(value.shape)}",
+        )
+    )  # fmt: skip
+
+
+def _broadcasts(shape: torch.Size, size: torch.Size) -> bool:
+    return all(have in (1, want) for have, want in zip(shape, size, strict=True))
+
+
+# -- means over a sample
+
+
+def sample_means(value: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean over the valid elements of each sample, (N,) float32; nan for a sample without any."""
+    if valid is None:
+        return _by_sample(value).mean(1).float()
+    total = _by_sample(torch.where(valid, value, 0.0)).sum(1)
+    return (total / _by_sample(valid).sum(1)).float()
+
+
+def sample_accuracies(batch: Batch) -> Tensor:
+    """Share of each sample's valid elements that are right at 1/2, (N,) float32."""
+    hits = (batch.input.detach() >= 0) == (batch.target >= 0.5)
+    return sample_means(hits.float(), batch.valid)
+
+
+def label_counts(batch: Batch, shape: tuple[int, ...], fraction: int) -> Tensor:
+    """Valid elements, labels summed in parts of 1 / fraction, and labels of at least 1/2.
+
+    One column for each element of `shape`, which broadcasts to the batch; () is all in one.
+    """
+    target, valid = batch.target, batch.valid
+    over = [place for place in range(target.dim()) if not shape or shape[place] == 1]
+
+    def total(values: Tensor) -> Tensor:
+        return (values.sum(over) if over else values).to(torch.int64).reshape(-1)
+
+    high = target >= 0.5
+    if valid is not None:
+        high &= valid
+        count = total(valid)
+    else:
+        columns = math.prod(shape)
+        count = torch.full((columns,), target.numel() // max(columns, 1), device=target.device)
+    positives = total(high)
+    parts = positives * fraction
+    if target.is_floating_point():
+        label = target if valid is None else torch.where(valid, target, 0)
+        whole = (label.detach().float() * fraction).round().to(torch.int64)
+        parts = total(whole)
+    return torch.stack((count, parts, positives))
+
+
+def _by_sample(value: Tensor) -> Tensor:
+    return value.flatten(1) if value.dim() > 1 else value.reshape(-1, 1)
+
+
+# -- draws
+
+
+def bernoulli(
+    alpha: float | Tensor, input: Tensor, sampling: str, generator: torch.Generator | None
+) -> Tensor:
+    """Zeros and ones, 1 with probability alpha, one per sample (dimension 0) or per element.
+
+    A tensor alpha holds one probability per sample.
+    """
+    shape = input.shape if sampling == "element" else input.shape[:1]
+    if isinstance(alpha, Tensor) and alpha.dim() == 1:
+        alpha = alpha.reshape(alpha.shape[0], *(1 for _ in shape[1:]))
+    if shape.numel() < _BYTES_PAY_FROM or not readable(input):
+        return _uniform(input, shape, generator) < alpha
+    return _by_bytes(alpha, input, shape, generator)
+
+
+def truncated_normal(input: Tensor, bound: float, generator: torch.Generator | None) -> Tensor:
+    """A standard normal within [-bound, bound] for each element."""
+    # By inverting the distribution function: no rejection, hence no data-dependent loop.
+    reach = math.erf(bound / math.sqrt(2))
+    uniform = _uniform(input, input.shape, generator)
+    return math.sqrt(2) * torch.erfinv(reach * (2 * uniform - 1))
+
+
+def _by_bytes(
+    alpha: float | Tensor, input: Tensor, shape: torch.Size, generator: torch.Generator | None
+) -> Tensor:
+    # A CPU makes its random numbers one by one. One byte decides for an element, unless it ties
+    # with the first eight bits of alpha: then a uniform number is compared with the bits left.
+    count = shape.numel()
+    words = torch.empty(-(-count // 8), dtype=torch.int64, device="cpu")
+    byte = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[:count].view(shape)
+    level = torch.as_tensor(alpha, dtype=torch.float32, device="cpu") * 256
+    first = level.floor().clamp(max=255)  # at alpha = 1 all bits left say yes
+    drawn = byte < first.to(torch.uint8)
+    ties = (byte == first.to(torch.uint8)).nonzero(as_tuple=True)
+    left = (level - first).expand(shape)[ties]
+    drawn[ties] = _uniform(input, left.shape, generator) < left
+    return drawn
+
+
+def _uniform(like: Tensor, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
+    # float32 whatever the input: a bfloat16 uniform has 256 values and would draw 0.001 as 0.004.
+    # compile can't trace the keyword `generator` with a dynamic shape, even as None.
+    source: dict[str, Any] = {} if generator is None else {"generator": generator}
+    uniform: Tensor
+    if type(like) in (Tensor, nn.Parameter):
+        uniform = torch.rand(shape, device=like.device, dtype=torch.float32, **source)
+    else:  # a fake or distributed tensor makes one of its own kind
+        uniform = like.detach().new_empty(shape, dtype=torch.float32).uniform_(**source)
+    return uniform

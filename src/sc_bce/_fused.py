@@ -1,77 +1,227 @@
-"""The common case on a CPU in one sweep: the loss of each sample and its margin, block by block.
+"""The common case on a CPU in one sweep: loss and slope, block by block.
 
-Per sample two sums over the elements are enough for every level,
+Two sums over the elements are enough for every strength s,
 
-    BCE(x, y) summed and (2y - 1) x summed, since BCE(x, q) = BCE(x, y) + (αβ/2) (2y - 1) x,
+    BCE(x, y) summed and (y - c) x summed, since BCE(x, q) = BCE(x, y) + s (y - c) x,
 
 so nothing of full size is written but the gradient, and backward keeps the logits and the target
-as they came, a mask as its one byte. `functional.py` holds the plain twin, for everything else.
+as they came, a mask as its one byte. `functional` holds the reference path, for everything else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-__all__ = ["applies", "plain_values", "sample_sums"]
+from ._batch import Batch, Perturbation, readable, refuse_labels
+
+__all__ = ["Sums", "sums"]
 
 _BLOCK = 1 << 20  # elements worked on at a time: few enough for a cache, many enough for threads
-_LEAST = 1 << 18  # elements from which on this is quicker than the plain path
-_EACH = 1 << 10  # elements of a sample, likewise
-_RARE = (torch.uint16, torch.uint32, torch.uint64)  # torch can't reduce them
-_HALVINGS = 5  # 32 to 64 factors in [1/2, 1] can't underflow in float32
+_MIN_ELEMENTS = 1 << 18  # from which on this is quicker than the reference path
+_MIN_PER_ROW = 1 << 10  # elements that share a strength and a prior, likewise
+_UNFIT = (torch.uint16, torch.uint32, torch.uint64)  # whose minimum torch can't find
+_FOLDS = 5  # 32 to 64 factors in [1/2, 1] can't underflow in float32
 
 
-def applies(input: Tensor, target: Tensor, samples: int = 1) -> bool:
-    """Whether the sums serve this batch: enough elements for each of `samples`, side by side.
+class Sums(NamedTuple):
+    """What one sweep finds."""
 
-    Under compile, export, vmap, functorch's gradients and forward-mode AD they don't.
+    loss: Tensor  # of the batch at the given strength, 0-d
+    slope: Tensor  # of (y - c) x over each row, whatever was drawn; no gradient
+
+
+def sums(batch: Batch, given: Perturbation, by_sample: bool = False) -> Sums | None:
+    """Sums over the batch, or None where the sweep does not apply.
+
+    A row is what shares a strength and a prior: all trailing dimensions along which neither
+    varies. With `by_sample` no row holds elements of two samples. In at least float32,
+    differentiable as often as one likes.
     """
-    wide = torch.promote_types(input.dtype, torch.float32)
+    x, y = batch.input, batch.target
+    if batch.valid is not None or x.numel() < _MIN_ELEMENTS or not _fit(x, y):
+        return None
+    drawn = _draw_per_element(given.alpha, x)
+    if drawn is not None:
+        given = given._replace(alpha=1.0)
+    lead = max((_varying(value) for value in given.tensors), default=0)
+    lead = max(lead, int(by_sample))
+    shape = x.shape[:lead]
+    if x.numel() < _MIN_PER_ROW * shape.numel():
+        return None
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    strength = _row_values(torch.as_tensor(given.strength(dtype), dtype=dtype, device="cpu"), shape)
+    prior = given.prior
+    if isinstance(prior, Tensor):
+        prior = _row_values(prior.to(dtype), shape)
+    loss, slope, illegal = _Sweep.apply(x, y, strength, prior, drawn)  # type: ignore[no-untyped-call]
+    if illegal:
+        refuse_labels(y, (y < 0) | (y > 1), None)
+    return Sums(loss.sum(), slope)
+
+
+def _fit(x: Tensor, y: Tensor) -> bool:
+    """Ordinary contiguous CPU tensors, outside of compile, vmap, functorch and forward AD."""
+    wide = torch.promote_types(x.dtype, torch.float32)
     return (
-        input.numel() >= max(_LEAST, _EACH * samples)
-        and plain_values(input)
-        and plain_values(target)
-        and input.is_contiguous()
-        and target.is_contiguous()
-        and not target.requires_grad
-        and target.dtype not in _RARE
-        and (not target.is_floating_point() or torch.promote_types(target.dtype, wide) == wide)
-        and not (_is_dual(input) or _is_dual(target))
+        readable(x)
+        and readable(y)
+        and x.is_contiguous()
+        and y.is_contiguous()
+        and not y.requires_grad
+        and y.dtype not in _UNFIT
+        and (not y.is_floating_point() or torch.promote_types(y.dtype, wide) == wide)
+        and not (_is_dual(x) or _is_dual(y))
     )
-
-
-def plain_values(value: Tensor) -> bool:
-    """Whether values of a CPU lie there to be read and written, outside all transforms."""
-    return (
-        not torch.compiler.is_compiling()
-        and value.device.type == "cpu"
-        and type(value) in (Tensor, nn.Parameter)
-        and not value.is_inference()  # which autograd could not save
-        and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def sample_sums(
-    input: Tensor, target: Tensor, samples: int, drawn: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Sums of BCE(x, y) and of (2y - 1) x over each of `samples` equal parts, (samples,) each.
-
-    The second takes only what is `drawn`, if that is given: one bool for each element. In at
-    least float32, differentiable in `input` as often as one likes.
-    """
-    sums: tuple[Tensor, Tensor] = _SampleSums.apply(input, target, drawn, samples)  # type: ignore[no-untyped-call]
-    return sums
 
 
 def _is_dual(value: Tensor) -> bool:
     tangent = forward_ad.unpack_dual(value).tangent  # type: ignore[no-untyped-call]
     return tangent is not None
+
+
+def _draw_per_element(alpha: float | Tensor, x: Tensor) -> Tensor | None:
+    """Alpha itself where it is a bool for each element that the sweep can read."""
+    if not isinstance(alpha, Tensor) or alpha.dtype != torch.bool or alpha.shape != x.shape:
+        return None
+    return alpha if alpha.is_contiguous() and readable(alpha) else None
+
+
+def _varying(value: Tensor) -> int:
+    """How many leading dimensions it takes to hold all along which the value varies."""
+    return max((place + 1 for place, size in enumerate(value.shape) if size > 1), default=0)
+
+
+def _row_values(value: Tensor, shape: torch.Size) -> Tensor:
+    """One value for each row, as a column."""
+    if value.dim():
+        value = value.reshape(value.shape[: len(shape)])
+    return value.expand(shape).reshape(-1, 1)
+
+
+class _Sweep(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        strength: Tensor,
+        prior: float | Tensor,
+        drawn: Tensor | None,
+    ) -> tuple[Tensor, Tensor, bool]:
+        rows = len(strength)
+        x, y, z = _matrices(rows, input, target, drawn)
+        work = _Work(x, 4)
+        loss, slope, drawn_slope, size = (work.sums(rows) for _ in range(4))
+        illegal = False
+        for place in work.blocks:
+            x_block = work.wide(x[place], 0)
+            y_block = work.wide(y[place], 3)
+            product, other = work.buffer(x_block, 2), work.buffer(x_block, 1)
+            if y.is_floating_point():
+                low, high = y_block.aminmax()
+                illegal |= float(low) < 0 or float(high) > 1
+            # (y - 1/2) x, of which (y - c) x and BCE(x, y) follow.
+            torch.sub(y_block, 0.5, out=product).mul_(x_block)
+            slope[place[0]] += product.sum(1)
+            if z is not None:
+                z_block = work.wide(z[place], 3)
+                drawn_slope[place[0]] += torch.mul(product, z_block, out=other).sum(1)
+            if isinstance(prior, Tensor) or prior != 0.5:
+                size[place[0]] += x_block.sum(1)
+                if z is not None:
+                    off = 0.5 - (prior[place[0], 0] if isinstance(prior, Tensor) else prior)
+                    drawn_slope[place[0]] += off * torch.mul(x_block, z_block, out=other).sum(1)
+            # BCE(x, y) = |x|/2 - (y - 1/2) x - log sigmoid(|x|): no cancellation, no overflow.
+            torch.abs(x_block, out=other)
+            loss[place[0]] -= torch.sub(product, other, alpha=0.5, out=product).sum(1)
+            # One logarithm for many elements: that of the product of the sigmoids.
+            loss[place[0]] -= _folded(other.sigmoid_()).log_().sum(1)
+        slope += (0.5 - (prior[:, 0] if isinstance(prior, Tensor) else prior)) * size
+        used = slope if z is None else drawn_slope
+        s = strength[:, 0]
+        # A slope beyond the end of float32 counts for nothing in a row of strength 0.
+        total = torch.where(s == 0, loss, loss + s * used)
+        tensors = prior if isinstance(prior, Tensor) else None
+        ctx.save_for_backward(input, target, strength, tensors, drawn, used)
+        ctx.prior = prior
+        ctx.mark_non_differentiable(slope)
+        return total, slope, illegal
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        input, target, strength, tensor, drawn, slope = ctx.saved_tensors
+        prior = ctx.prior if tensor is None else tensor
+        if torch.is_grad_enabled() or not _has_values(grad):
+            # To be differentiated again, or for many gradients at once.
+            return _by_formula(grad, input, target, strength, prior, drawn)
+        for_strength = for_prior = None
+        if ctx.needs_input_grad[2]:
+            for_strength = (grad * slope)[:, None]
+        if ctx.needs_input_grad[3]:
+            for_prior = _by_formula(grad, input, target, strength, prior, drawn)[3]
+        x, y, z = _matrices(len(strength), input, target, drawn)
+        out = torch.empty_like(input, memory_format=torch.contiguous_format)
+        _fill_gradient(out.view(x.shape), x, y, z, grad[:, None], strength, prior)
+        return out, None, for_strength, for_prior, None
+
+
+def _fill_gradient(
+    out: Tensor,
+    x: Tensor,
+    y: Tensor,
+    z: Tensor | None,
+    grad: Tensor,
+    strength: Tensor,
+    prior: float | Tensor,
+) -> None:
+    # grad (sigmoid(x) - y) + grad s (y - c), the second only where drawn
+    pull = grad * strength
+    work = _Work(x, 3)
+    for place in work.blocks:
+        rows = place[0]
+        x_block, g = x[place], out[place]
+        if g.dtype != work.dtype:
+            x_block = g = work.wide(x_block, 0)
+        torch.sigmoid(x_block, out=g)
+        g.mul_(grad[rows])
+        y_block = work.wide(y[place], 1)
+        c = prior[rows] if isinstance(prior, Tensor) else prior
+        if z is None:
+            g.addcmul_(y_block, pull[rows] - grad[rows]).sub_(pull[rows] * c)
+        else:
+            g.addcmul_(y_block, -grad[rows])
+            towards = torch.sub(y_block, c, out=work.buffer(x_block, 2))
+            towards.mul_(work.wide(z[place], 1))
+            g.addcmul_(towards, pull[rows])
+        if g.dtype != out.dtype:
+            out[place] = g
+
+
+def _by_formula(
+    grad: Tensor,
+    input: Tensor,
+    target: Tensor,
+    strength: Tensor,
+    prior: float | Tensor,
+    drawn: Tensor | None,
+) -> tuple[Tensor, None, Tensor, Tensor | None, None]:
+    """The gradients as torch's own operations, which can be differentiated again."""
+    x, y, z = _matrices(len(strength), input, target, drawn)
+    x, y = x.to(strength.dtype), y.to(strength.dtype)
+    share = 1.0 if z is None else z.to(x.dtype)
+    towards = (y - prior) * share
+    grad = grad[..., None]
+    for_input = (grad * (torch.sigmoid(x) - y + strength * towards)).to(input.dtype)
+    for_strength = grad * (towards * x).sum(-1, keepdim=True)
+    for_prior = None
+    if isinstance(prior, Tensor):
+        for_prior = -grad * strength * (share * x).sum(-1, keepdim=True)
+    return for_input.view_as(input), None, for_strength, for_prior, None
 
 
 def _has_values(value: Tensor) -> bool:
@@ -82,78 +232,17 @@ def _has_values(value: Tensor) -> bool:
     return True
 
 
-class _SampleSums(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, target: Tensor, drawn: Tensor | None, samples: int
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(input, target, drawn)
-        ctx.samples = samples
-        x, y, z = _rows(samples, input, target, drawn)
-        work = _Work(x, 4)
-        loss, margin = (work.sums(samples) for _ in range(2))
-        for rows, columns in work.blocks:
-            x_block = work.wide(x[rows, columns], 0)
-            a, m = work.buffer(x_block, 1), work.buffer(x_block, 2)
-            # Half the margin, (y - 1/2) x.
-            torch.sub(work.wide(y[rows, columns], 3), 0.5, out=m)
-            m.mul_(x_block)
-            if z is None:
-                margin[rows] += 2 * m.sum(1)
-            else:
-                margin[rows] += 2 * torch.mul(m, work.wide(z[rows, columns], 3), out=a).sum(1)
-            # BCE(x, y) = (|x| - margin)/2 - log sigmoid(|x|): no cancellation, no overflow.
-            torch.abs(x_block, out=a)
-            loss[rows] -= torch.sub(m, a, alpha=0.5, out=m).sum(1)
-            # One logarithm for many elements: that of the product of the sigmoids.
-            loss[rows] -= _folded(a.sigmoid_()).log_().sum(1)
-        return loss, margin
-
-    @staticmethod
-    def backward(ctx: Any, for_loss: Tensor, for_margin: Tensor) -> tuple[Tensor, None, None, None]:
-        input, target, drawn = ctx.saved_tensors
-        x, y, z = _rows(ctx.samples, input, target, drawn)
-        for_loss, for_margin = for_loss[:, None], for_margin[:, None]
-        if torch.is_grad_enabled() or not (_has_values(for_loss) and _has_values(for_margin)):
-            # To be differentiated again, or for many gradients at once.
-            y = y.to(torch.promote_types(x.dtype, torch.float32))
-            x = x.to(y.dtype)
-            sign = 2 * y - 1 if z is None else (2 * y - 1) * z
-            again = for_loss * (torch.sigmoid(x) - y) + for_margin * sign
-            return again.to(input.dtype).view_as(input), None, None, None
-        grad = torch.empty_like(input, memory_format=torch.contiguous_format)
-        out = grad.view(ctx.samples, -1)
-        work = _Work(x, 3)
-        for rows, columns in work.blocks:
-            x_block, g = x[rows, columns], out[rows, columns]
-            if g.dtype != work.dtype:
-                x_block = g = work.wide(x_block, 0)
-            torch.sigmoid(x_block, out=g)
-            g.mul_(for_loss[rows])
-            y_block = work.wide(y[rows, columns], 1)
-            if z is None:
-                g.addcmul_(y_block, 2 * for_margin[rows] - for_loss[rows]).sub_(for_margin[rows])
-            else:
-                g.addcmul_(y_block, -for_loss[rows])
-                m = torch.sub(y_block, 0.5, out=work.buffer(x_block, 2))
-                m.mul_(work.wide(z[rows, columns], 1))
-                g.addcmul_(m, 2 * for_margin[rows])
-            if g.dtype != grad.dtype:
-                out[rows, columns] = g
-        return grad, None, None, None
-
-
-def _rows(samples: int, *values: Tensor | None) -> list[Any]:
-    """Each as a matrix; bools as bytes, which become floats many times faster."""
-    rows = [None if value is None else value.view(samples, -1) for value in values]
+def _matrices(rows: int, *values: Tensor | None) -> list[Any]:
+    """Each with a row for each strength; bools as bytes, which become floats many times faster."""
+    views = [None if value is None else value.view(rows, -1) for value in values]
     return [
-        row.view(torch.uint8) if row is not None and row.dtype == torch.bool else row
-        for row in rows
+        view.view(torch.uint8) if view is not None and view.dtype == torch.bool else view
+        for view in views
     ]
 
 
 class _Work:
-    """The blocks of a matrix, samples by elements, and buffers of one block each."""
+    """The blocks of a matrix, and buffers of one block each."""
 
     def __init__(self, x: Tensor, buffers: int) -> None:
         self.dtype = torch.promote_types(x.dtype, torch.float32)
@@ -167,8 +256,8 @@ class _Work:
             for column in range(0, self._shape[1], self._columns):
                 yield slice(row, row + self._rows), slice(column, column + self._columns)
 
-    def sums(self, samples: int) -> Tensor:
-        return torch.zeros(samples, dtype=self.dtype, device="cpu")
+    def sums(self, rows: int) -> Tensor:
+        return torch.zeros(rows, dtype=self.dtype, device="cpu")
 
     def buffer(self, like: Tensor, place: int) -> Tensor:
         kept = self._buffers[place]
@@ -186,7 +275,7 @@ class _Work:
 def _folded(factors: Tensor) -> Tensor:
     """Products of the columns, a few dozen at a time; the factors are overwritten."""
     width = factors.shape[1]
-    for _ in range(_HALVINGS):
+    for _ in range(_FOLDS):
         if width < 2:
             break
         if width % 2:

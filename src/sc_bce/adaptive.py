@@ -1,35 +1,31 @@
-"""The loss that owns one perturbation level per training sample: table, update, merge."""
+"""The loss that owns one perturbation level per training sample: configuration, forward, step."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import _batch, _checks
-from .functional import (
-    BatchSums,
-    batch_sums,
-    loss_of_sums,
-    sample_accuracies,
-    sample_margins,
-    sc_bce_with_logits,
-)
-from .loss import draw
+from . import _batch, _checks, levels
+from ._batch import Batch, Perturbation
+from ._checks import sentence
+from .functional import mean_slopes, perturbed_loss_and_slopes, sc_bce_with_logits
+from .levels import Levels, Rule
 
 __all__ = ["AdaptivePerturbation"]
 
 Criterion = TypeVar("Criterion", bound="AdaptivePerturbation")
 
-_CHUNK = 1 << 24  # rows that a step works on at a time: bounds its extra memory
+_OBJECTIVES = ("feedback", "calibration", "max_entropy")
+_FIRST = 4  # training batches of which every floating-point label is looked at, on a CPU
+_EQUAL = 1e-6  # how far the ranks' values may lie apart
 _PATIENCE = 10_000  # batches without a step before the warning, where no epoch can be counted
 
 
-class AdaptivePerturbation(nn.Module):
+class AdaptivePerturbation(Levels):
     r"""Self-calibrating binary cross entropy that learns one perturbation level per sample (ASLP).
 
     .. math::
@@ -133,13 +129,16 @@ class AdaptivePerturbation(nn.Module):
         tensor([0.0080, 0.0000, 0.0000, 0.0040])
     """
 
-    alpha: Tensor
+    prior: float | Tensor
+    weight: Tensor | None
+    pos_weight: Tensor | None
 
     def __init__(
         self,
         num_samples: int | None,
         *,
-        beta: float = 2.0,
+        beta: float | None = None,
+        prior: float | Tensor | str = 0.5,
         objective: str = "calibration",
         lr: float = 0.002,
         penalty: float = 2000.0,
@@ -147,6 +146,7 @@ class AdaptivePerturbation(nn.Module):
         solver: str = "proximal",
         focus: float = 0.0,
         sampling: str = "sample",
+        num_labels: int | None = None,
         reference_accuracy: float | None = None,
         weight: Tensor | None = None,
         pos_weight: Tensor | None = None,
@@ -154,23 +154,25 @@ class AdaptivePerturbation(nn.Module):
         reduction: str = "mean",
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
+        beta, labels = _require_target(beta, prior, num_labels)
+        _require_rule(objective, lr, penalty, warmup, solver, focus, reference_accuracy)
         if num_samples is not None:
             _checks.positive_int("num_samples", num_samples)
-        _checks.positive("beta", beta, 2.0)
-        _checks.choice("objective", objective, ("calibration", "max_entropy", "feedback"))
-        _checks.positive("lr", lr)
-        _checks.number("penalty", penalty, 0.0, _checks.LARGE)
-        _checks.warmup(warmup)
-        _checks.choice("solver", solver, ("proximal", "explicit"))
-        _checks.number("focus", focus, 0.0, _checks.LARGE)
+        elif focus > 0:
+            remedy = "give each sample its own with `num_samples=len(dataset)`"
+            raise ValueError(sentence("focus", "be 0 where one level is shared", focus, remedy))
         _checks.sampling(sampling)
-        if reference_accuracy is not None:
-            _checks.number("reference_accuracy", reference_accuracy, 0.0, 1.0)
+        _checks.tensor_or_none("weight", weight, f"pass `torch.tensor({weight})`")
+        _checks.tensor_or_none("pos_weight", pos_weight, f"pass `torch.tensor({pos_weight})`")
         _checks.reduction(reduction)
         _checks.generator(generator)
+        self._steps = 0  # what the host must know of the epoch's state
+        self._kappa: float | Tensor = 0.0
+        self._cap: float | Tensor = 1.0
+        super().__init__(int(num_samples or 1), focus, labels, _OBJECTIVES.index(objective))
         self.num_samples = None if num_samples is None else int(num_samples)
-        self.beta = float(beta)
+        self.num_labels = None if num_labels is None else int(num_labels)
+        self.beta = beta
         self.objective = objective
         self.lr = float(lr)
         self.penalty = float(penalty)
@@ -184,95 +186,127 @@ class AdaptivePerturbation(nn.Module):
         self.generator = generator
         self.register_buffer("weight", weight)
         self.register_buffer("pos_weight", pos_weight)
-        self.weight: Tensor | None
-        self.pos_weight: Tensor | None
-        # Plain attributes, carried by _apply and the state_dict methods below: a registered
-        # buffer would be overwritten by DistributedDataParallel at each forward, and cast by half.
-        rows = self.num_samples or 1
-        single = torch.float32  # whatever torch's default is
-        self.alpha = torch.zeros(rows, dtype=single)
-        self.moved = torch.zeros(rows, dtype=torch.bool)  # since the last merge
-        if focus > 0:
-            self.sample_accuracy = torch.full((rows,), 0.5, dtype=single)
-            self.seen = torch.zeros(rows, dtype=torch.bool)
-        # State of the epoch: tensors, so that a new value recompiles nothing.
-        self.steps = torch.zeros((), dtype=torch.int64)
-        self.accuracy = torch.zeros((), dtype=single)
-        self.best_accuracy = torch.zeros((), dtype=single)
-        self.budget = torch.zeros((), dtype=single)
-        # Mean of (1 - sample accuracy)^focus among the samples seen.
-        self.difficulty = torch.full((), 0.5**focus, dtype=single)
-        self._moving = False  # the warm-up is over
-        self._unstepped = 0  # samples trained on before the first step; -1 where none is awaited
-        self._generators: Tensor | None = None  # every rank's generator state at the last step
+        self.observes = isinstance(prior, str)
+        if not isinstance(prior, str):
+            _batch.hold_prior(self, prior)
+        self._batches = 0  # of training in this process
+        self._trained = 0  # samples since the last step, in this process
+        self._warned: set[str] = set()
+        self._refresh()
+
+    @classmethod
+    def published(
+        cls: type[Criterion], num_samples: int | None, objective: str = "calibration", **kwargs: Any
+    ) -> Criterion:
+        """The paper's setting: strength 2 towards 1/2, explicit solver, no focus, warm-up of 5."""
+        own = {"beta": 2.0, "prior": 0.5, "solver": "explicit", "focus": 0.0, "warmup": 5}
+        return cls(num_samples, objective=objective, **{**own, **kwargs})
+
+    @property
+    def doubt(self) -> Tensor:
+        """Mean of kappa alpha over the rows trained so far, 0-d: what the levels cost."""
+        return self._kappa * self._mean_level(self.visited != levels.NEVER)
+
+    @property
+    def flip_rates(self) -> tuple[Tensor, Tensor]:
+        """Mean flip rates (g0, g1) over the rows trained so far: 0-d, or one per label."""
+        strength = self.beta * self._mean_level(self.visited != levels.NEVER)
+        prior = torch.as_tensor(self.prior, dtype=torch.float32, device=strength.device)
+        return strength * prior, strength * (1 - prior)
 
     @property
     def flip_rate(self) -> Tensor:
-        """Mean flip rate, ``alpha.mean() * beta / 2``: 0-d, for :class:`TemperatureScaling`."""
-        return self.alpha.mean() * (self.beta / 2)
+        """Both flip rates where they are one, at ``prior=0.5``: 0-d."""
+        return _batch.single_flip_rate(self.flip_rates, self.prior)
 
-    @property
-    def _cap(self) -> float:
-        return min(1.0, 1 / self.beta - 0.01)
-
-    def forward(self, input: Tensor, target: Tensor, index: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, target: Tensor, index: Tensor | None = None, *, update: bool = True
+    ) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
-            return self._loss(input, target, 0.0)
-        rows = self._rows(input, index)
-        if not self._moving:
-            loss = self._loss(input, target, 0.0)
-            if self.focus > 0:
-                self._move(rows, input, target, self._margins(input, target))
-            if not torch.compiler.is_compiling():
-                self._warn_without_step(len(rows))
-            return loss
-        alpha = self.alpha.index_select(0, rows).reshape(input.shape[:1])
-        # Before the draw: a batch that is refused leaves the generator where it was.
-        sums = self._sums(input, target, alpha)
-        if sums is None:
-            margin = self._margins(input, target)
+            return self._plain(input, target)
+        rows, batch = self._prepare(input, target, index)
+        if not self._past_warmup:
+            loss, slopes = self._plain(input, target), None
         else:
-            margin = (sums.margin.detach() * (len(rows) / input.numel())).float()
-        if self.sampling != "expected":
-            alpha = draw(alpha, input, self.sampling, self.generator)
-        if sums is None:
-            loss = self._loss(input, target, alpha)
-        else:
-            loss = loss_of_sums(sums, input, target, alpha, self.beta, self.reduction)
-        self._move(rows, input, target, margin)
+            alpha = self.alpha.index_select(0, rows).reshape(input.shape[:1])
+            if self.sampling != "expected":
+                alpha = _batch.bernoulli(alpha, input, self.sampling, self.generator)
+            loss, slopes = perturbed_loss_and_slopes(
+                batch, self._towards_prior(alpha, batch), self.weight, self.pos_weight,
+                self.reduction,
+            )  # fmt: skip
+        if update:
+            self._observe(rows, batch, slopes)
         return loss
 
-    def _sums(self, input: Tensor, target: Tensor, alpha: Tensor) -> BatchSums | None:
-        special = (self.weight, self.pos_weight, self.ignore_index)
-        if self.sampling == "element" or special != (None, None, None):
-            return None
-        _batch.pair(input, target)
-        return batch_sums(input, target, alpha, self.beta, self.reduction)
-
     @torch.no_grad()
-    def _margins(self, input: Tensor, target: Tensor) -> Tensor:
-        return sample_margins(input, target, self.weight, self.ignore_index)
+    def update(self, input: Tensor, target: Tensor, index: Tensor | None = None) -> None:
+        """Move the levels of a batch and compute no loss; in any mode, with or without gradients.
 
-    def _loss(self, input: Tensor, target: Tensor, alpha: float | Tensor) -> Tensor:
+        For a loss that is computed more than once per batch: call the criterion with
+        ``update=False`` there, and this once.
+
+        Args:
+            input: logits, as in the forward. Of several heads, pass their mean: a level climbs
+                along the slope, which is linear in the logits.
+            target: labels, as in the forward.
+            index: sample indices, as in the forward.
+
+        Raises:
+            ValueError, TypeError, IndexError: as the forward does; the levels are then unchanged.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import AdaptivePerturbation
+            >>> criterion = AdaptivePerturbation(num_samples=4, warmup=1, prior=0.5)
+            >>> criterion.step(0.9, 0.95)
+            >>> criterion.update(torch.tensor([[4.0]]), torch.tensor([[1.0]]), torch.tensor([2]))
+            >>> bool(criterion.alpha[2] > 0)
+            True
+        """
+        rows, batch = self._prepare(input, target, index)
+        self._observe(rows, batch, None)
+
+    def _plain(self, input: Tensor, target: Tensor) -> Tensor:
         return sc_bce_with_logits(
             input,
             target,
-            alpha,
-            self.beta,
             weight=self.weight,
             pos_weight=self.pos_weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
         )
 
-    def _rows(self, input: Tensor, index: Tensor | None) -> Tensor:
-        """The row of each sample of the batch, on the device of the table."""
+    def _prepare(self, input: Tensor, target: Tensor, index: Tensor | None) -> tuple[Tensor, Batch]:
+        """The row of each sample, on the table's device, and the batch."""
         _batch.logits(input)
-        _checks.same_device(input, self.alpha)
+        rows = self._rows(input, index)
+        eager = not torch.compiler.is_compiling()
+        every = eager and self._batches < _FIRST
+        batch = _batch.prepare(input, target, self.ignore_index, every)
+        if self.num_labels is not None and input.shape[1:2] != (self.num_labels,):
+            wanted = f"have num_labels={self.num_labels} along dimension 1"
+            raise ValueError(sentence("input", wanted, f"shape {tuple(input.shape)}"))
+        if eager:
+            self._batches += 1
+            self._trained += len(rows)
+            self._warn_without_step()
+        return rows, batch
+
+    def _rows(self, input: Tensor, index: Tensor | None) -> Tensor:
+        if input.device != self.alpha.device:
+            wanted = f"be on the table's device {self.alpha.device}"
+            remedy = f"move the criterion with `criterion.to({str(input.device)!r})`"
+            raise ValueError(sentence("input", wanted, input.device, remedy))
         samples = input.shape[0] if input.dim() else 1
         if self.num_samples is None:
+            if index is not None:
+                self._warn_once(
+                    "the criterion was built with num_samples=None, one level for all samples, so "
+                    "`index` is not used; pass num_samples=len(dataset) to give each its own"
+                )
             return torch.zeros(samples, dtype=torch.int64, device=self.alpha.device)
-        rows = _checks.sample_index(index, input.shape[:1], self.num_samples).reshape(samples)
+        rows = _require_index(index, input.shape[:1], self.num_samples).reshape(samples)
         # Only towards an accelerator: what comes from one is read on arrival.
         rows = rows.to(self.alpha.device, non_blocking=rows.device.type == "cpu")
         if torch.compiler.is_compiling():
@@ -280,63 +314,101 @@ class AdaptivePerturbation(nn.Module):
             rows = torch.where(rows < 0, self.num_samples, rows)
         return rows
 
+    def _towards_prior(self, alpha: Tensor, batch: Batch) -> Perturbation:
+        """Levels ready to broadcast; their shapes are known to be right."""
+        if alpha.dim() == 1:
+            alpha = alpha.reshape(-1, *(1 for _ in batch.input.shape[1:]))
+        return Perturbation(alpha, self.beta, self._prior_for(batch.input))
+
+    def _prior_for(self, input: Tensor) -> float | Tensor:
+        prior = self.prior
+        if isinstance(prior, Tensor) and self.observes and self.num_labels is not None:
+            return prior.reshape(1, -1, *(1 for _ in input.shape[2:]))
+        return _batch.prior_of(prior, input.size()) if isinstance(prior, Tensor) else prior
+
     @torch.no_grad()
-    def _move(self, rows: Tensor, input: Tensor, target: Tensor, margin: Tensor) -> None:
-        """Move the rows of a batch; where nothing valid and finite was seen, hold them."""
-        merge = _RepeatedRows(rows, margin.isfinite())
-        moves = merge.any
+    def _observe(self, rows: Tensor, batch: Batch, slopes: Tensor | None) -> None:
+        """Count the labels, and move the rows; where nothing valid and finite was seen, hold."""
+        if self.observes or isinstance(self.prior, Tensor) or self.prior != 0.5:
+            self.fresh += _batch.label_counts(batch, self._labels_like(batch), levels.FRACTION)
+        if not self._past_warmup and self.focus == 0:
+            self.visited.index_fill_(0, rows, levels.SINCE)
+            return
+        if slopes is None:
+            slopes = mean_slopes(batch, self._prior_for(batch.input), self.weight)
+        by_row = levels.mean_by_row(rows, slopes.isfinite())
+        moves, rule, budget = by_row.any, self._rule, self.epoch.budget
         if self.focus > 0:
-            hits = sample_accuracies(input, target, self.ignore_index)
+            hits = by_row.mean(_batch.sample_accuracies(batch))
             old = self.sample_accuracy.index_select(0, rows)
-            recent = torch.where(moves, 0.9 * old + 0.1 * merge.mean(hits), old)
+            recent = torch.where(moves, levels.remembered(old, hits), old)
             self.sample_accuracy.index_copy_(0, rows, recent)
-            self.seen.index_copy_(0, rows, self.seen.index_select(0, rows) | moves)
-        if self._moving:
-            alpha = self.alpha.index_select(0, rows)
-            gradient = (self.beta / 2) * merge.mean(margin)
-            new = self._solve(alpha, gradient, self._budget_of(rows))
-            self.alpha.index_copy_(0, rows, torch.where(moves, new, alpha))
-        self.moved.index_copy_(0, rows, self.moved.index_select(0, rows) | moves)
+            budget = levels.shared_out(rule, budget, recent, self.epoch.difficulty)
+        if self._past_warmup:
+            old, gradient = self.alpha.index_select(0, rows), self.beta * by_row.mean(slopes)
+            new = levels.climb(rule, old, gradient, budget, self.epoch, self._kappa, self._cap)
+            self.alpha.index_copy_(0, rows, torch.where(moves, new, old))
+        before = self.visited.index_select(0, rows)
+        self.visited.index_copy_(0, rows, torch.where(moves, levels.SINCE, before))
 
-    def _budget_of(self, rows: Tensor) -> Tensor:
-        if self.focus == 0:
-            return self.budget
-        hardness = (1 - self.sample_accuracy.index_select(0, rows)) ** self.focus
-        # Where every sample seen is perfect, all are alike.
-        share = torch.where(self.difficulty > 0, hardness / self.difficulty, 1.0)
-        return (self.budget * share).clamp(max=0.45)
+    def _labels_like(self, batch: Batch) -> tuple[int, ...]:
+        """The shape, broadcasting to the batch, of what shares a prior."""
+        if self.num_labels is not None:
+            return (1, self.num_labels, *(1 for _ in batch.input.shape[2:]))
+        prior = self._prior_for(batch.input)
+        return tuple(prior.shape) if isinstance(prior, Tensor) else ()
 
-    def _solve(self, alpha: Tensor, gradient: Tensor, budget: Tensor) -> Tensor:
-        step = alpha + self.lr * gradient
-        half, pull = self.beta / 2, self.lr * self.penalty
-        if self.objective == "max_entropy":
-            reference = self.best_accuracy
-            if self.reference_accuracy is not None:
-                reference = torch.full_like(reference, self.reference_accuracy)
-            step = step + pull * (self.accuracy - reference).clamp(max=0)
-        elif self.solver == "explicit":
-            step = step + pull * (budget - half * alpha).clamp(max=0)
-        else:
-            # The penalty at the new level instead of the old one: a contraction for every pull.
-            rest = budget / half
-            step = torch.where(step <= rest, step, rest + (step - rest) / (1 + pull * half))
-        return step.clamp(0.0, self._cap)
+    @property
+    def _rule(self) -> Rule:
+        return Rule(
+            self.objective, self.lr, self.penalty, self.solver, self.focus, self.reference_accuracy
+        )
 
-    def step(self, accuracy: float | Tensor, confidence: float | Tensor | None = None) -> None:
-        """Tell the accuracy, and mean confidence, of the validation data: once per epoch.
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        super().hold(tensors)
+        if "observes" in self.__dict__:  # not while the table is built
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """What follows from the state, once it has changed."""
+        if self.observes:
+            rate = levels.base_rate(self.counts)
+            self.prior = rate if self.num_labels is not None else rate.reshape(())
+        self._kappa = levels.cost(self.beta, self.prior, self.counts)
+        self._cap = levels.cap(self.beta, self.prior)
+        if not self.epoch.steps.is_meta:
+            self._steps = int(self.epoch.steps)
+
+    @property
+    def _past_warmup(self) -> bool:
+        return self._steps >= max(self.warmup, 1)
+
+    @torch.no_grad()
+    def step(
+        self,
+        accuracy: Any,
+        confidence: float | Tensor | None = None,
+        *,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Report validation accuracy and mean confidence, or a histogram of both, once per epoch.
 
         Ends an epoch of the warm-up, sets the budget of the next epoch and, in several processes,
         merges the tables: each row becomes the mean of its values over the ranks that moved it.
-        It is then collective: every rank calls it, with the same, already reduced, values. A call
-        on one rank alone waits for the others, until the process group's timeout.
+        It is then collective: every rank of ``group`` calls it, with the same, already reduced,
+        values. A rank that never calls shows as the group's timeout.
 
         Args:
-            accuracy: share of right predictions, in [0, 1]; a number or 0-d tensor.
+            accuracy: share of right predictions, in [0, 1], a number or 0-d tensor; or, in place
+                of both, what has the methods ``accuracy()`` and ``confidence()``, as a
+                :class:`CalibrationHistogram`, whose labels are pooled.
             confidence: mean top-label confidence, in [0, 1], from the same data. Needed by the
                 objective ``"feedback"``.
+            group: the processes that train together. Default: all.
 
         Raises:
-            ValueError: a value outside [0, 1] or nan; ``"feedback"`` without ``confidence``.
+            ValueError: a value outside [0, 1] or nan, on any rank; values that differ between
+                ranks; ``"feedback"`` without ``confidence``. Nothing has changed then.
             TypeError: not a number or 0-d tensor.
 
         Example:
@@ -344,46 +416,52 @@ class AdaptivePerturbation(nn.Module):
             >>> criterion = AdaptivePerturbation(num_samples=600, objective="feedback")
             >>> histogram = CalibrationHistogram()
             >>> histogram.update(torch.tensor([3.0, -2.0]), torch.tensor([1, 1]))
-            >>> criterion.step(histogram.accuracy(), histogram.confidence())
+            >>> criterion.step(histogram)
         """
-        accuracy = _checks.unit_number("accuracy", accuracy)
-        if confidence is not None:
-            confidence = _checks.unit_number("confidence", confidence)
-        elif self.objective == "feedback":
-            raise ValueError(
-                "Expected argument `confidence` to be given for objective 'feedback', but got "
-                "None; pass the validation's mean confidence, `step(h.accuracy(), h.confidence())`"
+        measured, confident = _agreed(*_reading(accuracy, confidence, self.objective), group)
+        moved = self._merge(group)
+        counts = self.counts + levels.reduced(self.fresh, group)
+        self.hold({"counts": counts, "fresh": torch.zeros_like(self.fresh)})
+        self.hold({"alpha": self.alpha.clamp(max=self._cap)})
+        past = self._steps + 1 >= max(self.warmup, 1)
+        doubt = None
+        if past and bool(moved.any()):
+            doubt = float(self._kappa * self._mean_level(moved))
+        highest = float(self._kappa * self._cap)
+        epoch = levels.next_epoch(self._rule, self.epoch, measured, confident, doubt, highest)
+        if self.focus > 0:
+            difficulty = levels.mean_difficulty(
+                self._rule, self.sample_accuracy, self.visited != levels.NEVER
             )
-        everyone = None if self.generator is None else _gather(self.generator, self.alpha.device)
-        self._merge()
-        self._generators = everyone
-        self.steps += 1
-        self._count_steps()
-        self.accuracy.fill_(accuracy)
-        self.best_accuracy.clamp_(min=accuracy)
-        if self.objective == "calibration":
-            self.budget.fill_(1 - accuracy)
-        elif self.objective == "feedback" and self._moving and confidence is not None:
-            # From what the levels have followed: the budget must neither run ahead while they still
-            # climb nor pile up below 0, where they can't go, and hold them there long after.
-            used = min(max(float(self.budget), 0.0), float(self.flip_rate))
-            high = min(0.45, self.beta * self._cap / 2)
-            self.budget.fill_(min(max(used + (confidence - accuracy) / 2, -0.45), high))
-        if self.focus > 0 and bool(self.seen.any()):
-            total = 0.0
-            for start in range(0, len(self.seen), _CHUNK):
-                rows = slice(start, start + _CHUNK)
-                hardness = (1 - self.sample_accuracy[rows]) ** self.focus
-                hardness = torch.where(self.seen[rows], hardness, 0.0)
-                total += float(hardness.sum(dtype=torch.float64))
-            self.difficulty.fill_(total / int(self.seen.sum()))
+            epoch = epoch if difficulty is None else epoch._replace(difficulty=difficulty)
+        if self.generator is not None:
+            levels.reseed(self.generator, self.alpha.device, group)
+        self.hold(epoch._asdict())
 
-    def _count_steps(self) -> None:
-        """What the host must know of the steps: two facts, each of which changes once."""
-        steps = int(self.steps)
-        self._moving = steps >= max(self.warmup, 1)
-        if steps > 0:
-            self._unstepped = -1
+    def _merge(self, group: dist.ProcessGroup | None) -> Tensor:
+        """Merge the tables of the processes; returns the rows that any of them moved."""
+        moved = self.visited == levels.SINCE
+        trained = int(levels.reduced(torch.tensor(self._trained, device=moved.device), group))
+        if levels.world_size(group) > 1:
+            columns, moved = levels.merged(
+                self.columns, moved, lambda total: dist.all_reduce(total, group=group)
+            )
+            self.hold(columns)
+        touched = int(moved.sum())
+        rows = len(self.alpha)
+        if self.num_samples is not None and trained >= rows > 2 * touched:
+            self._warn_once(
+                f"since the last step the criterion saw {trained} samples but only {touched} of "
+                f"its {rows} rows; pass the index of each sample in the dataset, as "
+                "IndexedDataset yields it, not its position in the batch"
+            )
+        before = torch.where(self.visited == levels.NEVER, levels.NEVER, levels.BEFORE)
+        self.visited = torch.where(moved, levels.BEFORE, before).to(torch.uint8)
+        self._trained = 0
+        return moved
+
+    def _mean_level(self, rows: Tensor) -> Tensor:
+        return torch.where(rows, self.alpha, 0.0).sum() / rows.sum().clamp(min=1)
 
     def resize(self, num_samples: int) -> None:
         """Grow the table to ``num_samples`` rows; new samples start at level 0.
@@ -396,176 +474,219 @@ class AdaptivePerturbation(nn.Module):
         num_samples = int(num_samples)
         if self.num_samples is None or num_samples < self.num_samples:
             raise ValueError(
-                f"Expected argument `num_samples` to be at least the table's {self.num_samples}, "
-                f"but got {num_samples}; build a new module for other samples"
-            )
-        for name in self._tables():
-            old = getattr(self, name)
-            start = 0.5 if name == "sample_accuracy" else 0
-            setattr(self, name, torch.cat((old, old.new_full((num_samples - len(old),), start))))
+                sentence(
+                    "num_samples", f"be at least the table's {self.num_samples}", num_samples,
+                    "build a new module for other samples",
+                )
+            )  # fmt: skip
+        self.grow(num_samples)
         self.num_samples = num_samples
 
-    def _merge(self) -> None:
-        if _world_size() > 1:
-            # Into copies: if a rank dies on the way, this one's table is whole.
-            merged = {name: getattr(self, name).clone() for name in self._tables()}
-            for start in range(0, len(self.alpha), _CHUNK):
-                rows = slice(start, start + _CHUNK)
-                movers = self.moved[rows].float()
-                own = movers.clone()
-                dist.all_reduce(movers)
-                for name in self._tables():
-                    table = merged[name][rows]
-                    if table.dtype == torch.bool:  # `seen`; `moved` starts again below
-                        table |= movers > 0
-                        continue
-                    total = table * own
-                    dist.all_reduce(total)
-                    mean = (total / movers).clamp(0.0, self._cap if name == "alpha" else 1.0)
-                    table.copy_(torch.where(movers > 0, mean, table))
-            for name, table in merged.items():
-                getattr(self, name).copy_(table)
-        self.moved.zero_()
-
-    def _warn_without_step(self, samples: int) -> None:
-        if self._unstepped < 0:
+    def _warn_without_step(self) -> None:
+        if self._steps > 0:
             return
         if self.num_samples is None:
-            self._unstepped += 1
-            limit = _PATIENCE
+            late = self._batches > _PATIENCE
         else:
-            self._unstepped += samples
-            share = -(-self.num_samples // _world_size())  # rounded up, as a sampler pads
-            limit = max(self.warmup, 1) * share
-        if self._unstepped > limit:
-            self._unstepped = -1
-            warnings.warn(
+            share = -(-self.num_samples // levels.world_size(None))  # rounded up, as samplers pad
+            late = self._trained > max(self.warmup, 1) * share
+        if late:
+            self._warn_once(
                 "AdaptivePerturbation has trained past its warm-up, but step() was never called, "
                 "so the levels don't move and the loss is plain BCE; call "
-                "`criterion.step(accuracy)` after each epoch",
-                stacklevel=5,  # past forward and the two frames of Module.__call__
+                "`criterion.step(histogram)` after each epoch"
             )
 
-    def _tables(self) -> tuple[str, ...]:
-        return ("alpha", "moved", "sample_accuracy", "seen")[: 4 if self.focus > 0 else 2]
-
-    def _state(self) -> tuple[str, ...]:
-        epoch = ("steps", "accuracy", "best_accuracy", "budget", "difficulty")
-        return (*self._tables(), *epoch)
-
-    def _apply(self: Criterion, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Criterion:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in self._state():
-            old = getattr(self, name)
-            new = fn(old)
-            # The device is followed, a dtype is not: bfloat16 would lose steps below 1/256.
-            setattr(self, name, new if new.dtype == old.dtype else old.to(new.device))
-        return self
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._state():
-            destination[prefix + name] = getattr(self, name)
-        if self.generator is not None:
-            state, everyone = self.generator.get_state(), self._generators
-            # Right after a step any rank's checkpoint serves all ranks: it has all their states.
-            fresh = everyone is not None and torch.equal(everyone[_rank()], state)
-            destination[prefix + "generator"] = everyone if fresh else state
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        names = (*self._state(), *(("generator",) if self.generator else ()))
-        for name in self._state():
-            _checks.saved_shape(name, state_dict.get(prefix + name), getattr(self, name))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        own = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        missing_keys.extend(prefix + name for name in names if name not in own)
-        unexpected_keys[:] = [k for k in unexpected_keys if k[len(prefix) :] not in own]
-        for name in own.keys() - {"generator"}:
-            if local_metadata.get("assign_to_params_buffers", False):
-                setattr(self, name, own[name].to(getattr(self, name).dtype))
-            else:
-                getattr(self, name).copy_(own[name])
-        if not self.steps.is_meta:
-            self._count_steps()
-        if self.generator is not None and "generator" in own:
-            self._restore(self.generator, own["generator"].cpu())
-
-    def _restore(self, generator: torch.Generator, saved: Tensor) -> None:
-        self._generators = None
-        if saved.dim() == 2:  # every rank's; a rank that was not there keeps its own
-            self._generators = saved if len(saved) == _world_size() else None
-            saved = saved[_rank()] if _rank() < len(saved) else generator.get_state()
-        # A copy, since set_state reads a view from the start of its storage.
-        generator.set_state(saved.clone())
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned and not torch.compiler.is_compiling():
+            self._warned.add(message)
+            _checks.warn(message)
 
     def extra_repr(self) -> str:
+        prior = "prior='observed'" if self.observes else _batch.shown_prior(self.prior)
         shown = [
-            f"num_samples={self.num_samples}, beta={self.beta}, objective={self.objective!r}",
-            f"lr={self.lr}, penalty={self.penalty}, warmup={self.warmup}",
-            f"solver={self.solver!r}, focus={self.focus}, sampling={self.sampling!r}",
+            f"num_samples={self.num_samples}, beta={self.beta}, {prior}",
+            f"objective={self.objective!r}, lr={self.lr}, penalty={self.penalty}",
+            f"warmup={self.warmup}, solver={self.solver!r}, focus={self.focus}",
+            f"sampling={self.sampling!r}",
         ]
-        if self.reference_accuracy is not None:
-            shown.append(f"reference_accuracy={self.reference_accuracy}")
-        if self.ignore_index is not None:
-            shown.append(f"ignore_index={self.ignore_index}")
+        for name in ("num_labels", "reference_accuracy", "ignore_index"):
+            if getattr(self, name) is not None:
+                shown.append(f"{name}={getattr(self, name)}")
         shown.append(f"reduction={self.reduction!r}")
         if not self.alpha.is_meta:
             positive = float(self.alpha.count_nonzero()) / len(self.alpha)
             shown.append(f"mean_alpha={float(self.alpha.mean()):.4g}, above_zero={positive:.0%}")
+            if not self._past_warmup:
+                shown.append(f"warming up {self._steps}/{max(self.warmup, 1)}")
         return ", ".join(shown)
 
+    def refusal(self, saved: Mapping[str, Tensor]) -> str | None:
+        """Why a saved state is not one of this table, in a sentence."""
+        alpha, setting = saved.get("alpha"), saved.get("setting")
+        if isinstance(alpha, Tensor) and alpha.shape != self.alpha.shape:
+            return _loaded(
+                f"num_samples={self.num_samples}", f"{alpha.numel()} levels",
+                "build the criterion with that number, load, then `resize`",
+            )  # fmt: skip
+        focused = "sample_accuracy" in saved
+        if isinstance(alpha, Tensor) and focused != self.focused:
+            other = "focus above 0" if focused else "focus=0"
+            return _loaded(f"focus={self.focus:g}", other, "build the criterion with that focus")
+        if isinstance(setting, Tensor) and not setting.is_meta:
+            objective, focus = (float(value) for value in setting)
+            if objective != self._setting[0]:
+                other = f"objective={_OBJECTIVES[int(objective)]!r}"
+                remedy = "build the criterion with that objective"
+                return _loaded(f"objective={self.objective!r}", other, remedy)
+            if focus != float(self.setting.new_tensor(self.focus)) and not self.setting.is_meta:
+                remedy = "build the criterion with that focus"
+                return _loaded(f"focus={self.focus:g}", f"focus={focus:g}", remedy)
+        for name, own in self._saved().items():
+            value = saved.get(name)
+            if name != "generator" and isinstance(value, Tensor) and value.shape != own.shape:
+                shapes = f"`{name}` of shape {tuple(own.shape)}", f"shape {tuple(value.shape)}"
+                return _loaded(*shapes, "build both criteria with the same arguments")
+        return self._too_high(saved)
 
-class _RepeatedRows:
-    """Means over the places of a batch that share a row, given back to each such place.
-
-    By sorting, at O(batch): torch.unique would make an accelerator wait for its size.
-    """
-
-    def __init__(self, rows: Tensor, counts: Tensor) -> None:
-        ordered, order = rows.sort(stable=True)
-        self._counts = counts
-        starts = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)
-        self._group = torch.empty_like(order).scatter_(0, order, starts)
-        self._total = self._sum(counts.float())
-        self.any = self._total > 0
-
-    def mean(self, value: Tensor) -> Tensor:
-        return self._sum(torch.where(self._counts, value, 0.0)) / self._total.clamp(min=1)
-
-    def _sum(self, value: Tensor) -> Tensor:
-        return torch.zeros_like(value).index_add_(0, self._group, value)[self._group]
+    def _too_high(self, saved: Mapping[str, Tensor]) -> str | None:
+        alpha = saved.get("alpha")
+        if alpha is None or alpha.is_meta or not alpha.numel():
+            return None
+        high = self._cap
+        if self.observes and "counts" in saved:
+            rate = levels.base_rate(saved["counts"])
+            high = levels.cap(self.beta, rate)
+        highest = float(alpha.max())
+        if not highest <= float(high) + 1e-6 or float(alpha.min()) < 0:
+            return _loaded(
+                f"levels in [0, {float(high):.4g}], the cap at beta={self.beta:g}",
+                f"a level of {highest:.4g}",
+                "build the criterion with the beta and prior that it was trained with",
+            )
+        return None
 
 
-def _connected() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def _loaded(own: str, saved: str, remedy: str) -> str:
+    return f"Expected the saved table to have {own}, but got {saved}; {remedy}"
 
 
-def _world_size() -> int:
-    return dist.get_world_size() if _connected() else 1
+def _require_target(
+    beta: float | None, prior: float | Tensor | str, num_labels: int | None
+) -> tuple[float, int]:
+    """Strength, and the number of priors."""
+    if num_labels is not None:
+        _checks.positive_int("num_labels", num_labels)
+    labels, high, own = num_labels or 1, 2.0, 1.0
+    if isinstance(prior, Tensor):
+        labels = prior.numel()
+        if num_labels is not None and labels != num_labels:
+            got = f"{labels} values"
+            raise ValueError(sentence("prior", f"have num_labels={num_labels} values", got))
+    elif isinstance(prior, str):
+        _checks.choice("prior", prior, ("observed",))
+    else:
+        _checks.inside("prior", prior, 0.0, 1.0, tensor="pass `torch.as_tensor(prior)`")
+        high = own = 1 / max(prior, 1 - prior)
+    if beta is None:
+        return own, labels
+    _checks.positive("beta", beta, high)
+    return float(beta), labels
 
 
-def _rank() -> int:
-    return dist.get_rank() if _connected() else 0
+def _require_rule(
+    objective: object,
+    lr: object,
+    penalty: object,
+    warmup: object,
+    solver: object,
+    focus: object,
+    reference_accuracy: object,
+) -> None:
+    _checks.choice("objective", objective, _OBJECTIVES)
+    _checks.positive("lr", lr)
+    _checks.number("penalty", penalty, 0.0, _checks.LARGE)
+    _checks.natural("warmup", warmup)
+    _checks.choice("solver", solver, ("proximal", "explicit"))
+    _checks.number("focus", focus, 0.0, _checks.LARGE)
+    if reference_accuracy is not None:
+        _checks.number("reference_accuracy", reference_accuracy, 0.0, 1.0)
 
 
-def _gather(generator: torch.Generator, device: torch.device) -> Tensor:
-    """The state of every rank's generator, (world size, bytes); collective."""
-    state = generator.get_state()
-    states = [torch.empty_like(state, device=device) for _ in range(_world_size())]
-    if len(states) == 1:
-        return state[None]
-    dist.all_gather(states, state.to(device))
-    return torch.stack(states).cpu()
+def _require_index(index: object, shape: torch.Size, num_samples: int) -> Tensor:
+    """The index of a training batch; its range is checked where no accelerator would wait."""
+    if index is None:
+        raise ValueError(
+            sentence(
+                "index", "be the sample indices of the batch in training", "None",
+                "wrap the dataset in IndexedDataset and pass the index that it yields, or build "
+                "the module with num_samples=None for one shared level",
+            )
+        )  # fmt: skip
+    wanted = "be an integer Tensor"
+    if not isinstance(index, Tensor):
+        got = _checks.describe(index)
+        raise TypeError(sentence("index", wanted, got, "pass `torch.as_tensor(index)`"))
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(sentence("index", wanted, index.dtype, "pass `index.long()`"))
+    if index.shape != shape:
+        wanted = f"have one entry per sample, shape {tuple(shape)}"
+        raise ValueError(sentence("index", wanted, f"shape {tuple(index.shape)}"))
+    index = index.to(torch.int64)
+    if _batch.readable(index) and index.numel():
+        low, high = (int(end) for end in index.aminmax())
+        if low < 0 or high >= num_samples:
+            raise IndexError(
+                sentence(
+                    "index", f"be in [0, {num_samples - 1}]", low if low < 0 else high,
+                    f"num_samples={num_samples} must count every sample of the indexed dataset, "
+                    "also where a Subset around it (random_split) is trained on; `resize` makes "
+                    "room for new ones",
+                )
+            )  # fmt: skip
+    return index
+
+
+def _reading(
+    accuracy: Any, confidence: Any, objective: str
+) -> tuple[float, float | None, Exception | None]:
+    """What a step is given, and what is wrong with it."""
+    try:
+        if hasattr(accuracy, "accuracy") and hasattr(accuracy, "confidence"):
+            measured = accuracy.pooled() if hasattr(accuracy, "pooled") else accuracy
+            accuracy, confidence = measured.accuracy(), measured.confidence()
+        accuracy = _checks.unit_number("accuracy", accuracy)
+        if confidence is not None:
+            confidence = _checks.unit_number("confidence", confidence)
+        elif objective == "feedback":
+            raise ValueError(
+                sentence(
+                    "confidence", "be given for objective 'feedback'", "None",
+                    "pass the validation's histogram, `step(histogram)`, or its mean confidence",
+                )
+            )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        return 0.0, None, error
+    return accuracy, confidence, None
+
+
+def _agreed(
+    accuracy: float,
+    confidence: float | None,
+    error: Exception | None,
+    group: dist.ProcessGroup | None,
+) -> tuple[float, float | None]:
+    """The values of all ranks, judged by all alike."""
+    given: list[Any] = [(accuracy, confidence, error)]
+    if levels.world_size(group) > 1:
+        given = [None] * levels.world_size(group)
+        dist.all_gather_object(given, (accuracy, confidence, error), group=group)
+    for _, _, wrong in given:
+        if wrong is not None:
+            raise wrong
+    for name, values in zip(("accuracy", "confidence"), zip(*given, strict=True), strict=False):
+        known = [value for value in values if value is not None]
+        if known and (len(known) < len(values) or max(known) - min(known) > _EQUAL):
+            remedy = "reduce it first, for example `histogram.all_reduce()`"
+            raise ValueError(sentence(name, "be the same on every rank", list(values), remedy))
+    return given[0][0], given[0][1]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import keyword
+import operator
 from collections import namedtuple
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, SupportsIndex
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from . import _checks
 
@@ -48,7 +50,7 @@ class IndexedDataset(Dataset[Any]):
     """
 
     def __init__(self, dataset: Any, key: str = "index") -> None:
-        _checks.map_style(dataset)
+        _require_map_style(dataset)
         self.dataset = dataset
         self.key = key
 
@@ -56,27 +58,27 @@ class IndexedDataset(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        index = _checks.position(index, len(self))
+        index = _as_position(index, len(self))
         return self._join(self.dataset[index], index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Fetch a batch at once where the wrapped data set can; DataLoader calls this."""
-        indices = [_checks.position(index, len(self)) for index in indices]
+        indices = [_as_position(index, len(self)) for index in indices]
         fetch = getattr(self.dataset, "__getitems__", None)
         items = fetch(indices) if fetch else [self.dataset[index] for index in indices]
-        _checks.fetched(items, len(indices))
+        _require_list(items, len(indices))
         return [self._join(item, index) for item, index in zip(items, indices, strict=True)]
 
     def _join(self, item: Any, index: int) -> Any:
         if isinstance(item, Mapping):
-            _checks.unused_key(self.key, item)
+            _require_new_key(self.key, item)
             if not isinstance(item, MutableMapping):
                 return {**item, self.key: index}
             item = copy.copy(item)  # the data set may hold on to its own
             item[self.key] = index
             return item
         if isinstance(item, tuple) and hasattr(item, "_fields"):
-            _checks.unused_key(self.key, item._fields, field=True)
+            _require_new_key(self.key, item._fields, field=True)
             return _with_index(type(item), self.key)(*item, index)
         if isinstance(item, (tuple, list)):
             return type(item)((*item, index)) if type(item) in (tuple, list) else (*item, index)
@@ -97,3 +99,51 @@ def _with_index(base: type, key: str) -> type:
 
 def _rebuild(base: type, key: str, values: tuple[Any, ...]) -> Any:
     return _with_index(base, key)(*values)
+
+
+def _as_position(index: object, size: int) -> int:
+    """The index of a data set, negative ones counted from the end."""
+    if not isinstance(index, SupportsIndex):
+        raise TypeError(
+            _checks.sentence(
+                "index", "be an int", _checks.describe(index),
+                "a sampler of batches belongs into DataLoader's `batch_sampler`",
+            )
+        )  # fmt: skip
+    place = operator.index(index)
+    if not -size <= place < size:
+        raise IndexError(
+            f"Expected argument `index` to be in [{-size}, {size - 1}], but got {place}"
+        )
+    return place % size
+
+
+def _require_list(items: object, count: int) -> None:
+    if not isinstance(items, (list, tuple)) or len(items) != count:
+        raise TypeError(
+            f"Expected the data set's `__getitems__` to return a list of {count} items, but got "
+            f"{_checks.describe(items)}; a data set of columns has no item to put an index into"
+        )
+
+
+def _require_map_style(dataset: object) -> None:
+    complete = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if not complete or isinstance(dataset, (IterableDataset, type)):
+        raise TypeError(
+            "Expected argument `dataset` to be a map-style data set, with __getitem__ and "
+            f"__len__, but got {_checks.describe(dataset)}; samples of a stream have no index: use "
+            "AdaptivePerturbation(num_samples=None) there"
+        )
+
+
+def _require_new_key(key: str, names: Collection[str], field: bool = False) -> None:
+    if field and (not key.isidentifier() or keyword.iskeyword(key) or key.startswith("_")):
+        raise ValueError(
+            f"Expected argument `key` to be a field name of the items' namedtuple, but got "
+            f"{key!r}; choose an identifier without a leading underscore"
+        )
+    if key in names:
+        raise ValueError(
+            f"Expected argument `key` to be a new name in the items, but got {key!r}, which is "
+            "there already; choose another"
+        )

@@ -6,14 +6,12 @@ balance of focal loss), :math:`\beta` the perturbation strength.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _batch, _checks, _fused
-from ._batch import valid_elements
+from ._batch import Batch, Perturbation
 
 __all__ = ["perturb_target", "sc_bce_with_logits"]
 
@@ -21,30 +19,37 @@ __all__ = ["perturb_target", "sc_bce_with_logits"]
 def perturb_target(
     target: Tensor,
     alpha: float | Tensor = 0.0,
-    beta: float | Tensor = 2.0,
+    beta: float | Tensor | None = None,
     *,
+    prior: float | Tensor = 0.5,
     ignore_index: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Return the effective target of self-calibrating binary cross entropy, for any loss.
 
     .. math::
-        q = (1 - \alpha\beta)\, y + \tfrac{\alpha\beta}{2}
+        q = y + \alpha\beta\,(c - y)
 
-    with :math:`y` the target, :math:`\alpha` the probability that a label is perturbed and
-    :math:`\beta` the strength of the perturbation :math:`p(y, \beta) = (1-\beta) y + \beta/2`.
-    ``q`` is the mean of the target that is :math:`p(y, \beta)` with probability :math:`\alpha`,
-    else :math:`y`. It stays inside [0, 1].
+    with :math:`y` the target, :math:`\alpha` the probability that a label is perturbed,
+    :math:`\beta` the strength of the perturbation :math:`p(y) = (1-\beta)\,y + \beta c`, and
+    :math:`c` the prior that it moves towards. ``q`` is the mean of the target that is
+    :math:`p(y)` with probability :math:`\alpha`, else :math:`y`. It stays inside [0, 1].
 
     Special cases: ``alpha=0`` leaves the target; ``alpha=1, beta=eps`` is label smoothing as
-    Keras defines it for binary labels; a tensor ``alpha`` of zeros and ones is a draw.
+    Keras defines it for binary labels; a tensor ``alpha`` of zeros and ones is a draw. With
+    ``prior`` the base rate of the positives, the mean of ``q`` is the mean of ``y``.
 
     Args:
         target: labels in [0, 1], of dtype bool, integer (0 and 1 only) or floating point.
         alpha: perturbation probability in [0, 1]: a number, a 0-d tensor, an (N,) tensor (one
             value per sample, dimension 0), or a tensor of as many dimensions as ``target`` that
-            broadcasts to it. The values of tensors are not checked. Default: 0.
-        beta: perturbation strength in [0, 2], in the same forms. Default: 2.
+            broadcasts to it. Default: 0.
+        beta: perturbation strength in [0, 1 / max(prior, 1 - prior)], in the same forms; the
+            values of a tensor are not checked. None is the largest: 2 at ``prior=0.5``, 1 towards
+            0 and 1. Default: None.
+        prior: what perturbed labels move towards: a number between 0 and 1, or a tensor that
+            broadcasts to ``target`` from the last dimension, as ``pos_weight`` does: (C,) for
+            (N, C), (C, 1, 1) for (N, C, H, W). Default: 1/2.
         ignore_index: target value that is left as it is. Default: None.
         dtype: dtype of the result. Default: that of ``target``, or torch's default dtype for
             bool and integer targets, but never less than float32.
@@ -55,17 +60,24 @@ def perturb_target(
 
     Raises:
         ValueError: a number out of its range; ``alpha * beta > 1``, which would reverse the
-            labels; a level that doesn't broadcast; an integer label other than 0 and 1.
+            labels; a tensor that doesn't broadcast; on the CPU, a tensor ``alpha`` outside [0, 1]
+            and an integer label other than 0 and 1.
         TypeError: an argument of the wrong type; a ``dtype`` that is not floating point.
 
     Note:
         ``q`` is formed in at least float32: bfloat16 would round 1 - 0.001 to 1, keep 0.001, and
-        so smooth the negatives only. Integer labels are checked on the CPU; where their values
-        can't be read without waiting (an accelerator, compile, vmap), an illegal one gives nan.
+        so smooth the negatives only. Labels are checked on the CPU, floating-point ones in small
+        tensors; where an integer can't be read without waiting (an accelerator, compile, vmap),
+        an illegal one gives nan.
+
+        A prior other than 1/2 moves the decision: a network that learned ``q`` says 1/2 where
+        P(y = 1) is (1/2 - s c) / (1 - s), s = alpha * beta. P(y = 1) >= 1/2 means
+        ``sigmoid(x) >= (1 - s) / 2 + s * c``.
 
     References:
         Liu et al., ICCV 2023, arXiv 2307.13539 (label perturbation).
         Szegedy et al., CVPR 2016, Section 7 (label smoothing).
+        Pereyra et al., ICLR Workshop 2017, arXiv 1701.06548 (smoothing towards base rates).
 
     Example:
         >>> import torch
@@ -74,33 +86,31 @@ def perturb_target(
         tensor([0.1000, 0.9000])
         >>> perturb_target(torch.tensor([True, False]), alpha=torch.tensor([0.0, 0.2]))
         tensor([1.0000, 0.2000])
+        >>> perturb_target(torch.tensor([0.0, 1.0]), alpha=0.1, beta=1.0, prior=0.02)
+        tensor([0.0020, 0.9020])
     """
-    _checks.perturbation(alpha, beta)
+    beta = _batch.require_numbers(alpha, beta, prior)
     _batch.label(target)
+    given = _batch.perturbation(alpha, beta, prior, target.size())
     ignore_index = _checks.ignore_index(ignore_index)
     if dtype is None:
         own = target.dtype if target.is_floating_point() else torch.get_default_dtype()
         dtype = torch.promote_types(own, torch.float32)
-    _checks.floating("dtype", dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    y = _floating(target, wide, ignore_index)
-    strength = _level("alpha", alpha, y) * _level("beta", beta, y)
-    # Towards 1/2 instead of (1 - s) y + s/2: both labels round by the same amount.
-    if torch.compiler.is_compiling():
-        q = y + strength * (0.5 - y)  # fused anyway, and quicker than the cases of lerp
-    else:
-        q = torch.lerp(y, y.new_full((), 0.5), strength)  # the same in one pass
-    if ignore_index is not None:
-        q = torch.where(valid_elements(target, ignore_index), q, y)
-    return q.to(dtype)
+    _checks.floating_dtype("dtype", dtype)
+    valid = None if ignore_index is None else _batch.valid_elements(target, ignore_index)
+    legal = _batch.require_labels(target, valid, ignore_index)
+    y = _batch.as_labels(target, torch.promote_types(dtype, torch.float32), valid, legal)
+    q = given.towards_prior(y)
+    return (q if valid is None else torch.where(valid, q, y)).to(dtype)
 
 
 def sc_bce_with_logits(
     input: Tensor,
     target: Tensor,
     alpha: float | Tensor = 0.0,
-    beta: float | Tensor = 2.0,
+    beta: float | Tensor | None = None,
     *,
+    prior: float | Tensor = 0.5,
     weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     ignore_index: int | None = None,
@@ -109,15 +119,16 @@ def sc_bce_with_logits(
     r"""Self-calibrating binary cross entropy between logits and perturbed targets.
 
     .. math::
-        \ell(x, y) = \mathrm{BCE}(x, q), \qquad q = (1 - \alpha\beta)\, y + \tfrac{\alpha\beta}{2}
+        \ell(x, y) = \mathrm{BCE}(x, q), \qquad q = y + s\,(c - y), \qquad s = \alpha\beta
 
-    with :math:`x` the logit and :math:`y` the target. It is the expectation of BCE under labels
-    that are perturbed with probability :math:`\alpha` and strength :math:`\beta`, since BCE is
-    affine in its target. Its gradient is :math:`\sigma(x) - q`; a perfect fit says
-    :math:`1 - \alpha\beta/2` for the label instead of 1. Equal forms:
-    :math:`\mathrm{BCE}(x, y) + \tfrac{\alpha\beta}{2}(2y - 1)\,x` (a linear penalty on the signed
-    logit margin) and :math:`(1-g)\,\mathrm{BCE}(x, y) + g\,\mathrm{BCE}(x, 1-y)` with the flip
-    rate :math:`g = \alpha\beta/2`.
+    with :math:`x` the logit, :math:`y` the target and :math:`c` the prior. It is the expectation
+    of BCE under labels that are perturbed with probability :math:`\alpha` and strength
+    :math:`\beta`, since BCE is affine in its target. Its gradient is :math:`\sigma(x) - q`; a
+    perfect fit says :math:`s c` for a negative and :math:`1 - s (1 - c)` for a positive. Equal
+    forms: :math:`(1-s)\,\mathrm{BCE}(x, y) + s\,\mathrm{BCE}(x, c)`; without ``pos_weight``,
+    :math:`\mathrm{BCE}(x, y) + s\,(y - c)\,x`, a linear penalty on the slope; and at
+    :math:`c = \tfrac12`, :math:`(1-g)\,\mathrm{BCE}(x, y) + g\,\mathrm{BCE}(x, 1-y)` with the
+    flip rate :math:`g = s/2`.
 
     Special cases are data, not modes: ``alpha=0`` is
     :func:`torch.nn.functional.binary_cross_entropy_with_logits`, bit for bit; ``alpha=1,
@@ -129,11 +140,18 @@ def sc_bce_with_logits(
         target: labels in [0, 1] of the same size: bool, integer (0 and 1 only) or floating point.
         alpha: perturbation probability in [0, 1]: a number, a 0-d tensor, an (N,) tensor (one
             value per sample, dimension 0), or a tensor of as many dimensions as ``input`` that
-            broadcasts to it. The values of tensors are not checked. Default: 0.
-        beta: perturbation strength in [0, 2], in the same forms. Default: 2.
+            broadcasts to it. Default: 0.
+        beta: perturbation strength in [0, 1 / max(prior, 1 - prior)], in the same forms; the
+            values of a tensor are not checked. None is the largest: 2 at ``prior=0.5``. Default:
+            None.
+        prior: what perturbed labels move towards, 1/2 in the paper, or the base rate of the
+            positives where they are rare: a number between 0 and 1, or a tensor that broadcasts
+            to ``input`` from the last dimension, as ``pos_weight`` does: (C,) for (N, C),
+            (C, 1, 1) for (N, C, H, W). Default: 1/2.
         weight: as in torch, rescales the loss of each element; broadcasts. Default: None.
-        pos_weight: as in torch, the weight of positive examples. The best probability is then
-            shifted from ``q`` to logit ``q`` + log ``pos_weight``. Default: None.
+        pos_weight: as in torch, the weight w of positive examples. The best answer is then
+            shifted from logit ``q`` to logit ``q`` + log w. At w s c / (1 - s c) >= 1 every
+            negative is called positive. Default: None.
         ignore_index: elements whose target has this value give exactly zero loss and gradient,
             whatever their logit, and count in no mean. Default: None.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``. Default: ``"mean"``.
@@ -145,21 +163,26 @@ def sc_bce_with_logits(
 
     Raises:
         ValueError: a number out of its range; ``alpha * beta > 1``; an unknown ``reduction``;
-            sizes that differ; a level that doesn't broadcast; an integer label other than 0 and
-            1. At ``alpha=0`` torch's own errors come through.
+            sizes that differ; a tensor that doesn't broadcast; on the CPU, a tensor ``alpha``
+            outside [0, 1] and an integer label other than 0 and 1. At ``alpha=0`` torch's own
+            errors come through.
         TypeError: an argument of the wrong type.
 
     Note:
         Half and bfloat16 are computed in float32, but at a number ``alpha=0`` as torch does; the
-        result has torch's dtype. Differentiable in input, target, alpha and beta; works under
-        compile, export, vmap, forward-mode AD, double backward and autocast. Integer labels are
-        checked on the CPU; where their values can't be read without waiting (an accelerator,
-        compile, vmap), an illegal one gives nan. With everything ignored the mean is 0; the mean
-        of an empty batch is nan, as in torch.
+        result has torch's dtype. Differentiable in input, target, alpha, beta and prior; works
+        under compile, export, vmap, forward-mode AD, double backward and autocast. Integer labels
+        are checked on the CPU; where they can't be read without waiting (an accelerator,
+        compile, vmap), an illegal one gives nan. Floating-point labels are checked where it costs
+        no pass: in small batches and in the fused sweep. With everything ignored the mean is 0;
+        the mean of an empty batch is nan, as in torch.
+
+        A prior other than 1/2 moves the decision: P(y = 1) >= 1/2 then means
+        ``sigmoid(x) >= (1 - s) / 2 + s * c``, which a repair after training brings back to 1/2.
 
         Large contiguous batches on a CPU, without weights or ignored elements and reduced, take
-        one fused sweep: the same gradient, and a loss within 1.2e-7 per element in float32. It
-        keeps a mask itself for backward, so that one must not be overwritten before.
+        one fused sweep: the same gradient, and a loss within 1.2e-7 per element in float32.
+        Backward reads the target mask that you passed; do not modify it in place before.
 
     References:
         Liu et al., ICCV 2023, arXiv 2307.13539 (SC-BCE).
@@ -175,140 +198,109 @@ def sc_bce_with_logits(
         tensor(0.4214)
         >>> sc_bce_with_logits(input, target, alpha=torch.tensor([0.0, 0.1, 0.2]))
         tensor(0.3714)
+        >>> sc_bce_with_logits(input, target, alpha=0.1, beta=1.0, prior=0.02)
+        tensor(0.3835)
     """
-    _checks.perturbation(alpha, beta)
+    beta = _batch.require_numbers(alpha, beta, prior)
     ignore_index = _checks.ignore_index(ignore_index)
-    plain = not isinstance(alpha, Tensor) and alpha == 0
-    special = weight is not None or pos_weight is not None or ignore_index is not None
-    if plain and ignore_index is None:
-        if isinstance(target, Tensor) and not target.is_floating_point():
-            _batch.logits(input)
-            target = _floating(target, input.dtype, None)
-        return F.binary_cross_entropy_with_logits(
-            input, target, weight, pos_weight=pos_weight, reduction=reduction
-        )
+    if ignore_index is None and not isinstance(alpha, Tensor) and alpha == 0:
+        return bce_with_logits(input, target, weight, pos_weight, reduction)
     _checks.reduction(reduction)
-    _batch.pair(input, target)
-    if not (plain or special):
-        sums = batch_sums(input, target, alpha, beta, reduction)
-        if sums is not None:
-            return loss_of_sums(sums, input, target, alpha, beta, reduction)
-    dtype = _result_dtype(input, target)
-    if plain:
-        q = _floating(target, dtype, ignore_index)
-    else:
+    batch = _batch.prepare(input, target, ignore_index)
+    given = _batch.perturbation(alpha, beta, prior, input.size())
+    return perturbed_loss(batch, given, weight, pos_weight, reduction)
+
+
+def bce_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """torch's own call, errors and bits included, with masks of any dtype."""
+    if isinstance(target, Tensor) and not target.is_floating_point():
+        _batch.logits(input)
+        legal = _batch.require_labels(target, None, None)
+        target = _batch.as_labels(target, input.dtype, None, legal)
+    return F.binary_cross_entropy_with_logits(
+        input, target, weight, pos_weight=pos_weight, reduction=reduction
+    )
+
+
+def perturbed_loss(
+    batch: Batch,
+    given: Perturbation,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """The loss of a batch that is made ready."""
+    if weight is None and pos_weight is None and reduction != "none":
+        found = _fused.sums(batch, given)
+        if found is not None:
+            return of_sum(found.loss, batch, reduction)
+    input, dtype = batch.input, batch.dtype
+    if isinstance(given.alpha, Tensor) or given.alpha != 0:
         wide = torch.promote_types(dtype, torch.float32)
-        q = perturb_target(target, alpha, beta, ignore_index=ignore_index, dtype=wide)
+        q = given.towards_prior(batch.labels(wide))
         input = input.to(torch.promote_types(input.dtype, torch.float32))
-    if ignore_index is None:
+    else:
+        q = batch.labels(dtype)
+    if batch.valid is None:
         loss = F.binary_cross_entropy_with_logits(
             input, q, weight, pos_weight=pos_weight, reduction=reduction
         )
     else:
-        loss = _masked(
-            input, q, weight, pos_weight, valid_elements(target, ignore_index), reduction
-        )
-    return loss if _autocasts(input.device.type) else loss.to(dtype)
+        loss = _masked(input, q, weight, pos_weight, batch.valid, reduction)
+    return _cast(loss, batch)
 
 
-class BatchSums(NamedTuple):
-    """What is enough of a batch for every level, one value for each of its parts."""
-
-    loss: Tensor  # of BCE(x, y)
-    margin: Tensor  # of (2y - 1) x
-
-
-def batch_sums(
-    input: Tensor, target: Tensor, alpha: float | Tensor, beta: float | Tensor, reduction: str
-) -> BatchSums | None:
-    """One part per sample where a level differs by sample, else one in all; None where unfit.
-
-    With a draw for each element as `alpha` the margins are those of what it drew.
-    """
-    parts, drawn = 1, _draw(alpha, input)
-    for level in (beta,) if drawn is not None else (alpha, beta):
-        if isinstance(level, Tensor) and level.dim():
-            if level.shape != input.shape[:1]:
-                return None
-            parts = len(level)
-    if reduction == "none" or not _fused.applies(input, target, parts):
-        return None
-    if not target.is_floating_point() and target.dtype != torch.bool:
-        low, high = target.aminmax()
-        if low < 0 or high > 1:
-            _checks.hard_labels(target, (target != 0) & (target != 1), None)
-    return BatchSums(*_fused.sample_sums(input, target, parts, drawn))
-
-
-def loss_of_sums(
-    sums: BatchSums,
-    input: Tensor,
-    target: Tensor,
-    alpha: float | Tensor,
-    beta: float | Tensor,
+def perturbed_loss_and_slopes(
+    batch: Batch,
+    given: Perturbation,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
     reduction: str,
-) -> Tensor:
-    """The loss of the batch under levels that have one value, or one for each of its parts."""
-    if _draw(alpha, input) is not None:
-        alpha = 1.0  # the margins are already those of what it drew
-    strength = _level("alpha", alpha, sums.loss) * _level("beta", beta, sums.loss)
-    loss = (sums.loss + (strength / 2) * sums.margin).sum()
-    if reduction == "mean":
-        loss = loss / input.numel()
-    return loss if _autocasts(input.device.type) else loss.to(_result_dtype(input, target))
+) -> tuple[Tensor, Tensor]:
+    """The loss, and each sample's mean slope (y - c) x, whatever was drawn as alpha."""
+    if weight is None and pos_weight is None and reduction != "none":
+        found = _fused.sums(batch, given, by_sample=True)
+        if found is not None:
+            samples = batch.input.shape[0]
+            slopes = found.slope.view(samples, -1).sum(1)
+            slopes = (slopes * (samples / batch.input.numel())).float()
+            return of_sum(found.loss, batch, reduction), slopes
+    slopes = mean_slopes(batch, given.prior, weight)
+    return perturbed_loss(batch, given, weight, pos_weight, reduction), slopes
 
 
-def _draw(alpha: float | Tensor, input: Tensor) -> Tensor | None:
-    """Alpha itself where it is a draw for each element that the fused sums can read."""
-    if not isinstance(alpha, Tensor) or alpha.dtype != torch.bool or alpha.shape != input.shape:
-        return None
-    return alpha if alpha.is_contiguous() and _fused.plain_values(alpha) else None
+def of_sum(total: Tensor, batch: Batch, reduction: str) -> Tensor:
+    return _cast(total / batch.input.numel() if reduction == "mean" else total, batch)
 
 
-def _result_dtype(input: Tensor, target: Tensor) -> torch.dtype:
-    """torch's rule: that of the target; a bool or integer target has none to give."""
-    return target.dtype if target.is_floating_point() else input.dtype
-
-
-def sample_margins(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None
-) -> Tensor:
-    """Mean signed margin (2y - 1)x of each sample, (N,) float32; no gradient.
+@torch.no_grad()
+def mean_slopes(batch: Batch, prior: float | Tensor, weight: Tensor | None) -> Tensor:
+    """Mean slope (y - c) x of each sample, (N,) float32; no gradient.
 
     Weighted as the loss is (torch's ``weight``, divided by the number of valid elements), so that
-    beta/2 of it is the derivative of the sample's mean loss by its alpha; nan for a sample
+    beta times it is the derivative of the sample's mean loss by its alpha; nan for a sample
     without a valid element.
     """
-    _batch.pair(input, target)
-    y = _floating(target, torch.promote_types(input.dtype, torch.float32), ignore_index)
-    # Low precision is accumulated in at least float32, as y is.
-    margin = (2 * y - 1) * input.detach()
+    # Low precision is accumulated in at least float32, as the labels are.
+    y = batch.labels(torch.promote_types(batch.input.dtype, torch.float32))
+    slope = (y - prior) * batch.input.detach()
     if weight is not None:
-        margin = margin * weight
-    return _sample_means(margin, target, ignore_index)
+        slope = slope * weight
+    return _batch.sample_means(slope, batch.valid)
 
 
-def sample_accuracies(input: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
-    """Share of each sample's valid elements that are right, (N,) float32; nan without any."""
-    hits = (input.detach() >= 0) == (target >= 0.5)
-    return _sample_means(hits.float(), target, ignore_index)
-
-
-def _sample_means(value: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
-    if ignore_index is None:
-        return _by_sample(value).mean(1).float()
-    valid = valid_elements(target, ignore_index)
-    total = _by_sample(torch.where(valid, value, 0.0)).sum(1)
-    return (total / _by_sample(valid).sum(1)).float()
-
-
-def _by_sample(value: Tensor) -> Tensor:
-    return value.flatten(1) if value.dim() > 1 else value.reshape(-1, 1)
-
-
-def _autocasts(device_type: str) -> bool:
-    """Autocast runs torch's BCE in float32 and leaves the result there; so do we."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+def _cast(loss: Tensor, batch: Batch) -> Tensor:
+    """torch's dtype; under autocast torch runs BCE in float32 and leaves the result there."""
+    device_type = batch.input.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return loss
+    return loss.to(batch.dtype)
 
 
 def _masked(
@@ -332,26 +324,3 @@ def _masked(
         # All ignored is 0 / 1; an empty batch stays torch's 0 / 0.
         total = total / valid.sum().clamp(min=min(1, valid.numel()))
     return total
-
-
-def _floating(target: Tensor, dtype: torch.dtype, ignore_index: float | None) -> Tensor:
-    """The target in a floating dtype; an integer label other than 0 and 1 raises or gives nan."""
-    y = target.to(dtype)
-    if target.is_floating_point() or target.dtype == torch.bool:
-        return y
-    illegal = (target != 0) & (target != 1)
-    if ignore_index is not None:
-        illegal = illegal & valid_elements(target, ignore_index)
-    if not _checks.hard_labels(target, illegal, ignore_index):
-        y = torch.where(illegal, torch.nan, y)
-    return y
-
-
-def _level(name: str, value: float | Tensor, target: Tensor) -> float | Tensor:
-    """Alpha or beta ready to broadcast: (N,) lies along dimension 0, and low precision ends."""
-    if not isinstance(value, Tensor):
-        return value if isinstance(value, (int, float)) else float(value)
-    _checks.level_shape(name, value, target.shape)
-    if value.dim() == 1:
-        value = value.reshape(value.shape[0], *(1 for _ in target.shape[1:]))
-    return value.to(target.dtype)

@@ -1,20 +1,20 @@
-"""The drop-in loss: a configuration and the draw; its forward is one call to the functional."""
+"""The drop-in loss: configuration and draw; its forward is one call to the functional."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, TypeVar
+import functools
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import _batch, _checks
-from ._fused import plain_values
+from ._checks import sentence
 from .functional import sc_bce_with_logits
 
 __all__ = ["SCBCEWithLogitsLoss"]
 
-_MANY = 1 << 12  # draws, from which on bytes are quicker than uniform numbers
+_FIRST = 4  # training batches of which every floating-point label is looked at, on a CPU
 
 Loss = TypeVar("Loss", bound="SCBCEWithLogitsLoss")
 
@@ -23,12 +23,14 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     r"""Self-calibrating binary cross entropy in place of :class:`torch.nn.BCEWithLogitsLoss`.
 
     .. math::
-        \ell(x, y) = \mathrm{BCE}(x, q), \qquad q = (1 - \alpha\beta)\, y + \tfrac{\alpha\beta}{2}
+        \ell(x, y) = \mathrm{BCE}(x, q), \qquad q = y + \alpha\beta\,(c - y)
 
     with :math:`x` the logit, :math:`y` the target, :math:`\alpha` the probability that a label is
-    perturbed and :math:`\beta` the strength of the perturbation
-    :math:`p(y, \beta) = (1-\beta) y + \beta/2`. This is the expectation; with ``sampling`` the
-    labels are drawn: each is :math:`p(y, \beta)` with probability :math:`\alpha`, else :math:`y`.
+    perturbed, :math:`\beta` the strength of the perturbation
+    :math:`p(y) = (1-\beta)\,y + \beta c` and :math:`c` the prior. This is the expectation; with
+    ``sampling`` the labels are drawn: each is :math:`p(y)` with probability :math:`\alpha`, else
+    :math:`y`. In evaluation mode, or without gradients, it is plain BCE on the labels as they
+    are, so that validation losses of all methods compare.
 
     Special cases: ``alpha=0`` (the default) is :class:`torch.nn.BCEWithLogitsLoss`, bit for bit.
     :meth:`label_smoothing`, :meth:`disturb_label`, :meth:`hard_inversion`,
@@ -41,15 +43,24 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         reduction: ``"none"``, ``"mean"`` or ``"sum"``. Default: ``"mean"``.
         pos_weight: as in torch, the weight of positive examples. Default: None.
         alpha: perturbation probability, in [0, 1]. Default: 0.
-        beta: perturbation strength, in [0, 2]; ``alpha * beta`` at most 1. Default: 2.
+        beta: perturbation strength, in [0, 1 / max(prior, 1 - prior)]; ``alpha * beta`` below 1.
+            None is the largest: 2 at ``prior=0.5``. Default: None.
+        prior: what perturbed labels move towards: a number between 0 and 1, or a tensor that
+            broadcasts to ``input`` from the last dimension: (C,) for (N, C), (C, 1, 1) for
+            (N, C, H, W). The base rate of the positives keeps the mean probability where it
+            belongs; 1/2, the paper's, keeps the decision. Default: 1/2.
         sampling: ``"expected"`` uses the effective target ``q``; ``"sample"`` draws once per
             sample (dimension 0), ``"element"`` once per element. Default: ``"expected"``.
         noise: bound of the noise n of dynamic moderation, a standard normal truncated to
             [-noise, noise] that makes the strength of each drawn element beta + 2n. Needs
-            drawing; at most ``min(beta, 2 - beta) / 2``. Default: 0.
+            drawing and ``prior=0.5``; at most ``min(beta, 2 - beta) / 2``. Default: 0.
         ignore_index: elements whose target has this value count for nothing. Default: None.
         generator: source of the draws, on the device of the input; None is torch's global one.
             It is the caller's to save. Default: None.
+
+    Attributes:
+        flip_rates: the pair (g0, g1), what a perfect fit says for a negative, and short of 1 for
+            a positive: (alpha beta c, alpha beta (1 - c)).
 
     Shape:
         - input: :math:`(N, *)` or scalar, floating point.
@@ -57,16 +68,22 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         - Returns: scalar, or the shape of ``input`` for ``reduction="none"``.
 
     Raises:
-        ValueError: at construction, a number out of its range, ``alpha * beta > 1``, an unknown
-            ``reduction`` or ``sampling``, noise without drawing. In use, those of
-            :func:`sc_bce_with_logits`.
+        ValueError: at construction, a number out of its range; ``alpha * beta`` of 1 or more,
+            which teaches nothing; a perturbation that takes every answer to one side of 1/2,
+            ``pos_weight`` counted in; an unknown ``reduction`` or ``sampling``; noise without
+            drawing. In use, those of :func:`sc_bce_with_logits`.
         TypeError: an argument of the wrong type.
 
     Note:
-        Draws happen in training mode with gradients enabled, nowhere else: under ``eval()`` or
-        ``no_grad`` the loss is its expectation. ``state_dict`` has torch's keys and nothing else.
-        A ``generator`` excludes ``torch.compile(fullgraph=True)``; several processes need
-        different seeds.
+        ``state_dict`` has torch's keys and nothing else. A ``generator`` excludes
+        ``torch.compile(fullgraph=True)``; several processes need different seeds. A prior other
+        than 1/2 moves the decision: P(y = 1) >= 1/2 means
+        ``sigmoid(x) >= (1 - s) / 2 + s * c`` with s = alpha * beta.
+
+        Because perturbation needs training mode with gradients, a training loss that is logged
+        under ``no_grad`` is plain BCE, and so is reentrant activation checkpointing's first
+        forward; its second, which has the gradients, is not. For the expected loss on other
+        data, call :func:`sc_bce_with_logits`.
 
     References:
         Liu et al., ICCV 2023, arXiv 2307.13539 (SC-BCE and its special cases).
@@ -77,10 +94,17 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         >>> from sc_bce import SCBCEWithLogitsLoss
         >>> criterion = SCBCEWithLogitsLoss(alpha=0.05)
         >>> criterion
-        SCBCEWithLogitsLoss(alpha=0.05, beta=2.0, sampling='expected', reduction='mean')
-        >>> criterion(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0]))
+        SCBCEWithLogitsLoss(alpha=0.05, beta=2.0, prior=0.5, sampling='expected', reduction='mean')
+        >>> logits = torch.tensor([2.0, -1.0], requires_grad=True)
+        >>> criterion(logits, torch.tensor([1.0, 0.0])).detach()
         tensor(0.2951)
+        >>> criterion.flip_rates
+        (tensor(0.0500), tensor(0.0500))
+        >>> SCBCEWithLogitsLoss.moderation(0.2, prior=0.02).flip_rates
+        (tensor(0.0040), tensor(0.1960))
     """
+
+    prior: float | Tensor
 
     def __init__(
         self,
@@ -91,30 +115,54 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         pos_weight: Tensor | None = None,
         *,
         alpha: float = 0.0,
-        beta: float = 2.0,
+        beta: float | None = None,
+        prior: float | Tensor = 0.5,
         sampling: str = "expected",
         noise: float = 0.0,
         ignore_index: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
+        remedy = f"for label smoothing write `{type(self).__name__}.label_smoothing({weight})`"
+        _checks.tensor_or_none("weight", weight, remedy)
+        _checks.tensor_or_none("pos_weight", pos_weight, f"pass `torch.tensor({pos_weight})`")
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
         _checks.reduction(self.reduction)
-        _checks.number("alpha", alpha, 0.0, 1.0)
-        _checks.number("beta", beta, 0.0, 2.0)
-        _checks.perturbation(alpha, beta)
+        for name, value, high in (("alpha", alpha, 1.0), ("beta", beta, 2.0)):
+            if not (name == "beta" and value is None):
+                _checks.number(name, value, 0.0, high)
+        beta = _batch.require_numbers(alpha, beta, prior)  # type: ignore[assignment]
         _checks.sampling(sampling)
-        _checks.noise(noise, beta, sampling)
+        _require_noise(noise, beta, prior, sampling)
         _checks.generator(generator)
         self.alpha = float(alpha)
-        self.beta = float(beta)
+        # None is the largest for each element of a prior that is a tensor.
+        self.beta = None if beta is None else float(beta)
+        _batch.hold_prior(self, prior)
         self.sampling = sampling
         self.noise = float(noise)
         self.ignore_index = _checks.ignore_index(ignore_index)
         self.generator = generator
+        self._looked = 0  # training batches of which every label was looked at
+        _require_lessons(self)
+
+    if not TYPE_CHECKING:
+
+        @functools.wraps(__init__)  # whose signature it shows
+        def __new__(cls, *args: Any, **kwargs: Any) -> SCBCEWithLogitsLoss:
+            for name in kwargs.keys() & _SETTINGS:
+                if cls.__init__ is SCBCEWithLogitsLoss.__init__:
+                    raise TypeError(
+                        f"{cls.__name__}() has no argument `{name}`; write "
+                        f"`{cls.__name__}.{name}({kwargs[name]!r})`"
+                    )
+            return super().__new__(cls)
 
     @classmethod
     def label_smoothing(cls: type[Loss], eps: float, **kwargs: Any) -> Loss:
-        """Smoothing ``eps`` in [0, 1] as Keras defines it: a positive's target is 1 - eps/2."""
+        """Smoothing ``eps`` in [0, 1) as Keras defines it: a positive's target is 1 - eps/2.
+
+        With ``prior`` c a negative's target is eps c, a positive's 1 - eps (1 - c).
+        """
         _checks.number("eps", eps, 0.0, 1.0)
         return cls(alpha=1.0, beta=eps, **kwargs)
 
@@ -122,44 +170,70 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     def disturb_label(
         cls: type[Loss], rate: float, sampling: str = "element", **kwargs: Any
     ) -> Loss:
-        """DisturbLabel: with probability ``rate`` in [0, 1] the label is drawn anew, uniformly."""
+        """DisturbLabel: with probability ``rate`` in [0, 1) the label is drawn anew, uniformly.
+
+        One draw per element, or per sample with ``sampling="sample"``.
+        """
         _checks.number("rate", rate, 0.0, 1.0)
+        _require_half("disturb_label", kwargs)
         return cls(alpha=rate / 2, beta=2.0, sampling=sampling, **kwargs)
 
     @classmethod
     def hard_inversion(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Flip all labels of a sample with probability ``alpha`` in [0, 1/2]."""
+        """Flip all labels of a sample with probability ``alpha`` in [0, 1/2)."""
+        _require_half("hard_inversion", kwargs)
         return cls(alpha=alpha, beta=2.0, **{"sampling": "sample", **kwargs})
 
     @classmethod
     def soft_inversion(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
         """Turn 1 into 1/4 and 0 into 3/4, a sample at a time, with probability ``alpha`` to 2/3."""
+        _require_half("soft_inversion", kwargs)
         return cls(alpha=alpha, beta=1.5, **{"sampling": "sample", **kwargs})
 
     @classmethod
     def moderation(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Set all labels of a sample to 1/2 with probability ``alpha`` in [0, 1]."""
+        """Set all labels of a sample to ``prior`` with probability ``alpha`` in [0, 1)."""
         return cls(alpha=alpha, beta=1.0, **{"sampling": "sample", **kwargs})
 
     @classmethod
     def dynamic_moderation(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
         """Moderation whose labels are 1/2 plus truncated normal noise within 1/4."""
+        _require_half("dynamic_moderation", kwargs)
         return cls(alpha=alpha, beta=1.0, **{"sampling": "sample", "noise": 0.25, **kwargs})
+
+    @property
+    def flip_rates(self) -> tuple[Tensor, Tensor]:
+        """(g0, g1) = (s c, s (1 - c)), s = alpha beta: 0-d, or of the prior's shape."""
+        prior = torch.as_tensor(self.prior, dtype=torch.float32)
+        beta = 1 / torch.maximum(prior, 1 - prior) if self.beta is None else self.beta
+        return self.alpha * beta * prior, self.alpha * beta * (1 - prior)
+
+    @property
+    def flip_rate(self) -> Tensor:
+        """Both flip rates where they are one, at ``prior=0.5``: alpha beta / 2."""
+        return _batch.single_flip_rate(self.flip_rates, self.prior)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         alpha: float | Tensor = self.alpha
-        beta: float | Tensor = self.beta
-        drawn = self.sampling != "expected" and self.training and torch.is_grad_enabled()
-        if drawn and self.alpha > 0:
-            _batch.pair(input, target)  # before the draw
-            alpha = draw(self.alpha, input, self.sampling, self.generator)
-            if self.noise > 0:
-                beta = self.beta + 2 * _truncated_normal(input, self.noise, self.generator)
+        beta: float | Tensor | None = self.beta
+        if not (self.training and torch.is_grad_enabled()):
+            alpha = 0.0
+        elif self.alpha > 0:
+            if self._looked < _FIRST and not torch.compiler.is_compiling():
+                _batch.prepare(input, target, self.ignore_index, every=True)
+                self._looked += 1
+            if self.sampling != "expected":
+                _batch.pair(input, target)  # before the draw
+                alpha = _batch.bernoulli(self.alpha, input, self.sampling, self.generator)
+                if self.noise > 0:
+                    noise = _batch.truncated_normal(input, self.noise, self.generator)
+                    beta = self.beta + 2 * noise  # type: ignore[operator]
         return sc_bce_with_logits(
             input,
             target,
             alpha,
             beta,
+            prior=self.prior,
             weight=self.weight,
             pos_weight=self.pos_weight,
             ignore_index=self.ignore_index,
@@ -167,7 +241,8 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         )
 
     def extra_repr(self) -> str:
-        shown = [f"alpha={self.alpha}", f"beta={self.beta}", f"sampling={self.sampling!r}"]
+        shown = [f"alpha={self.alpha}", f"beta={self.beta}", _batch.shown_prior(self.prior)]
+        shown.append(f"sampling={self.sampling!r}")
         if self.noise:
             shown.append(f"noise={self.noise}")
         if self.ignore_index is not None:
@@ -175,47 +250,54 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         return ", ".join([*shown, f"reduction={self.reduction!r}"])
 
 
-def draw(
-    alpha: float | Tensor, input: Tensor, sampling: str, generator: torch.Generator | None
-) -> Tensor:
-    """Zeros and ones, Bernoulli(alpha), one per sample (dimension 0) or one per element.
-
-    A tensor alpha holds one probability per sample.
-    """
-    shape = input.shape if sampling == "element" else input.shape[:1]
-    if isinstance(alpha, Tensor) and alpha.dim() == 1:
-        alpha = alpha.reshape(alpha.shape[0], *(1 for _ in shape[1:]))
-    if shape.numel() < _MANY or not plain_values(input):
-        return _uniform(shape, input.device, generator) < alpha
-    return _by_bytes(alpha, shape, generator)
+_SETTINGS = {
+    name for name, value in vars(SCBCEWithLogitsLoss).items() if isinstance(value, classmethod)
+}
 
 
-def _by_bytes(
-    alpha: float | Tensor, shape: torch.Size, generator: torch.Generator | None
-) -> Tensor:
-    # A CPU makes its random numbers one by one. One byte decides for an element, unless it ties
-    # with the first eight bits of alpha: then a uniform number is compared with the bits left.
-    count = shape.numel()
-    words = torch.empty(-(-count // 8), dtype=torch.int64, device="cpu")
-    byte = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[:count].view(shape)
-    level = torch.as_tensor(alpha, dtype=torch.float32, device="cpu") * 256
-    first = level.floor().clamp(max=255)  # at alpha = 1 all bits left say yes
-    drawn = byte < first.to(torch.uint8)
-    ties = (byte == first.to(torch.uint8)).nonzero(as_tuple=True)
-    left = (level - first).expand(shape)[ties]
-    drawn[ties] = _uniform(left.shape, left.device, generator) < left
-    return drawn
+def _require_half(setting: str, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("prior", 0.5) != 0.5:
+        wanted = f"be 1/2, which {setting} is defined by"
+        remedy = "use moderation or label_smoothing"
+        raise ValueError(sentence("prior", wanted, kwargs["prior"], remedy))
 
 
-def _truncated_normal(input: Tensor, bound: float, generator: torch.Generator | None) -> Tensor:
-    # By inverting the distribution function: no rejection, hence no data-dependent loop.
-    reach = math.erf(bound / math.sqrt(2))
-    uniform = _uniform(input.shape, input.device, generator)
-    return math.sqrt(2) * torch.erfinv(reach * (2 * uniform - 1))
+def _require_noise(noise: object, beta: float | None, prior: object, sampling: str) -> None:
+    if noise == 0:
+        return
+    if isinstance(prior, Tensor) or prior != 0.5 or beta is None:
+        raise ValueError(sentence("prior", "be 1/2 where noise is drawn", prior, "drop `noise`"))
+    _checks.number("noise", noise, 0.0, min(beta, 2.0 - beta) / 2)
+    if sampling == "expected":
+        wanted = "be 'sample' or 'element' where noise is drawn"
+        remedy = "the expectation has no noise, so drop `noise` or choose to draw"
+        raise ValueError(sentence("sampling", wanted, "'expected'", remedy))
 
 
-def _uniform(shape: torch.Size, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    # float32 whatever the input: a bfloat16 uniform has 256 values and would draw 0.001 as 0.004.
-    if generator is None:  # compile can't trace the keyword with a dynamic shape, even as None
-        return torch.rand(shape, device=device, dtype=torch.float32)
-    return torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
+def _require_lessons(loss: SCBCEWithLogitsLoss) -> None:
+    """Refuse what takes every answer to the prior, or to one side of 1/2."""
+    values = (loss.prior, loss.pos_weight)
+    if any(isinstance(value, Tensor) and not _batch.readable(value) for value in values):
+        return
+    up, down = (rate.double() for rate in loss.flip_rates)
+    if bool((up + down > 1 - 1e-6).any()):
+        got = f"alpha * beta = {float((up + down).max()):g}, where no label is told from another"
+        raise ValueError(sentence("alpha", "be below 1 / beta", got, "lower one of them"))
+    weight = torch.ones(()) if loss.pos_weight is None else loss.pos_weight
+    negative, positive = weight * up / (1 - up), weight * (1 - down) / down
+    if bool((negative >= 1).any()):
+        kind, odds = "negative", float(negative.max())
+    elif bool((positive <= 1).any()):
+        kind, odds = "positive", float(positive.min())
+    else:
+        return
+    other = "positive" if kind == "negative" else "negative"
+    raise ValueError(
+        sentence(
+            "alpha", f"leave a sure {kind} on its side of 1/2",
+            f"alpha={loss.alpha:g}, beta={loss.beta}, prior={loss.prior} and "
+            f"pos_weight={loss.pos_weight}, with which its best answer has odds {odds:.3g} "
+            f"and is called {other}",
+            "lower alpha or pos_weight, or set `prior` to the base rate of the positives",
+        )
+    )  # fmt: skip

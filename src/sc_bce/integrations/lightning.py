@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-from .. import _checks
+from torch import nn
+
 from ..adaptive import AdaptivePerturbation
 from ..calibration import CalibrationHistogram
 
@@ -14,6 +16,8 @@ except ImportError as error:
     raise ImportError(
         "AdaptivePerturbationCallback needs: pip install sc-bce[lightning]"
     ) from error
+
+Module = TypeVar("Module", bound=nn.Module)
 
 __all__ = ["AdaptivePerturbationCallback"]
 
@@ -77,7 +81,7 @@ class AdaptivePerturbationCallback(Callback):
     ) -> None:
         if outputs is None and dataloader_idx > 0:
             return
-        logits, target = _checks.logits_and_target(outputs)
+        logits, target = _logits_and_target(outputs)
         self.histogram.update(logits, target, ignore_index=self._find(pl_module).ignore_index)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,4 +100,31 @@ class AdaptivePerturbationCallback(Callback):
         pl_module.log_dict({k: float(v) for k, v in measures.items()}, sync_dist=True)
 
     def _find(self, pl_module: LightningModule) -> AdaptivePerturbation:
-        return _checks.named_module(pl_module, self.criterion, AdaptivePerturbation)
+        return _named_module(pl_module, self.criterion, AdaptivePerturbation)
+
+
+def _named_module(parent: nn.Module, name: str, kind: type[Module]) -> Module:
+    """The submodule of that name, dots allowed."""
+    modules = dict(parent.named_modules(remove_duplicate=False))
+    found = modules.get(name)
+    if not isinstance(found, kind):
+        others = [repr(key) for key, module in modules.items() if isinstance(module, kind)]
+        got = "of which there is none" if found is None else f"a {type(found).__name__}"
+        remedy = f"choose {', '.join(others)}" if others else "assign one in its __init__"
+        raise ValueError(
+            f"Expected argument `criterion` to be the name of an {kind.__name__} in the "
+            f"{type(parent).__name__}, but got {name!r}, {got}; {remedy}"
+        )
+    return found
+
+
+def _logits_and_target(outputs: object) -> tuple[Any, Any]:
+    """What a validation step hands to the callback."""
+    if not isinstance(outputs, Mapping) or not {"logits", "target"} <= set(outputs):
+        held = f" with {sorted(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
+        raise ValueError(
+            "Expected `validation_step` to return a mapping with 'logits' and 'target', but got "
+            f"{'None' if outputs is None else type(outputs).__name__ + held}; "
+            'return {"logits": logits, "target": target}'
+        )
+    return outputs["logits"], outputs["target"]

@@ -1,0 +1,454 @@
+"""The levels of the training samples: their rule, the table, and its merge between processes.
+
+The rule is pure functions of tensors; the table only stores, and carries its state through
+torch's tools; the merge is pure but for the reduction that is passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["Epoch", "Levels", "Rule", "cap", "climb", "mean_by_row", "merged", "next_epoch"]
+
+Table = TypeVar("Table", bound="Levels")
+
+LARGEST_BUDGET = 0.45  # of doubt: labels keep clear of the flip that would hide them
+MARGIN = 0.01  # of the level that would take a label to 1/2
+MEMORY = 0.9  # of a sample's running accuracy, at each visit
+UNKNOWN = 0.5  # accuracy of a sample before its first visit
+CARRIED = 0.5  # of the gap between confidence and accuracy, at each step
+FRACTION = 1 << 20  # parts of a label, so that soft ones are counted in integers too
+
+_CHUNK = 1 << 24  # rows that a step works on at a time: bounds its extra memory
+
+
+# -- the rule
+
+
+class Rule(NamedTuple):
+    """What stays the same in training."""
+
+    objective: str
+    lr: float
+    penalty: float
+    solver: str
+    focus: float
+    reference_accuracy: float | None
+
+
+class Epoch(NamedTuple):
+    """What a step sets, 0-d tensors: a new value recompiles nothing."""
+
+    steps: Tensor
+    accuracy: Tensor
+    best_accuracy: Tensor
+    budget: Tensor
+    difficulty: Tensor  # mean of (1 - sample accuracy)^focus among the samples seen
+
+
+def cap(beta: float, prior: float | Tensor) -> float | Tensor:
+    """The highest level that leaves both labels on their side of 1/2."""
+    if isinstance(prior, Tensor):
+        farther = torch.maximum(prior, 1 - prior).max()
+        return (1 / (2 * farther * beta) - MARGIN).clamp(max=1.0)
+    return min(1.0, 1 / (2 * max(prior, 1 - prior) * beta) - MARGIN)
+
+
+def cost(beta: float, prior: float | Tensor, counts: Tensor) -> float | Tensor:
+    """kappa, what a level of 1 costs in confidence: mean of beta (1 - c where y >= 1/2, else c).
+
+    `counts` has three rows: elements, their labels summed, and those of at least 1/2. At c = 1/2
+    they are not needed. 0 before anything was counted.
+    """
+    if not isinstance(prior, Tensor) and prior == 0.5:
+        return beta / 2
+    count, _, high = counts.double()
+    c = prior.double().reshape(-1) if isinstance(prior, Tensor) else prior
+    total = (high * (1 - c) + (count - high) * c).sum()
+    kappa: Tensor = beta * total / count.sum().clamp(min=1)
+    return kappa.float()
+
+
+def base_rate(counts: Tensor) -> Tensor:
+    """(N+ + 1/2) / (N + 1) of each label."""
+    count, total, _ = counts.double()
+    rate: Tensor = (total / FRACTION + 0.5) / (count + 1)
+    return rate.float()
+
+
+def climb(
+    rule: Rule,
+    alpha: Tensor,
+    gradient: Tensor,
+    budget: Tensor,
+    epoch: Epoch,
+    kappa: float | Tensor,
+    high: float | Tensor,
+) -> Tensor:
+    """New levels after one step along the gradient of the expected loss, in [0, `high`].
+
+    The explicit solver steps by lr; every other climbs in doubt, kappa alpha, so that it climbs
+    alike whatever the strength.
+    """
+    rate = rule.lr if rule.solver == "explicit" else rule.lr / kappa**2
+    new = alpha + rate * gradient
+    if rule.objective == "max_entropy":
+        reference = epoch.best_accuracy
+        if rule.reference_accuracy is not None:
+            reference = torch.full_like(reference, rule.reference_accuracy)
+        new = new + rate * rule.penalty * (epoch.accuracy - reference).clamp(max=0)
+    elif rule.solver == "explicit":
+        new = new + rate * rule.penalty * (budget - kappa * alpha).clamp(max=0)
+    else:
+        # The penalty at the new level instead of the old one: a contraction for every strength.
+        rest = budget / kappa
+        pull = rule.lr * rule.penalty / kappa
+        new = torch.where(new <= rest, new, rest + (new - rest) / (1 + pull))
+    if isinstance(kappa, Tensor):
+        new = torch.where(kappa > 0, new, alpha)
+    return new.clamp(min=0.0).clamp(max=high)
+
+
+def shared_out(rule: Rule, budget: Tensor, accuracy: Tensor, difficulty: Tensor) -> Tensor:
+    """The budget of each sample: more for those that are often wrong."""
+    if rule.focus == 0:
+        return budget
+    hardness = (1 - accuracy) ** rule.focus
+    # Where every sample seen is perfect, all are alike.
+    weight = torch.where(difficulty > 0, hardness / difficulty, 1.0)
+    return (budget * weight).clamp(max=LARGEST_BUDGET)
+
+
+def remembered(accuracy: Tensor, hits: Tensor) -> Tensor:
+    """A sample's running accuracy after one more visit."""
+    return MEMORY * accuracy + (1 - MEMORY) * hits
+
+
+def next_epoch(
+    rule: Rule,
+    epoch: Epoch,
+    accuracy: float,
+    confidence: float | None,
+    doubt: float | None,
+    highest: float,
+) -> Epoch:
+    """The epoch that follows a step.
+
+    `doubt` is the mean of kappa alpha over the rows that moved, None where none did or none may
+    yet; `highest` is the doubt at the cap.
+    """
+    budget = epoch.budget
+    if rule.objective == "calibration":
+        budget = torch.full_like(budget, 1 - accuracy)
+    elif rule.objective == "feedback" and doubt is not None and confidence is not None:
+        # From what the levels have followed: the budget must neither run ahead while they still
+        # climb nor pile up below 0, where they can't go, and hold them there long after.
+        used = min(max(float(budget), 0.0), doubt)
+        used += CARRIED * (confidence - accuracy)
+        used = min(max(used, -LARGEST_BUDGET), LARGEST_BUDGET, highest)
+        budget = torch.full_like(budget, used)
+    return epoch._replace(
+        steps=epoch.steps + 1,
+        accuracy=torch.full_like(epoch.accuracy, accuracy),
+        best_accuracy=epoch.best_accuracy.clamp(min=accuracy),
+        budget=budget,
+    )
+
+
+def mean_difficulty(rule: Rule, accuracy: Tensor, seen: Tensor) -> Tensor | None:
+    """Mean of (1 - accuracy)^focus among the samples seen; None before the first."""
+    total, count = 0.0, 0
+    for start in range(0, len(seen), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        hardness = (1 - accuracy[rows]) ** rule.focus
+        hardness = torch.where(seen[rows], hardness, 0.0)
+        total += float(hardness.sum(dtype=torch.float64))
+        count += int(seen[rows].sum())
+    return accuracy.new_tensor(total / count) if count else None
+
+
+class ByRow(NamedTuple):
+    """Means over the places of a batch that share a row, given back to each such place."""
+
+    group: Tensor  # of each place
+    valid: Tensor
+    places: Tensor  # valid ones of its row
+
+    @property
+    def any(self) -> Tensor:
+        return self.places > 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        return self.total(torch.where(self.valid, values, 0.0)) / self.places.clamp(min=1)
+
+    def total(self, values: Tensor) -> Tensor:
+        return torch.zeros_like(values).index_add_(0, self.group, values)[self.group]
+
+
+def mean_by_row(rows: Tensor, valid: Tensor) -> ByRow:
+    """By sorting, at O(batch): torch.unique would make an accelerator wait for its size."""
+    ordered, order = rows.sort(stable=True)
+    starts = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0, dtype=torch.int64)
+    group = torch.empty_like(order).scatter_(0, order, starts)
+    ones = valid.float()
+    return ByRow(group, valid, torch.zeros_like(ones).index_add_(0, group, ones)[group])
+
+
+# -- the table
+
+NEVER, BEFORE, SINCE = 0, 1, 2  # when a row was last trained: relative to the last step
+
+
+class Levels(nn.Module):
+    """One level per sample, with all else that decides the future of training.
+
+    Its tensors are plain attributes: a registered buffer would be overwritten by
+    DistributedDataParallel at each forward, and cast by ``half()``. They move with the module,
+    are saved in its ``state_dict``, and are shown as buffers to who asks this very module, as
+    FSDP2 and torch.distributed.checkpoint do.
+    """
+
+    alpha: Tensor
+    visited: Tensor
+    sample_accuracy: Tensor
+    epoch: Epoch
+    counts: Tensor
+    fresh: Tensor
+    setting: Tensor
+    generator: torch.Generator | None = None
+
+    def __init__(self, rows: int, focus: float, labels: int, objective: int) -> None:
+        super().__init__()
+        self._size = (rows, labels)
+        self._setting = (float(objective), float(focus))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start again from level 0, as after construction."""
+        rows, labels = self._size
+        device = self.alpha.device if hasattr(self, "alpha") else None
+        # Whatever torch's default dtype is.
+        single: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
+        held = {
+            "alpha": torch.zeros(rows, **single),
+            "visited": torch.full((rows,), NEVER, dtype=torch.uint8, device=device),
+            "steps": torch.zeros((), **whole),
+            "accuracy": torch.zeros((), **single),
+            "best_accuracy": torch.zeros((), **single),
+            "budget": torch.zeros((), **single),
+            "difficulty": torch.full((), (1 - UNKNOWN) ** self._setting[1], **single),
+            # Elements, labels summed in fractions, and labels of at least 1/2: until the last
+            # step, and since then in this process.
+            "counts": torch.zeros(3, labels, **whole),
+            "fresh": torch.zeros(3, labels, **whole),
+            "setting": torch.tensor(self._setting, **single),
+        }
+        if self.focused:
+            held["sample_accuracy"] = torch.full((rows,), UNKNOWN, **single)
+        self.hold(held)
+
+    @property
+    def focused(self) -> bool:
+        return self._setting[1] > 0
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """What is averaged between processes, by name."""
+        names = ("alpha", "sample_accuracy") if self.focused else ("alpha",)
+        return {name: getattr(self, name) for name in names}
+
+    def held(self) -> dict[str, Tensor]:
+        """Every tensor of the state, by name."""
+        others = ("visited", "counts", "fresh", "setting")
+        named = {name: getattr(self, name) for name in others}
+        return {**self.columns, **named, **self.epoch._asdict()}
+
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace tensors of the state."""
+        epoch = {name: tensors[name] for name in Epoch._fields if name in tensors}
+        if epoch:
+            old = self.epoch._asdict() if hasattr(self, "epoch") else {}
+            self.epoch = Epoch(**{**old, **epoch})
+        for name in tensors.keys() - epoch.keys():
+            setattr(self, name, tensors[name])
+
+    def grow(self, rows: int) -> None:
+        """Add rows that were never trained."""
+        start = {"alpha": 0.0, "visited": NEVER, "sample_accuracy": UNKNOWN}
+        old = {**self.columns, "visited": self.visited}
+        extra = rows - len(self.alpha)
+        self.hold(
+            {name: torch.cat((v, v.new_full((extra,), start[name]))) for name, v in old.items()}
+        )
+        self._size = (rows, self._size[1])
+
+    def _apply(self: Table, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Table:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        held = self.held()
+        moved = {name: fn(tensor) for name, tensor in held.items()}
+        for name, new in moved.items():
+            # The device is followed, a dtype is not: bfloat16 would lose steps below 1/256.
+            if new.dtype != held[name].dtype:
+                moved[name] = held[name].to(new.device)
+        self.hold(moved)
+        return self
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if not recurse:  # asked module by module; DistributedDataParallel asks its root for all
+            for name, tensor in self._saved().items():
+                yield f"{prefix}.{name}" if prefix else name, tensor
+
+    def _saved(self) -> dict[str, Tensor]:
+        if self.generator is None:
+            return self.held()
+        return {**self.held(), "generator": packed(self.generator).to(self.alpha.device)}
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self._saved().items():
+            # A copy: what a tool loads into it in place must pass load_state_dict first.
+            destination[prefix + name] = tensor.clone()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = {key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(prefix)}
+        saved = _of_any_version(own, self)
+        problem = self.refusal(saved)
+        if problem is not None:  # before anything is loaded
+            error_msgs.append(problem)
+            return
+        names = self._saved().keys()
+        rest = {prefix + name: value for name, value in own.items() if name in self._buffers}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if strict:
+            missing_keys.extend(prefix + name for name in names if name not in saved)
+            known = names | self._buffers.keys()
+            unexpected_keys.extend(prefix + name for name in saved if name not in known)
+        found = {name: saved[name] for name in names if name in saved and name != "generator"}
+        assign = local_metadata.get("assign_to_params_buffers", False) or self.alpha.is_meta
+        # One device for all: a broadcast delivers scalars on the CPU.
+        like = found.get("alpha", self.alpha) if assign else self.alpha
+        self.hold(
+            {
+                name: value.detach().to(like.device, getattr(self, name, value).dtype, copy=True)
+                for name, value in found.items()
+            }
+        )
+        if self.generator is not None and "generator" in saved:
+            unpack(saved["generator"].cpu(), self.generator)
+
+    def refusal(self, saved: Mapping[str, Tensor]) -> str | None:
+        """Why a saved state is not one of this table, in a sentence."""
+        return None
+
+
+def _of_any_version(saved: Mapping[str, Any], table: Levels) -> dict[str, Any]:
+    """A saved state under today's names; version 0.1 kept two bools and counted no labels."""
+    new = dict(saved)
+    if "moved" not in new or "visited" in new:
+        return new
+    moved, ever = new.pop("moved"), new.pop("seen", new.get("alpha", table.alpha) > 0)
+    new["visited"] = torch.where(moved, SINCE, torch.where(ever, BEFORE, NEVER)).to(torch.uint8)
+    for name in ("counts", "fresh", "setting"):
+        new[name] = getattr(table, name)
+    return new
+
+
+# -- between processes
+
+
+def merged(
+    columns: Mapping[str, Tensor], moved: Tensor, all_reduce: Callable[[Tensor], object]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The columns as all processes hold them, and the rows that any of them moved.
+
+    A row becomes the mean of its values over the processes that moved it. Into copies: if a
+    process dies on the way, the table of this one is whole.
+    """
+    new = {name: column.clone() for name, column in columns.items()}
+    anywhere = moved.clone()
+    for start in range(0, len(moved), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        own = moved[rows].float()
+        movers = own.clone()
+        all_reduce(movers)
+        anywhere[rows] = movers > 0
+        for name, column in columns.items():
+            total = column[rows] * own
+            all_reduce(total)
+            mean = (total / movers).clamp(0.0, 1.0)
+            new[name][rows] = torch.where(movers > 0, mean, column[rows])
+    return new, anywhere
+
+
+def world_size(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank(group: dist.ProcessGroup | None) -> int:
+    return dist.get_rank(group) if world_size(group) > 1 else 0
+
+
+def reduced(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over the processes."""
+    if world_size(group) > 1:
+        value = value.clone()
+        dist.all_reduce(value, group=group)
+    return value
+
+
+def reseed(
+    generator: torch.Generator, device: torch.device, group: dist.ProcessGroup | None
+) -> None:
+    """Give each process its own seed, all from the first one's generator.
+
+    Right after it any process's checkpoint serves all: a seed and a rank say everything.
+    """
+    if world_size(group) > 1:
+        seed = torch.zeros((), dtype=torch.int64, device=generator.device)
+        seed.random_(0, 2**62, generator=generator)
+        seed = reduced(seed.to(device) * (rank(group) == 0), group)
+        generator.manual_seed(int(seed) + rank(group))
+
+
+def packed(generator: torch.Generator) -> Tensor:
+    """A generator's state behind its seed and the rank that it serves: of one size anywhere."""
+    head = torch.tensor([generator.initial_seed(), rank(None)], dtype=torch.uint64, device="cpu")
+    return torch.cat((head.view(torch.uint8), generator.get_state().cpu()))
+
+
+def unpack(saved: Tensor, generator: torch.Generator) -> None:
+    """Restore a generator; on another rank than the saved one, by the seed of this one."""
+    if saved.dim() == 2:  # version 0.1, after a step: the state of every rank
+        if rank(None) < len(saved):
+            generator.set_state(saved[rank(None)].clone())
+    elif len(saved) == len(generator.get_state()):  # version 0.1, within an epoch
+        generator.set_state(saved.clone())
+    else:
+        seed, served = (int(value) for value in saved[:16].clone().view(torch.uint64))
+        if served == rank(None):
+            # A copy, since set_state reads a view from the start of its storage.
+            generator.set_state(saved[16:].clone())
+        else:
+            generator.manual_seed((seed - served + rank(None)) % 2**64)
