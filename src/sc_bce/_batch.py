@@ -15,7 +15,7 @@ from . import _checks
 from ._checks import sentence
 
 _BYTES_PAY_FROM = 1 << 12  # draws, from which on bytes are quicker than uniform numbers
-_FEW = 1 << 12  # elements, up to which a look at each costs nothing beside the call
+FEW = 1 << 12  # elements, up to which a look at each costs nothing beside the call
 _UNREDUCIBLE = (torch.uint16, torch.uint32, torch.uint64)  # torch has no min and max of them
 
 
@@ -95,15 +95,16 @@ def require_labels(
 ) -> bool:
     """Refuse labels that are none; False where they can't be read without waiting.
 
-    Integers must be 0 or 1. Floats in [0, 1] are looked at where that costs next to nothing.
+    Integers must be 0 or 1. Floats, which must be in [0, 1], are looked at if `every`.
     """
     if target.dtype == torch.bool:
         return True
     if target.is_floating_point():
-        if (every or target.numel() <= _FEW) and readable(target):
-            # A nan label is torch's to carry through: the loss says nan.
-            illegal = (target < 0) | (target > 1)
-            refuse_labels(target, illegal if valid is None else illegal & valid, ignore_index)
+        if every and target.numel() and readable(target):
+            low, high = target.detach().aminmax()  # a nan is torch's to carry through
+            if low < 0 or high > 1:
+                illegal = (target < 0) | (target > 1)
+                refuse_labels(target, illegal if valid is None else illegal & valid, ignore_index)
         return True
     if valid is None and readable(target) and target.dtype not in _UNREDUCIBLE and target.numel():
         low, high = target.aminmax()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import _batch, _checks
 from ._checks import sentence
-from .functional import sc_bce_with_logits
+from .functional import perturbed_loss, sc_bce_with_logits
 
 __all__ = ["SCBCEWithLogitsLoss"]
 
@@ -214,31 +214,28 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         return _batch.single_flip_rate(self.flip_rates, self.prior)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if self.alpha == 0 or not (self.training and torch.is_grad_enabled()):
+            return sc_bce_with_logits(
+                input,
+                target,
+                weight=self.weight,
+                pos_weight=self.pos_weight,
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+            )
+        # All checks come before the draw.
+        batch = _batch.prepare(input, target, self.ignore_index, every=self._looked < _FIRST)
+        if not torch.compiler.is_compiling():
+            self._looked = min(self._looked + 1, _FIRST)
         alpha: float | Tensor = self.alpha
         beta: float | Tensor | None = self.beta
-        if not (self.training and torch.is_grad_enabled()):
-            alpha = 0.0
-        elif self.alpha > 0:
-            if self._looked < _FIRST and not torch.compiler.is_compiling():
-                _batch.prepare(input, target, self.ignore_index, every=True)
-                self._looked += 1
-            if self.sampling != "expected":
-                _batch.pair(input, target)  # before the draw
-                alpha = _batch.bernoulli(self.alpha, input, self.sampling, self.generator)
-                if self.noise > 0:
-                    noise = _batch.truncated_normal(input, self.noise, self.generator)
-                    beta = self.beta + 2 * noise  # type: ignore[operator]
-        return sc_bce_with_logits(
-            input,
-            target,
-            alpha,
-            beta,
-            prior=self.prior,
-            weight=self.weight,
-            pos_weight=self.pos_weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-        )
+        if self.sampling != "expected":
+            alpha = _batch.bernoulli(self.alpha, input, self.sampling, self.generator)
+            if self.noise > 0:
+                noise = _batch.truncated_normal(input, self.noise, self.generator)
+                beta = self.beta + 2 * noise  # type: ignore[operator]
+        given = _batch.perturbation(alpha, beta, self.prior, input.size())
+        return perturbed_loss(batch, given, self.weight, self.pos_weight, self.reduction)
 
     def extra_repr(self) -> str:
         shown = [f"alpha={self.alpha}", f"beta={self.beta}", _batch.shown_prior(self.prior)]
