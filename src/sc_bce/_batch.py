@@ -15,6 +15,7 @@ from . import _checks
 from ._checks import sentence
 
 _BYTES_PAY_FROM = 1 << 12  # draws, from which on bytes are quicker than uniform numbers
+FRACTION = 1 << 20  # parts of a label, so that soft ones are counted in integers too
 FEW = 1 << 12  # elements, up to which a look at each costs nothing beside the call
 _UNREDUCIBLE = (torch.uint16, torch.uint32, torch.uint64)  # torch has no min and max of them
 
@@ -357,31 +358,50 @@ def sample_accuracies(batch: Batch) -> Tensor:
     return sample_means(hits.float(), batch.valid)
 
 
-def label_counts(batch: Batch, shape: tuple[int, ...], fraction: int) -> Tensor:
-    """Valid elements, labels summed in parts of 1 / fraction, and labels of at least 1/2.
+def label_counts(batch: Batch, shape: tuple[int, ...]) -> Tensor:
+    """Valid elements, labels summed in parts of 1 / FRACTION, and labels of at least 1/2.
 
     One column for each element of `shape`, which broadcasts to the batch; () is all in one.
     """
     target, valid = batch.target, batch.valid
     over = [place for place in range(target.dim()) if not shape or shape[place] == 1]
 
-    def total(values: Tensor) -> Tensor:
-        return (values.sum(over) if over else values).to(torch.int64).reshape(-1)
+    def number(marked: Tensor) -> Tensor:
+        # torch sums bools many times slower than bytes, and into int64 than into int32.
+        wide = torch.int32 if marked.numel() < 2**31 else torch.int64
+        count = marked.view(torch.uint8).sum(over, dtype=wide) if over else marked
+        return count.to(torch.int64).reshape(-1)
 
-    high = target >= 0.5
-    if valid is not None:
-        high &= valid
-        count = total(valid)
-    else:
+    high = target if target.dtype == torch.bool else target >= 0.5
+    high = high if valid is None else high & valid
+    if valid is None:
         columns = math.prod(shape)
-        count = torch.full((columns,), target.numel() // max(columns, 1), device=target.device)
-    positives = total(high)
-    parts = positives * fraction
-    if target.is_floating_point():
-        label = target if valid is None else torch.where(valid, target, 0)
-        whole = (label.detach().float() * fraction).round().to(torch.int64)
-        parts = total(whole)
-    return torch.stack((count, parts, positives))
+        each = target.numel() // max(columns, 1)
+        count = torch.full((columns,), each, dtype=torch.int64, device=target.device)
+    else:
+        count = number(valid)
+    positives = number(high)
+    if not target.is_floating_point():
+        return torch.stack((count, positives * FRACTION, positives))
+    label = target.detach() if valid is None else torch.where(valid, target.detach(), 0)
+    exact = torch.float32 if target.device.type == "mps" else torch.float64
+    total = label.sum(over, dtype=exact) if over else label.to(exact)
+    return torch.stack((count, (total * FRACTION).round().to(torch.int64).reshape(-1), positives))
+
+
+def row_counts(
+    labels: Tensor, rows: torch.Size, size: torch.Size, shape: tuple[int, ...]
+) -> Tensor:
+    """The same from sums over rows, (2, rows), of which every element is valid."""
+    columns = math.prod(shape)
+    if shape:
+        lead = shape[: len(rows)]
+        over = [place + 1 for place, have in enumerate(lead) if have == 1]
+        labels = labels.view(2, *rows)
+        labels = labels.sum(over) if over else labels
+    total, positives = labels.reshape(2, columns, -1).sum(2)
+    count = torch.full_like(positives, size.numel() // max(columns, 1))
+    return torch.stack((count, (total * FRACTION).round(), positives)).to(torch.int64)
 
 
 def _by_sample(value: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ _BLOCK = 1 << 20  # elements worked on at a time: few enough for a cache, many e
 _MIN_ELEMENTS = 1 << 18  # from which on this is quicker than the reference path
 _MIN_PER_ROW = 1 << 10  # elements that share a strength and a prior, likewise
 _UNFIT = (torch.uint16, torch.uint32, torch.uint64)  # whose minimum torch can't find
+_LOOK = 1 << 16  # floating-point labels looked at: all would cost a twentieth of the sweep
 _FOLDS = 5  # 32 to 64 factors in [1/2, 1] can't underflow in float32
 
 
@@ -33,14 +34,19 @@ class Sums(NamedTuple):
 
     loss: Tensor  # of the batch at the given strength, 0-d
     slope: Tensor  # of (y - c) x over each row, whatever was drawn; no gradient
+    labels: Tensor  # of y, and of labels of at least 1/2, over each row: (2, rows), if counted
+    shape: torch.Size  # leading dimensions of the batch, whose product is the rows
 
 
-def sums(batch: Batch, given: Perturbation, by_sample: bool = False) -> Sums | None:
+def sums(
+    batch: Batch, given: Perturbation, by_sample: bool = False, count: bool = False
+) -> Sums | None:
     """Sums over the batch, or None where the sweep does not apply.
 
     A row is what shares a strength and a prior: all trailing dimensions along which neither
-    varies. With `by_sample` no row holds elements of two samples. In at least float32,
-    differentiable as often as one likes.
+    varies. With `by_sample` no row holds elements of two samples, and slopes are found whatever
+    is drawn; with `count` labels are counted. In at least float32, differentiable as often as
+    one likes.
     """
     x, y = batch.input, batch.target
     if batch.valid is not None or x.numel() < _MIN_ELEMENTS or not _fit(x, y):
@@ -58,10 +64,12 @@ def sums(batch: Batch, given: Perturbation, by_sample: bool = False) -> Sums | N
     prior = given.prior
     if isinstance(prior, Tensor):
         prior = _row_values(prior.to(dtype), shape)
-    loss, slope, illegal = _Sweep.apply(x, y, strength, prior, drawn)  # type: ignore[no-untyped-call]
-    if illegal:
-        refuse_labels(y, (y < 0) | (y > 1), None)
-    return Sums(loss.sum(), slope)
+    if y.is_floating_point():
+        low, high = y.view(-1)[:_LOOK].aminmax()
+        if low < 0 or high > 1:
+            refuse_labels(y, (y < 0) | (y > 1), None)
+    loss, slope, labels = _Sweep.apply(x, y, strength, prior, drawn, by_sample, count)  # type: ignore[no-untyped-call]
+    return Sums(loss.sum(), slope, labels, shape)
 
 
 def _fit(x: Tensor, y: Tensor) -> bool:
@@ -112,45 +120,53 @@ class _Sweep(Function):
         strength: Tensor,
         prior: float | Tensor,
         drawn: Tensor | None,
-    ) -> tuple[Tensor, Tensor, bool]:
+        by_sample: bool,
+        count: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rows = len(strength)
         x, y, z = _matrices(rows, input, target, drawn)
         work = _Work(x, 4)
-        loss, slope, drawn_slope, size = (work.sums(rows) for _ in range(4))
-        illegal = False
+        loss, slope, drawn_slope, size, drawn_size = (work.sums(rows) for _ in range(5))
+        labels = torch.zeros(2, rows if count else 0, dtype=torch.float64, device="cpu")
+        centred = not isinstance(prior, Tensor) and prior == 0.5
         for place in work.blocks:
+            r = place[0]
             x_block = work.wide(x[place], 0)
             y_block = work.wide(y[place], 3)
             product, other = work.buffer(x_block, 2), work.buffer(x_block, 1)
-            if y.is_floating_point():
-                low, high = y_block.aminmax()
-                illegal |= float(low) < 0 or float(high) > 1
+            if count:  # at most 2**20 at a time: exact in float32
+                labels[0, r] += y_block.sum(1)
+                if y.is_floating_point():
+                    labels[1, r] += torch.ge(y_block, 0.5, out=other).sum(1)
             # (y - 1/2) x, of which (y - c) x and BCE(x, y) follow.
             torch.sub(y_block, 0.5, out=product).mul_(x_block)
-            slope[place[0]] += product.sum(1)
+            if z is None or by_sample:
+                slope[r] += product.sum(1)
+                if not centred:
+                    size[r] += x_block.sum(1)
             if z is not None:
                 z_block = work.wide(z[place], 3)
-                drawn_slope[place[0]] += torch.mul(product, z_block, out=other).sum(1)
-            if isinstance(prior, Tensor) or prior != 0.5:
-                size[place[0]] += x_block.sum(1)
-                if z is not None:
-                    off = 0.5 - (prior[place[0], 0] if isinstance(prior, Tensor) else prior)
-                    drawn_slope[place[0]] += off * torch.mul(x_block, z_block, out=other).sum(1)
+                drawn_slope[r] += torch.mul(product, z_block, out=other).sum(1)
+                if not centred:
+                    drawn_size[r] += torch.mul(x_block, z_block, out=other).sum(1)
             # BCE(x, y) = |x|/2 - (y - 1/2) x - log sigmoid(|x|): no cancellation, no overflow.
             torch.abs(x_block, out=other)
-            loss[place[0]] -= torch.sub(product, other, alpha=0.5, out=product).sum(1)
+            loss[r] -= torch.sub(product, other, alpha=0.5, out=product).sum(1)
             # One logarithm for many elements: that of the product of the sigmoids.
-            loss[place[0]] -= _folded(other.sigmoid_()).log_().sum(1)
-        slope += (0.5 - (prior[:, 0] if isinstance(prior, Tensor) else prior)) * size
-        used = slope if z is None else drawn_slope
+            loss[r] -= _folded(other.sigmoid_()).log_().sum(1)
+        off = 0.5 - (prior[:, 0] if isinstance(prior, Tensor) else prior)
+        slope += off * size
+        used = slope if z is None else drawn_slope + off * drawn_size
+        if count and not y.is_floating_point():
+            labels[1] = labels[0]
         s = strength[:, 0]
         # A slope beyond the end of float32 counts for nothing in a row of strength 0.
         total = torch.where(s == 0, loss, loss + s * used)
         tensors = prior if isinstance(prior, Tensor) else None
         ctx.save_for_backward(input, target, strength, tensors, drawn, used)
         ctx.prior = prior
-        ctx.mark_non_differentiable(slope)
-        return total, slope, illegal
+        ctx.mark_non_differentiable(slope, labels)
+        return total, slope, labels
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -158,7 +174,7 @@ class _Sweep(Function):
         prior = ctx.prior if tensor is None else tensor
         if torch.is_grad_enabled() or not _has_values(grad):
             # To be differentiated again, or for many gradients at once.
-            return _by_formula(grad, input, target, strength, prior, drawn)
+            return (*_by_formula(grad, input, target, strength, prior, drawn), None, None)
         for_strength = for_prior = None
         if ctx.needs_input_grad[2]:
             for_strength = (grad * slope)[:, None]
@@ -167,7 +183,7 @@ class _Sweep(Function):
         x, y, z = _matrices(len(strength), input, target, drawn)
         out = torch.empty_like(input, memory_format=torch.contiguous_format)
         _fill_gradient(out.view(x.shape), x, y, z, grad[:, None], strength, prior)
-        return out, None, for_strength, for_prior, None
+        return out, None, for_strength, for_prior, None, None, None
 
 
 def _fill_gradient(

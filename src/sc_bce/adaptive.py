@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _batch, _checks, levels
 from ._batch import Batch, Perturbation
 from ._checks import sentence
-from .functional import mean_slopes, perturbed_loss_and_slopes, sc_bce_with_logits
+from .functional import Observed, mean_slopes, perturbed_loss_and_observed, sc_bce_with_logits
 from .levels import Levels, Rule
 
 __all__ = ["AdaptivePerturbation"]
@@ -225,18 +225,19 @@ class AdaptivePerturbation(Levels):
         if not (self.training and torch.is_grad_enabled()):
             return self._plain(input, target)
         rows, batch = self._prepare(input, target, index)
+        observed = None
         if not self._past_warmup:
-            loss, slopes = self._plain(input, target), None
+            loss = self._plain(input, target)
         else:
             alpha = self.alpha.index_select(0, rows).reshape(input.shape[:1])
             if self.sampling != "expected":
                 alpha = _batch.bernoulli(alpha, input, self.sampling, self.generator)
-            loss, slopes = perturbed_loss_and_slopes(
+            loss, observed = perturbed_loss_and_observed(
                 batch, self._towards_prior(alpha, batch), self.weight, self.pos_weight,
-                self.reduction,
+                self.reduction, self._counted(batch) if update else None,
             )  # fmt: skip
         if update:
-            self._observe(rows, batch, slopes)
+            self._observe(rows, batch, observed)
         return loss
 
     @torch.no_grad()
@@ -321,21 +322,29 @@ class AdaptivePerturbation(Levels):
         return Perturbation(alpha, self.beta, self._prior_for(batch.input))
 
     def _prior_for(self, input: Tensor) -> float | Tensor:
+        """The prior, broadcasting to the batch."""
         prior = self.prior
-        if isinstance(prior, Tensor) and self.observes and self.num_labels is not None:
+        if isinstance(prior, Tensor) and prior.dim() == 1 and self.observes:
             return prior.reshape(1, -1, *(1 for _ in input.shape[2:]))
         return _batch.prior_of(prior, input.size()) if isinstance(prior, Tensor) else prior
 
     @torch.no_grad()
-    def _observe(self, rows: Tensor, batch: Batch, slopes: Tensor | None) -> None:
+    def _observe(self, rows: Tensor, batch: Batch, observed: Observed | None) -> None:
         """Count the labels, and move the rows; where nothing valid and finite was seen, hold."""
-        if self.observes or isinstance(self.prior, Tensor) or self.prior != 0.5:
-            self.fresh += _batch.label_counts(batch, self._labels_like(batch), levels.FRACTION)
+        if observed is None:
+            count = self._counted(batch)
+            labels = None if count is None else _batch.label_counts(batch, count)
+        else:
+            labels = observed.labels
+        if labels is not None:
+            self.fresh += labels
         if not self._past_warmup and self.focus == 0:
             self.visited.index_fill_(0, rows, levels.SINCE)
             return
-        if slopes is None:
+        if observed is None:
             slopes = mean_slopes(batch, self._prior_for(batch.input), self.weight)
+        else:
+            slopes = observed.slopes
         by_row = levels.mean_by_row(rows, slopes.isfinite())
         moves, rule, budget = by_row.any, self._rule, self.epoch.budget
         if self.focus > 0:
@@ -351,12 +360,12 @@ class AdaptivePerturbation(Levels):
         before = self.visited.index_select(0, rows)
         self.visited.index_copy_(0, rows, torch.where(moves, levels.SINCE, before))
 
-    def _labels_like(self, batch: Batch) -> tuple[int, ...]:
-        """The shape, broadcasting to the batch, of what shares a prior."""
-        if self.num_labels is not None:
-            return (1, self.num_labels, *(1 for _ in batch.input.shape[2:]))
+    def _counted(self, batch: Batch) -> tuple[int, ...] | None:
+        """What labels are counted for: a shape that broadcasts to the batch; None at 1/2."""
         prior = self._prior_for(batch.input)
-        return tuple(prior.shape) if isinstance(prior, Tensor) else ()
+        if isinstance(prior, Tensor):
+            return tuple(prior.shape)
+        return () if prior != 0.5 else None
 
     @property
     def _rule(self) -> Rule:

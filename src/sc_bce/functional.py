@@ -6,6 +6,8 @@ balance of focal loss), :math:`\beta` the perturbation strength.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -256,23 +258,39 @@ def perturbed_loss(
     return _cast(loss, batch)
 
 
-def perturbed_loss_and_slopes(
+class Observed(NamedTuple):
+    """What the levels follow, and what the prior is counted from."""
+
+    slopes: Tensor  # mean (y - c) x of each sample, (N,)
+    labels: Tensor | None  # as `label_counts` has them; None where nobody counted
+
+
+def perturbed_loss_and_observed(
     batch: Batch,
     given: Perturbation,
     weight: Tensor | None,
     pos_weight: Tensor | None,
     reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """The loss, and each sample's mean slope (y - c) x, whatever was drawn as alpha."""
+    count: tuple[int, ...] | None,
+) -> tuple[Tensor, Observed]:
+    """The loss, and what is seen of each sample on the way, whatever was drawn as alpha.
+
+    `count` is the shape, broadcasting to the batch, of what labels are counted for.
+    """
     if weight is None and pos_weight is None and reduction != "none":
-        found = _fused.sums(batch, given, by_sample=True)
+        found = _fused.sums(batch, given, by_sample=True, count=count is not None)
         if found is not None:
-            samples = batch.input.shape[0]
+            samples, elements = batch.input.shape[0], batch.input.numel()
             slopes = found.slope.view(samples, -1).sum(1)
-            slopes = (slopes * (samples / batch.input.numel())).float()
-            return of_sum(found.loss, batch, reduction), slopes
-    slopes = mean_slopes(batch, given.prior, weight)
-    return perturbed_loss(batch, given, weight, pos_weight, reduction), slopes
+            observed = Observed((slopes * (samples / elements)).float(), None)
+            if count is not None:
+                labels = _batch.row_counts(found.labels, found.shape, batch.input.shape, count)
+                observed = observed._replace(labels=labels)
+            return of_sum(found.loss, batch, reduction), observed
+    observed = Observed(mean_slopes(batch, given.prior, weight), None)
+    if count is not None:
+        observed = observed._replace(labels=_batch.label_counts(batch, count))
+    return perturbed_loss(batch, given, weight, pos_weight, reduction), observed
 
 
 def of_sum(total: Tensor, batch: Batch, reduction: str) -> Tensor:

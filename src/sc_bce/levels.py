@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ._batch import FRACTION
+
 __all__ = ["Epoch", "Levels", "Rule", "cap", "climb", "mean_by_row", "merged", "next_epoch"]
 
 Table = TypeVar("Table", bound="Levels")
@@ -22,7 +24,6 @@ MARGIN = 0.01  # of the level that would take a label to 1/2
 MEMORY = 0.9  # of a sample's running accuracy, at each visit
 UNKNOWN = 0.5  # accuracy of a sample before its first visit
 CARRIED = 0.5  # of the gap between confidence and accuracy, at each step
-FRACTION = 1 << 20  # parts of a label, so that soft ones are counted in integers too
 
 _CHUNK = 1 << 24  # rows that a step works on at a time: bounds its extra memory
 
