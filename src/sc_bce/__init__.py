@@ -1,5 +1,8 @@
 """Self-calibrating binary cross entropy for PyTorch."""
 
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
 from .adaptive import AdaptivePerturbation
 from .calibration import CalibrationHistogram
 from .data import IndexedDataset
@@ -18,3 +21,10 @@ __all__ = [
     "perturb_target",
     "sc_bce_with_logits",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """`sc_bce.plot` and `sc_bce.integrations`, imported when they are first asked for."""
+    if name in ("plot", "integrations"):
+        return _import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

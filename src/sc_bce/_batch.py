@@ -6,6 +6,7 @@ Below this room nothing is checked and nothing raises.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -183,6 +184,13 @@ def _transformed() -> bool:
         )
     except AttributeError:
         return True
+
+
+def on_backward(loss: Tensor, call: Callable[[], None]) -> Tensor:
+    """The loss, with `call` waiting for a backward pass to reach it; eager code only."""
+    if loss.requires_grad and not torch.compiler.is_compiling() and not _transformed():
+        loss.register_hook(lambda gradient: call())  # type: ignore[no-untyped-call]
+    return loss
 
 
 # -- perturbation

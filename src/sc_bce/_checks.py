@@ -43,6 +43,13 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=depth - 1)
 
 
+def warn_of_eval(kind: str) -> None:
+    warn(
+        f"a backward pass reached a loss that {kind} computed in evaluation mode, where it is "
+        "plain BCE; call `criterion.train()` before training, as you call `model.train()`"
+    )
+
+
 def number(name: str, value: object, low: float, high: float, *, tensor: str = "") -> None:
     """Refuse what is not a number in [low, high]; nan is in no interval.
 

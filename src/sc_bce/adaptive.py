@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _batch, _checks, levels
 from ._batch import Batch, Perturbation
 from ._checks import sentence
-from .functional import Observed, mean_slopes, perturbed_loss_and_observed, sc_bce_with_logits
+from .functional import Observed, observed, perturbed_loss_and_observed, sc_bce_with_logits
 from .levels import Levels, Rule
 
 __all__ = ["AdaptivePerturbation"]
@@ -138,11 +138,11 @@ class AdaptivePerturbation(Levels):
         num_samples: int | None,
         *,
         beta: float | None = None,
-        prior: float | Tensor | str = 0.5,
-        objective: str = "calibration",
+        prior: float | Tensor | str = "observed",
+        objective: str = "feedback",
         lr: float = 0.002,
         penalty: float = 2000.0,
-        warmup: int = 5,
+        warmup: int = 1,
         solver: str = "proximal",
         focus: float = 0.0,
         sampling: str = "sample",
@@ -167,6 +167,7 @@ class AdaptivePerturbation(Levels):
         _checks.reduction(reduction)
         _checks.generator(generator)
         self._steps = 0  # what the host must know of the epoch's state
+        self._climbs = self._follows = False
         self._kappa: float | Tensor = 0.0
         self._cap: float | Tensor = 1.0
         super().__init__(int(num_samples or 1), focus, labels, _OBJECTIVES.index(objective))
@@ -223,21 +224,23 @@ class AdaptivePerturbation(Levels):
         self, input: Tensor, target: Tensor, index: Tensor | None = None, *, update: bool = True
     ) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
-            return self._plain(input, target)
+            loss = self._plain(input, target)
+            misplaced = not self.training and "eval" not in self._warned
+            return _batch.on_backward(loss, self._warn_of_eval) if misplaced else loss
         rows, batch = self._prepare(input, target, index)
-        observed = None
+        seen = None
         if not self._past_warmup:
             loss = self._plain(input, target)
         else:
             alpha = self.alpha.index_select(0, rows).reshape(input.shape[:1])
             if self.sampling != "expected":
                 alpha = _batch.bernoulli(alpha, input, self.sampling, self.generator)
-            loss, observed = perturbed_loss_and_observed(
+            loss, seen = perturbed_loss_and_observed(
                 batch, self._towards_prior(alpha, batch), self.weight, self.pos_weight,
-                self.reduction, self._counted(batch) if update else None,
+                self.reduction, update and self._follows, self._counted(batch) if update else None,
             )  # fmt: skip
         if update:
-            self._observe(rows, batch, observed)
+            self._observe(rows, batch, seen)
         return loss
 
     @torch.no_grad()
@@ -303,8 +306,9 @@ class AdaptivePerturbation(Levels):
         if self.num_samples is None:
             if index is not None:
                 self._warn_once(
+                    "index",
                     "the criterion was built with num_samples=None, one level for all samples, so "
-                    "`index` is not used; pass num_samples=len(dataset) to give each its own"
+                    "`index` is not used; pass num_samples=len(dataset) to give each its own",
                 )
             return torch.zeros(samples, dtype=torch.int64, device=self.alpha.device)
         rows = _require_index(index, input.shape[:1], self.num_samples).reshape(samples)
@@ -329,23 +333,17 @@ class AdaptivePerturbation(Levels):
         return _batch.prior_of(prior, input.size()) if isinstance(prior, Tensor) else prior
 
     @torch.no_grad()
-    def _observe(self, rows: Tensor, batch: Batch, observed: Observed | None) -> None:
+    def _observe(self, rows: Tensor, batch: Batch, seen: Observed | None) -> None:
         """Count the labels, and move the rows; where nothing valid and finite was seen, hold."""
-        if observed is None:
-            count = self._counted(batch)
-            labels = None if count is None else _batch.label_counts(batch, count)
-        else:
-            labels = observed.labels
-        if labels is not None:
-            self.fresh += labels
-        if not self._past_warmup and self.focus == 0:
+        if seen is None:
+            prior, count = self._prior_for(batch.input), self._counted(batch)
+            seen = observed(batch, prior, self.weight, self._follows, count)
+        if seen.labels is not None:
+            self.fresh += seen.labels
+        if seen.slopes is None:
             self.visited.index_fill_(0, rows, levels.SINCE)
             return
-        if observed is None:
-            slopes = mean_slopes(batch, self._prior_for(batch.input), self.weight)
-        else:
-            slopes = observed.slopes
-        by_row = levels.mean_by_row(rows, slopes.isfinite())
+        by_row = levels.mean_by_row(rows, seen.slopes.isfinite())
         moves, rule, budget = by_row.any, self._rule, self.epoch.budget
         if self.focus > 0:
             hits = by_row.mean(_batch.sample_accuracies(batch))
@@ -353,8 +351,8 @@ class AdaptivePerturbation(Levels):
             recent = torch.where(moves, levels.remembered(old, hits), old)
             self.sample_accuracy.index_copy_(0, rows, recent)
             budget = levels.shared_out(rule, budget, recent, self.epoch.difficulty)
-        if self._past_warmup:
-            old, gradient = self.alpha.index_select(0, rows), self.beta * by_row.mean(slopes)
+        if self._climbs:
+            old, gradient = self.alpha.index_select(0, rows), self.beta * by_row.mean(seen.slopes)
             new = levels.climb(rule, old, gradient, budget, self.epoch, self._kappa, self._cap)
             self.alpha.index_copy_(0, rows, torch.where(moves, new, old))
         before = self.visited.index_select(0, rows)
@@ -387,6 +385,9 @@ class AdaptivePerturbation(Levels):
         self._cap = levels.cap(self.beta, self.prior)
         if not self.epoch.steps.is_meta:
             self._steps = int(self.epoch.steps)
+            self._climbs = self._past_warmup and bool(self.epoch.climbs)
+            # Whether a batch's slopes are needed, be it to see which samples are finite.
+            self._follows = self._climbs or self.focus > 0
 
     @property
     def _past_warmup(self) -> bool:
@@ -427,17 +428,34 @@ class AdaptivePerturbation(Levels):
             >>> histogram.update(torch.tensor([3.0, -2.0]), torch.tensor([1, 1]))
             >>> criterion.step(histogram)
         """
-        measured, confident = _agreed(*_reading(accuracy, confidence, self.objective), group)
+        reading = _agreed(_reading(accuracy, confidence, self.objective), group)
         moved = self._merge(group)
         counts = self.counts + levels.reduced(self.fresh, group)
         self.hold({"counts": counts, "fresh": torch.zeros_like(self.fresh)})
-        self.hold({"alpha": self.alpha.clamp(max=self._cap)})
+        highest = float(self._cap)
+        self.hold({"alpha": self.alpha.clamp(max=highest)})
         past = self._steps + 1 >= max(self.warmup, 1)
+        # One level for all, set here, where its best guide was measured.
+        shared = self.objective == "feedback" and self.focus == 0 and reading.slope is not None
+        if self.objective == "feedback" and not shared and self.pos_weight is not None:
+            self._warn_once(
+                "pos_weight",
+                "pos_weight shifts every probability, and the gap between confidence and accuracy "
+                "with it, so the levels move against the shift; pass `step(histogram)` with "
+                "focus=0, whose calibration slope does not see it",
+            )
         doubt = None
-        if past and bool(moved.any()):
+        if past and not shared and bool(moved.any()):
             doubt = float(self._kappa * self._mean_level(moved))
-        highest = float(self._kappa * self._cap)
-        epoch = levels.next_epoch(self._rule, self.epoch, measured, confident, doubt, highest)
+        if past and shared:
+            level = float(self._mean_level(self.visited != levels.NEVER))
+            level = levels.shared_level(level, reading.slope or 0.0, self.beta, highest)
+            self.hold({"alpha": torch.full_like(self.alpha, level)})
+        epoch = levels.next_epoch(
+            self._rule, self.epoch, reading.accuracy, reading.confidence, doubt,
+            float(self._kappa * self._cap),
+        )  # fmt: skip
+        epoch = epoch._replace(climbs=torch.full_like(epoch.climbs, not shared))
         if self.focus > 0:
             difficulty = levels.mean_difficulty(
                 self._rule, self.sample_accuracy, self.visited != levels.NEVER
@@ -460,9 +478,16 @@ class AdaptivePerturbation(Levels):
         rows = len(self.alpha)
         if self.num_samples is not None and trained >= rows > 2 * touched:
             self._warn_once(
+                "position",
                 f"since the last step the criterion saw {trained} samples but only {touched} of "
                 f"its {rows} rows; pass the index of each sample in the dataset, as "
-                "IndexedDataset yields it, not its position in the batch"
+                "IndexedDataset yields it, not its position in the batch",
+            )
+        if self._steps > 0 and 0 < 10 * trained < rows:
+            self._warn_once(
+                "often",
+                f"step() was called again after {trained} samples, of {rows} in the table; call it "
+                "once per epoch, not per batch",
             )
         before = torch.where(self.visited == levels.NEVER, levels.NEVER, levels.BEFORE)
         self.visited = torch.where(moved, levels.BEFORE, before).to(torch.uint8)
@@ -501,14 +526,20 @@ class AdaptivePerturbation(Levels):
             late = self._trained > max(self.warmup, 1) * share
         if late:
             self._warn_once(
+                "step",
                 "AdaptivePerturbation has trained past its warm-up, but step() was never called, "
                 "so the levels don't move and the loss is plain BCE; call "
-                "`criterion.step(histogram)` after each epoch"
+                "`criterion.step(histogram)` after each epoch",
             )
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned and not torch.compiler.is_compiling():
-            self._warned.add(message)
+    def _warn_of_eval(self) -> None:
+        if "eval" not in self._warned:
+            self._warned.add("eval")
+            _checks.warn_of_eval(type(self).__name__)
+
+    def _warn_once(self, name: str, message: str) -> None:
+        if name not in self._warned and not torch.compiler.is_compiling():
+            self._warned.add(name)
             _checks.warn(message)
 
     def extra_repr(self) -> str:
@@ -628,8 +659,9 @@ def _require_index(index: object, shape: torch.Size, num_samples: int) -> Tensor
         raise ValueError(
             sentence(
                 "index", "be the sample indices of the batch in training", "None",
-                "wrap the dataset in IndexedDataset and pass the index that it yields, or build "
-                "the module with num_samples=None for one shared level",
+                "wrap the dataset in IndexedDataset and pass the index that it yields (the Hugging "
+                "Face Trainer drops it without `remove_unused_columns=False`), or build the module "
+                "with num_samples=None for one shared level",
             )
         )  # fmt: skip
     wanted = "be an integer Tensor"
@@ -656,14 +688,25 @@ def _require_index(index: object, shape: torch.Size, num_samples: int) -> Tensor
     return index
 
 
-def _reading(
-    accuracy: Any, confidence: Any, objective: str
-) -> tuple[float, float | None, Exception | None]:
+class _Reading(NamedTuple):
     """What a step is given, and what is wrong with it."""
+
+    accuracy: float = 0.0
+    confidence: float | None = None
+    slope: float | None = None
+    error: Exception | None = None
+
+
+def _reading(accuracy: Any, confidence: Any, objective: str) -> _Reading:
+    slope = None
     try:
         if hasattr(accuracy, "accuracy") and hasattr(accuracy, "confidence"):
+            if confidence is not None:
+                got = "a value beside the histogram, which has its own"
+                raise ValueError(sentence("confidence", "be None", got))
             measured = accuracy.pooled() if hasattr(accuracy, "pooled") else accuracy
             accuracy, confidence = measured.accuracy(), measured.confidence()
+            slope = float(measured.slope()) if hasattr(measured, "slope") else None
         accuracy = _checks.unit_number("accuracy", accuracy)
         if confidence is not None:
             confidence = _checks.unit_number("confidence", confidence)
@@ -675,27 +718,24 @@ def _reading(
                 )
             )  # fmt: skip
     except (TypeError, ValueError) as error:
-        return 0.0, None, error
-    return accuracy, confidence, None
+        return _Reading(error=error)
+    return _Reading(accuracy, confidence, slope)
 
 
-def _agreed(
-    accuracy: float,
-    confidence: float | None,
-    error: Exception | None,
-    group: dist.ProcessGroup | None,
-) -> tuple[float, float | None]:
-    """The values of all ranks, judged by all alike."""
-    given: list[Any] = [(accuracy, confidence, error)]
+def _agreed(own: _Reading, group: dist.ProcessGroup | None) -> _Reading:
+    """The reading of all ranks, judged by all alike."""
+    given: list[Any] = [own]
     if levels.world_size(group) > 1:
         given = [None] * levels.world_size(group)
-        dist.all_gather_object(given, (accuracy, confidence, error), group=group)
-    for _, _, wrong in given:
-        if wrong is not None:
-            raise wrong
-    for name, values in zip(("accuracy", "confidence"), zip(*given, strict=True), strict=False):
+        dist.all_gather_object(given, own, group=group)
+    for reading in given:
+        if reading.error is not None:
+            raise reading.error
+    for name in ("accuracy", "confidence"):
+        values = [getattr(reading, name) for reading in given]
         known = [value for value in values if value is not None]
         if known and (len(known) < len(values) or max(known) - min(known) > _EQUAL):
             remedy = "reduce it first, for example `histogram.all_reduce()`"
-            raise ValueError(sentence(name, "be the same on every rank", list(values), remedy))
-    return given[0][0], given[0][1]
+            raise ValueError(sentence(name, "be the same on every rank", values, remedy))
+    first: _Reading = given[0]  # of whose slope all take the same bits
+    return first

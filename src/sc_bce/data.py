@@ -1,4 +1,4 @@
-"""The data set that tells which sample it yields."""
+"""The dataset that tells which sample it yields."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["IndexedDataset"]
 
 
 class IndexedDataset(Dataset[Any]):
-    """A map-style data set that also yields the index of each sample.
+    """A map-style dataset that also yields the index of each sample.
 
-    The index is that of the wrapped data set: it stays with the sample whatever the order, the
+    The index is that of the wrapped dataset: it stays with the sample whatever the order, the
     sampler, the workers, or a ``Subset`` around this one, so that
     :class:`AdaptivePerturbation` finds the sample's level again.
 
@@ -28,12 +28,12 @@ class IndexedDataset(Dataset[Any]):
     mapping an entry named ``key``; any other item becomes ``(item, index)``.
 
     Args:
-        dataset: what has ``__getitem__`` and ``__len__``. To join data sets, wrap the
+        dataset: what has ``__getitem__`` and ``__len__``. To join datasets, wrap the
             ``ConcatDataset`` as a whole: wrapped parts would each count from 0.
         key: name of the index in mappings and namedtuples. Default: ``"index"``.
 
     Raises:
-        TypeError: an iterable-style data set, whose samples have no index; an index that is no
+        TypeError: an iterable-style dataset, whose samples have no index; an index that is no
             int.
         ValueError: an item already has an entry of that name.
         IndexError: an index out of range.
@@ -62,7 +62,7 @@ class IndexedDataset(Dataset[Any]):
         return self._join(self.dataset[index], index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """Fetch a batch at once where the wrapped data set can; DataLoader calls this."""
+        """Fetch a batch at once where the wrapped dataset can; DataLoader calls this."""
         indices = [_as_position(index, len(self)) for index in indices]
         fetch = getattr(self.dataset, "__getitems__", None)
         items = fetch(indices) if fetch else [self.dataset[index] for index in indices]
@@ -74,7 +74,7 @@ class IndexedDataset(Dataset[Any]):
             _require_new_key(self.key, item)
             if not isinstance(item, MutableMapping):
                 return {**item, self.key: index}
-            item = copy.copy(item)  # the data set may hold on to its own
+            item = copy.copy(item)  # the dataset may hold on to its own
             item[self.key] = index
             return item
         if isinstance(item, tuple) and hasattr(item, "_fields"):
@@ -102,7 +102,7 @@ def _rebuild(base: type, key: str, values: tuple[Any, ...]) -> Any:
 
 
 def _as_position(index: object, size: int) -> int:
-    """The index of a data set, negative ones counted from the end."""
+    """The index of a dataset, negative ones counted from the end."""
     if not isinstance(index, SupportsIndex):
         raise TypeError(
             _checks.sentence(
@@ -121,19 +121,25 @@ def _as_position(index: object, size: int) -> int:
 def _require_list(items: object, count: int) -> None:
     if not isinstance(items, (list, tuple)) or len(items) != count:
         raise TypeError(
-            f"Expected the data set's `__getitems__` to return a list of {count} items, but got "
-            f"{_checks.describe(items)}; a data set of columns has no item to put an index into"
+            f"Expected the dataset's `__getitems__` to return a list of {count} items, but got "
+            f"{_checks.describe(items)}; a dataset of columns has no item to put an index into"
         )
 
 
 def _require_map_style(dataset: object) -> None:
+    if isinstance(dataset, IndexedDataset):
+        got, remedy = "an IndexedDataset, which yields its index already", "pass it on as it is"
+        raise TypeError(_checks.sentence("dataset", "yield no index yet", got, remedy))
     complete = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if not complete or isinstance(dataset, (IterableDataset, type)):
         raise TypeError(
-            "Expected argument `dataset` to be a map-style data set, with __getitem__ and "
-            f"__len__, but got {_checks.describe(dataset)}; samples of a stream have no index: use "
-            "AdaptivePerturbation(num_samples=None) there"
-        )
+            _checks.sentence(
+                "dataset", "be a map-style dataset, with __getitem__ and __len__",
+                _checks.describe(dataset),
+                "samples of a stream have no index: use AdaptivePerturbation(num_samples=None) "
+                "there",
+            )
+        )  # fmt: skip
 
 
 def _require_new_key(key: str, names: Collection[str], field: bool = False) -> None:

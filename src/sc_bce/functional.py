@@ -261,8 +261,8 @@ def perturbed_loss(
 class Observed(NamedTuple):
     """What the levels follow, and what the prior is counted from."""
 
-    slopes: Tensor  # mean (y - c) x of each sample, (N,)
-    labels: Tensor | None  # as `label_counts` has them; None where nobody counted
+    slopes: Tensor | None = None  # mean (y - c) x of each sample, (N,), where asked for
+    labels: Tensor | None = None  # as `label_counts` has them, likewise
 
 
 def perturbed_loss_and_observed(
@@ -271,26 +271,42 @@ def perturbed_loss_and_observed(
     weight: Tensor | None,
     pos_weight: Tensor | None,
     reduction: str,
+    slopes: bool,
     count: tuple[int, ...] | None,
 ) -> tuple[Tensor, Observed]:
-    """The loss, and what is seen of each sample on the way, whatever was drawn as alpha.
+    """The loss, and what is seen of the batch on the way, whatever was drawn as alpha.
 
     `count` is the shape, broadcasting to the batch, of what labels are counted for.
     """
+    found = None
     if weight is None and pos_weight is None and reduction != "none":
-        found = _fused.sums(batch, given, by_sample=True, count=count is not None)
-        if found is not None:
-            samples, elements = batch.input.shape[0], batch.input.numel()
-            slopes = found.slope.view(samples, -1).sum(1)
-            observed = Observed((slopes * (samples / elements)).float(), None)
-            if count is not None:
-                labels = _batch.row_counts(found.labels, found.shape, batch.input.shape, count)
-                observed = observed._replace(labels=labels)
-            return of_sum(found.loss, batch, reduction), observed
-    observed = Observed(mean_slopes(batch, given.prior, weight), None)
+        found = _fused.sums(batch, given, by_sample=slopes, count=count is not None)
+    if found is None:
+        loss = perturbed_loss(batch, given, weight, pos_weight, reduction)
+        return loss, observed(batch, given.prior, weight, slopes, count)
+    seen = Observed()
+    if slopes:
+        samples, elements = batch.input.shape[0], batch.input.numel()
+        total = found.slope.view(samples, -1).sum(1)
+        seen = seen._replace(slopes=(total * (samples / elements)).float())
     if count is not None:
-        observed = observed._replace(labels=_batch.label_counts(batch, count))
-    return perturbed_loss(batch, given, weight, pos_weight, reduction), observed
+        labels = _batch.row_counts(found.labels, found.shape, batch.input.shape, count)
+        seen = seen._replace(labels=labels)
+    return of_sum(found.loss, batch, reduction), seen
+
+
+def observed(
+    batch: Batch,
+    prior: float | Tensor,
+    weight: Tensor | None,
+    slopes: bool,
+    count: tuple[int, ...] | None,
+) -> Observed:
+    """The same without a loss."""
+    return Observed(
+        mean_slopes(batch, prior, weight) if slopes else None,
+        None if count is None else _batch.label_counts(batch, count),
+    )
 
 
 def of_sum(total: Tensor, batch: Batch, reduction: str) -> Tensor:

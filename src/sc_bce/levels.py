@@ -6,6 +6,7 @@ torch's tools; the merge is pure but for the reduction that is passed in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,6 +25,7 @@ MARGIN = 0.01  # of the level that would take a label to 1/2
 MEMORY = 0.9  # of a sample's running accuracy, at each visit
 UNKNOWN = 0.5  # accuracy of a sample before its first visit
 CARRIED = 0.5  # of the gap between confidence and accuracy, at each step
+GAIN = 0.1  # of strength, at each step, for a calibration slope that is off by 1
 
 _CHUNK = 1 << 24  # rows that a step works on at a time: bounds its extra memory
 
@@ -50,6 +52,7 @@ class Epoch(NamedTuple):
     best_accuracy: Tensor
     budget: Tensor
     difficulty: Tensor  # mean of (1 - sample accuracy)^focus among the samples seen
+    climbs: Tensor  # bool: whether levels climb with each batch, or are set by the step alone
 
 
 def cap(beta: float, prior: float | Tensor) -> float | Tensor:
@@ -161,6 +164,17 @@ def next_epoch(
     )
 
 
+def shared_level(level: float, slope: float, beta: float, highest: float) -> float:
+    """The level of all samples after a step that measured a calibration slope.
+
+    Below 1 the logits are too large, and the strength grows; above 1 it falls. A slope that
+    could not be fitted says nothing.
+    """
+    if math.isfinite(slope):
+        level += GAIN * min(max(1 - slope, -1.0), 1.0) / beta
+    return min(max(level, 0.0), highest)
+
+
 def mean_difficulty(rule: Rule, accuracy: Tensor, seen: Tensor) -> Tensor | None:
     """Mean of (1 - accuracy)^focus among the samples seen; None before the first."""
     total, count = 0.0, 0
@@ -244,6 +258,7 @@ class Levels(nn.Module):
             "best_accuracy": torch.zeros((), **single),
             "budget": torch.zeros((), **single),
             "difficulty": torch.full((), (1 - UNKNOWN) ** self._setting[1], **single),
+            "climbs": torch.ones((), dtype=torch.bool, device=device),
             # Elements, labels summed in fractions, and labels of at least 1/2: until the last
             # step, and since then in this process.
             "counts": torch.zeros(3, labels, **whole),
@@ -373,6 +388,7 @@ def _of_any_version(saved: Mapping[str, Any], table: Levels) -> dict[str, Any]:
     new["visited"] = torch.where(moved, SINCE, torch.where(ever, BEFORE, NEVER)).to(torch.uint8)
     for name in ("counts", "fresh", "setting"):
         new[name] = getattr(table, name)
+    new["climbs"] = torch.ones_like(table.epoch.climbs)
     return new
 
 

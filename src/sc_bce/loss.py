@@ -143,6 +143,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         self.ignore_index = _checks.ignore_index(ignore_index)
         self.generator = generator
         self._looked = 0  # training batches of which every label was looked at
+        self._warned = False
         _require_lessons(self)
 
     if not TYPE_CHECKING:
@@ -215,7 +216,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         if self.alpha == 0 or not (self.training and torch.is_grad_enabled()):
-            return sc_bce_with_logits(
+            loss = sc_bce_with_logits(
                 input,
                 target,
                 weight=self.weight,
@@ -223,6 +224,8 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
                 ignore_index=self.ignore_index,
                 reduction=self.reduction,
             )
+            misplaced = self.alpha > 0 and not self.training and not self._warned
+            return _batch.on_backward(loss, self._warn_of_eval) if misplaced else loss
         # All checks come before the draw.
         batch = _batch.prepare(input, target, self.ignore_index, every=self._looked < _FIRST)
         if not torch.compiler.is_compiling():
@@ -236,6 +239,11 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
                 beta = self.beta + 2 * noise  # type: ignore[operator]
         given = _batch.perturbation(alpha, beta, self.prior, input.size())
         return perturbed_loss(batch, given, self.weight, self.pos_weight, self.reduction)
+
+    def _warn_of_eval(self) -> None:
+        if not self._warned:
+            self._warned = True
+            _checks.warn_of_eval(type(self).__name__)
 
     def extra_repr(self) -> str:
         shown = [f"alpha={self.alpha}", f"beta={self.beta}", _batch.shown_prior(self.prior)]

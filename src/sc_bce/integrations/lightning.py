@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-from torch import nn
-
+from .. import _checks
 from ..adaptive import AdaptivePerturbation
 from ..calibration import CalibrationHistogram
+from ..loss import SCBCEWithLogitsLoss
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,29 +17,30 @@ except ImportError as error:
         "AdaptivePerturbationCallback needs: pip install sc-bce[lightning]"
     ) from error
 
-Module = TypeVar("Module", bound=nn.Module)
+_LOSSES = (AdaptivePerturbation, SCBCEWithLogitsLoss)
 
 __all__ = ["AdaptivePerturbationCallback"]
 
 
 class AdaptivePerturbationCallback(Callback):
-    """Measures each validation and tells the :class:`AdaptivePerturbation` of the LightningModule.
+    """Measures each validation and reports it to the criterion of the LightningModule.
 
     ``validation_step`` returns a mapping with ``"logits"`` and ``"target"``. At the end of each
-    validation of ``fit`` the callback calls the criterion's ``step`` with the accuracy and the
-    mean confidence over all processes, and logs ``val_ece``, ``val_oe`` and ``alpha_mean``.
+    validation of ``fit`` the callback calls the ``step`` of an :class:`AdaptivePerturbation` with
+    the histogram over all processes, and logs ``val_ece``, ``val_oe`` and ``alpha_mean``. With an
+    :class:`SCBCEWithLogitsLoss`, which has no levels, it logs the first two and steps nothing.
     ``Trainer.validate`` logs and does not step; the sanity check before training does neither.
 
     Args:
-        criterion: name of the criterion in the LightningModule, with dots where it lies deeper.
+        criterion: name of the criterion in the LightningModule, with dots if it lies deeper.
             Default: ``"criterion"``.
 
     Attributes:
         histogram: :class:`CalibrationHistogram` of the last validation, over all processes.
 
     Raises:
-        ValueError: in use, no :class:`AdaptivePerturbation` of that name, or a ``validation_step``
-            that returns something else.
+        ValueError: in use, no loss of this package of that name, or a ``validation_step`` that
+            returns something else.
         ImportError: at import, lightning is not installed.
 
     Note:
@@ -89,33 +90,29 @@ class AdaptivePerturbationCallback(Callback):
         if trainer.sanity_checking:
             return
         # Here and not later: a checkpoint may be written right after the validation.
-        if trainer.state.fn == "fit":
-            criterion.step(histogram.accuracy(), histogram.confidence())
-        measures = {
-            "val_ece": histogram.ece(),
-            "val_oe": histogram.oe(),
-            "alpha_mean": criterion.alpha.mean(),
-        }
+        measures = {"val_ece": histogram.ece(), "val_oe": histogram.oe()}
+        if isinstance(criterion, AdaptivePerturbation):
+            if trainer.state.fn == "fit":
+                criterion.step(histogram)
+            measures["alpha_mean"] = criterion.alpha.mean()
         # The processes agree already; without sync_dist Lightning warns that they might not.
         pl_module.log_dict({k: float(v) for k, v in measures.items()}, sync_dist=True)
 
-    def _find(self, pl_module: LightningModule) -> AdaptivePerturbation:
-        return _named_module(pl_module, self.criterion, AdaptivePerturbation)
-
-
-def _named_module(parent: nn.Module, name: str, kind: type[Module]) -> Module:
-    """The submodule of that name, dots allowed."""
-    modules = dict(parent.named_modules(remove_duplicate=False))
-    found = modules.get(name)
-    if not isinstance(found, kind):
-        others = [repr(key) for key, module in modules.items() if isinstance(module, kind)]
-        got = "of which there is none" if found is None else f"a {type(found).__name__}"
-        remedy = f"choose {', '.join(others)}" if others else "assign one in its __init__"
-        raise ValueError(
-            f"Expected argument `criterion` to be the name of an {kind.__name__} in the "
-            f"{type(parent).__name__}, but got {name!r}, {got}; {remedy}"
-        )
-    return found
+    def _find(self, pl_module: LightningModule) -> AdaptivePerturbation | SCBCEWithLogitsLoss:
+        """The criterion of that name, dots allowed."""
+        modules = dict(pl_module.named_modules(remove_duplicate=False))
+        found = modules.get(self.criterion)
+        if not isinstance(found, _LOSSES):
+            others = [repr(key) for key, module in modules.items() if isinstance(module, _LOSSES)]
+            got = "of which there is none" if found is None else f"a {type(found).__name__}"
+            raise ValueError(
+                _checks.sentence(
+                    "criterion", "be the name of an AdaptivePerturbation or SCBCEWithLogitsLoss "
+                    f"in the {type(pl_module).__name__}", f"{self.criterion!r}, {got}",
+                    f"choose {', '.join(others)}" if others else "assign one in its __init__",
+                )
+            )  # fmt: skip
+        return found
 
 
 def _logits_and_target(outputs: object) -> tuple[Any, Any]:
