@@ -138,10 +138,8 @@ def _criterion(
 
 def _flip_rate(criterion: nn.Module) -> float:
     """The flip rate that the network was trained at, at the end."""
-    if isinstance(criterion, AdaptivePerturbation):
+    if isinstance(criterion, (AdaptivePerturbation, SCBCEWithLogitsLoss)):
         return float(criterion.flip_rate)
-    if isinstance(criterion, SCBCEWithLogitsLoss):
-        return criterion.alpha * criterion.beta / 2
     return 0.0
 
 

@@ -70,13 +70,17 @@ class FocalLoss(nn.Module):
         return (miss**self.gamma * loss).mean()
 
 
+# Version 0.1's setting, which the rows named by an objective are; the solver is the proximal one.
+V01: dict[str, Any] = {"beta": 2.0, "prior": 0.5, "warmup": 5}
+
+
 class Carried(AdaptivePerturbation):
     """``feedback`` whose budget carries over below 0 as well, so that it can wind up."""
 
-    def step(self, accuracy: float | Tensor, confidence: float | Tensor | None = None) -> None:
-        below = float(self.budget.clamp(max=0))
-        super().step(accuracy, confidence)
-        self.budget.add_(below).clamp_(min=-0.45)
+    def step(self, accuracy: Any, confidence: Any = None, *, group: Any = None) -> None:
+        below = self.epoch.budget.clamp(max=0)
+        super().step(accuracy, confidence, group=group)
+        self.hold({"budget": (self.epoch.budget + below).clamp(min=-0.45)})
 
 
 class Replay(AdaptivePerturbation):
@@ -87,15 +91,16 @@ class Replay(AdaptivePerturbation):
     """
 
     def __init__(self, levels: Tensor, generator: Generator) -> None:
-        # Without penalty, and with steps too small for float32, nothing moves but by replay.
-        still = torch.finfo(torch.float32).tiny
-        super().__init__(
-            levels.shape[1], objective="max_entropy", lr=still, penalty=0.0, generator=generator
-        )
+        super().__init__(levels.shape[1], objective="max_entropy", generator=generator, **V01)
         self.levels = iter(levels)
 
-    def step(self, accuracy: float | Tensor, confidence: float | Tensor | None = None) -> None:
-        super().step(accuracy, confidence)
+    def forward(
+        self, input: Tensor, target: Tensor, index: Tensor | None = None, *, update: bool = False
+    ) -> Tensor:
+        return super().forward(input, target, index, update=False)
+
+    def step(self, accuracy: Any, confidence: Any = None, *, group: Any = None) -> None:
+        super().step(accuracy, confidence, group=group)
         self.alpha.copy_(next(self.levels))
 
 
@@ -125,7 +130,7 @@ def _adaptive(title: str, objective: str, **options: Any) -> Method:
     """One level per training sample."""
     return Method(
         f"ASLP {title}",
-        lambda n, g: AdaptivePerturbation(n, objective=objective, generator=g, **options),
+        lambda n, g: AdaptivePerturbation(n, objective=objective, generator=g, **V01, **options),
         indexed=True,
         group="adaptive",
     )
@@ -135,7 +140,9 @@ def _shared(title: str, objective: str, **options: Any) -> Method:
     """One level for all training samples together."""
     return Method(
         f"ASLP {title}, one shared level",
-        _fixed(lambda g: AdaptivePerturbation(None, objective=objective, generator=g, **options)),
+        _fixed(
+            lambda g: AdaptivePerturbation(None, objective=objective, generator=g, **V01, **options)
+        ),
         group="adaptive",
     )
 
@@ -208,7 +215,7 @@ def _carried(focus: float) -> Method:
         row,
         title=f"{row.title}, budget carried below 0",
         group="variant",
-        build=lambda n, g: Carried(n, objective="feedback", focus=focus, generator=g),
+        build=lambda n, g: Carried(n, objective="feedback", focus=focus, generator=g, **V01),
     )
 
 

@@ -107,7 +107,8 @@ def fixed(criterion: SCBCEWithLogitsLoss) -> Loss:
 
 def adaptive(**options: Any) -> AdaptivePerturbation:
     """A table past its warm-up."""
-    criterion = AdaptivePerturbation(NUM_SAMPLES, warmup=1, **options)
+    own = {"objective": "calibration", "beta": 2.0, "prior": 0.5, "warmup": 1}
+    criterion = AdaptivePerturbation(NUM_SAMPLES, **{**own, **options})
     criterion.step(0.9)
     return criterion
 
