@@ -167,6 +167,7 @@ class AdaptivePerturbation(Levels):
         _checks.reduction(reduction)
         _checks.generator(generator)
         self._steps = 0  # what the host must know of the epoch's state
+        self._past_warmup = False  # and alone what a compiled forward may read of it
         self._kappa: float | Tensor = 0.0
         self._cap: float | Tensor = 1.0
         super().__init__(int(num_samples or 1), focus, labels, _OBJECTIVES.index(objective))
@@ -289,8 +290,6 @@ class AdaptivePerturbation(Levels):
             raise ValueError(sentence("input", wanted, f"shape {tuple(input.shape)}"))
         if eager:
             self._batches += 1
-            self._trained += len(rows)
-            self._warn_without_step()
         return rows, batch
 
     def _rows(self, input: Tensor, index: Tensor | None) -> Tensor:
@@ -329,6 +328,9 @@ class AdaptivePerturbation(Levels):
     @torch.no_grad()
     def _observe(self, rows: Tensor, batch: Batch, slopes: Tensor | None) -> None:
         """Count the labels, and move the rows; where nothing valid and finite was seen, hold."""
+        if not torch.compiler.is_compiling():
+            self._trained += len(rows)
+            self._warn_without_step()
         if self.observes or isinstance(self.prior, Tensor) or self.prior != 0.5:
             self.fresh += _batch.label_counts(batch, self._labels_like(batch), levels.FRACTION)
         if not self._past_warmup and self.focus == 0:
@@ -378,10 +380,7 @@ class AdaptivePerturbation(Levels):
         self._cap = levels.cap(self.beta, self.prior)
         if not self.epoch.steps.is_meta:
             self._steps = int(self.epoch.steps)
-
-    @property
-    def _past_warmup(self) -> bool:
-        return self._steps >= max(self.warmup, 1)
+            self._past_warmup = self._steps >= max(self.warmup, 1)
 
     @torch.no_grad()
     def step(
