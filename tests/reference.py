@@ -4,6 +4,7 @@ from itertools import pairwise
 from math import prod
 
 import numpy as np
+from scipy.optimize import minimize_scalar
 
 
 def sigmoid(x):
@@ -65,67 +66,153 @@ def hits(x, y, valid=None):
 
 
 class Table:
-    """The adaptive table, one row at a time: DESIGN's rules as loops over plain floats."""
+    """The adaptive table, one row and one element at a time.
+
+    Labels are kept, not counted; the proximal step is searched for, not solved.
+    """
 
     def __init__(
-        self, rows, beta=2.0, objective="calibration", lr=0.002, penalty=2000.0, warmup=5,
-        solver="proximal", focus=0.0, reference_accuracy=None,
+        self, rows, beta=2.0, prior=0.5, objective="calibration", lr=0.002, penalty=2000.0,
+        warmup=5, solver="proximal", focus=0.0, reference_accuracy=None, num_labels=None,
     ):  # fmt: skip
         self.alpha = np.zeros(rows)
         self.recent = np.full(rows, 0.5)
-        self.seen = np.zeros(rows, dtype=bool)
+        self.since, self.ever = set(), set()
         self.beta, self.objective, self.lr, self.penalty = beta, objective, lr, penalty
         self.warmup, self.solver, self.focus = max(warmup, 1), solver, focus
-        self.reference = reference_accuracy
-        self.cap = min(1.0, 1 / beta - 0.01)
+        self.reference, self.labels = reference_accuracy, num_labels
+        self.observed = isinstance(prior, str)
+        self.prior = np.full(num_labels or 1, 0.5) if self.observed else np.asarray(prior, float)
+        self.old, self.new = [], []  # (place in prior, label) until the last step, and since
         self.accuracy = self.best = self.budget = 0.0
         self.difficulty = 0.5**focus
         self.steps = 0
 
-    def observe(self, index, margins, shares):
-        """One training batch: each row takes one step with the mean of its gradients."""
-        for row in sorted(set(index.tolist())):
-            here = [i for i in np.flatnonzero(index == row) if np.isfinite(margins[i])]
-            if not here:
-                continue
-            if self.focus > 0:
-                share = np.mean([shares[i] for i in here])
-                self.recent[row] = 0.9 * self.recent[row] + 0.1 * share
-                self.seen[row] = True
-            if self.steps >= self.warmup:
-                gradient = self.beta / 2 * np.mean([margins[i] for i in here])
-                self.alpha[row] = self.moved(row, gradient)
+    @property
+    def kappa(self):
+        """what a level of 1 costs in confidence, label by label"""
+        if not self.observed and self.prior.ndim == 0 and self.prior == 0.5:
+            return self.beta / 2
+        priors = self.prior.ravel()
+        costs = [1 - priors[place] if y >= 0.5 else priors[place] for place, y in self.old]
+        return self.beta * sum(costs) / max(len(costs), 1)
 
-    def moved(self, row, gradient):
-        alpha, half = self.alpha[row], self.beta / 2
-        budget = self.budget
-        if self.focus > 0:
+    @property
+    def cap(self):
+        farther = max(max(c, 1 - c) for c in self.prior.ravel())
+        return min(1.0, 1 / (2 * farther * self.beta) - 0.01)
+
+    def places(self, shape):
+        """the place in the flat prior of each element, and its value"""
+        number = np.arange(self.prior.size)
+        if self.observed and self.labels is not None:
+            number = number.reshape(1, -1, *(1 for _ in shape[2:]))
+        else:
+            number = number.reshape(self.prior.shape if not self.observed else ())
+        return np.broadcast_to(number, shape)
+
+    def observe(self, index, x, y, valid=None, weight=1.0):
+        """One training batch: each row takes one step with the mean of its slopes."""
+        valid = np.ones(x.shape, dtype=bool) if valid is None else valid
+        place, weight = self.places(x.shape), np.broadcast_to(weight, x.shape)
+        c = self.prior.ravel()[place]
+        if self.steps < self.warmup and self.focus == 0:
+            self.since |= set(index.tolist())  # on sight: nothing is measured yet
+        met = {}
+        for sample, row in enumerate(index.tolist()):
+            slopes, right = [], []
+            for element in np.ndindex(x.shape[1:]):
+                at = (sample, *element)
+                if valid[at]:
+                    slopes.append(weight[at] * (y[at] - c[at]) * x[at])
+                    right.append((x[at] >= 0) == (y[at] >= 0.5))
+                    self.new.append((place[at], y[at]))
+            if slopes and np.isfinite(sum(slopes)):
+                met.setdefault(row, []).append((np.mean(slopes), np.mean(right)))
+        for row, pairs in met.items():
+            slope, share = np.mean(pairs, axis=0)
+            self.since.add(row)
+            self.recent[row] = 0.9 * self.recent[row] + 0.1 * share
+            if self.steps >= self.warmup and self.kappa > 0:
+                self.alpha[row] = self.climbed(row, self.beta * slope)
+
+    def climbed(self, row, gain):
+        alpha, kappa, budget = self.alpha[row], self.kappa, self.budget
+        if self.focus > 0 and self.difficulty > 0:
             share = (1 - self.recent[row]) ** self.focus / self.difficulty
             budget = min(budget * share, 0.45)
-        climbed = alpha + self.lr * gradient
-        if self.objective == "max_entropy":
-            reference = self.best if self.reference is None else self.reference
-            new = climbed + self.lr * self.penalty * min(self.accuracy - reference, 0.0)
-        elif self.solver == "explicit":
-            new = climbed + self.lr * self.penalty * min(budget - half * alpha, 0.0)
-        elif half * climbed <= budget:
-            new = climbed
-        else:
-            pull = self.lr * self.penalty
-            new = (climbed + pull * budget) / (1 + pull * half)
-        return min(max(new, 0.0), self.cap)
+        elif self.focus > 0:
+            budget = min(budget, 0.45)
+        reference = self.best if self.reference is None else self.reference
+        lost = min(self.accuracy - reference, 0.0)
+        if self.solver == "explicit":
+            over = min(budget - kappa * alpha, 0.0)
+            pull = lost if self.objective == "max_entropy" else over
+            new = alpha + self.lr * (gain + self.penalty * pull)
+            return min(max(new, 0.0), self.cap)
+
+        def worse(doubt):
+            near = (doubt - kappa * alpha) ** 2 / (2 * self.lr)
+            if self.objective == "max_entropy":
+                return near - (gain + self.penalty * lost) / kappa * doubt
+            over = self.penalty / (2 * kappa) * max(doubt - budget, 0.0) ** 2
+            return near - gain / kappa * doubt + over
+
+        high = kappa * self.cap
+        found = minimize_scalar(worse, bounds=(0, high), method="bounded", options={"xatol": 1e-10})
+        return min([0.0, high, found.x], key=worse) / kappa
+
+    @property
+    def shown(self):
+        """the prior as the module shows it"""
+        alone = self.observed and self.labels is None
+        return self.prior.reshape(()) if alone else self.prior
+
+    def mean_level(self, rows):
+        return sum(self.alpha[row] for row in rows) / max(len(rows), 1)
+
+    @property
+    def doubt(self):
+        return self.kappa * self.mean_level(self.ever | self.since)
 
     def step(self, accuracy, confidence=None):
+        together([self], accuracy, confidence)
+
+    def end(self, accuracy, confidence, moved):
+        """the end of an epoch, the tables of all ranks merged; `moved`: rows, on any of them"""
         self.steps += 1
+        if self.observed:
+            for place in range(self.prior.size):
+                own = [y for where, y in self.old if where == place]
+                self.prior[place] = (sum(own) + 0.5) / (len(own) + 1)
+        self.alpha = np.minimum(self.alpha, self.cap)
+        self.ever |= moved
+        self.since = set()
         self.accuracy, self.best = accuracy, max(self.best, accuracy)
         if self.objective == "calibration":
             self.budget = 1 - accuracy
-        elif self.objective == "feedback" and self.steps >= self.warmup:
-            used = min(max(self.budget, 0.0), self.alpha.mean() * self.beta / 2)
-            high = min(0.45, self.beta * self.cap / 2)
+        elif self.objective == "feedback" and self.steps >= self.warmup and moved:
+            used = min(max(self.budget, 0.0), self.kappa * self.mean_level(moved))
+            high = min(0.45, self.kappa * self.cap)
             self.budget = min(max(used + 0.5 * (confidence - accuracy), -0.45), high)
-        if self.focus > 0 and self.seen.any():
-            self.difficulty = ((1 - self.recent[self.seen]) ** self.focus).mean()
+        if self.focus > 0 and self.ever:
+            seen = [(1 - self.recent[row]) ** self.focus for row in self.ever]
+            self.difficulty = sum(seen) / len(seen)
+
+
+def together(tables, accuracy, confidence=None):
+    """A step of several ranks: a row becomes its mean over those that moved it."""
+    moved = set().union(*(table.since for table in tables))
+    fresh = [label for table in tables for label in table.new]
+    for row in moved:
+        movers = [table for table in tables if row in table.since]
+        for name in ("alpha", "recent"):
+            mean = sum(getattr(table, name)[row] for table in movers) / len(movers)
+            for table in tables:
+                getattr(table, name)[row] = mean
+    for table in tables:
+        table.old, table.new = table.old + fresh, []
+        table.end(accuracy, confidence, moved)
 
 
 def readings(p, y, kind):

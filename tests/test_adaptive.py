@@ -1,8 +1,5 @@
-import copy
 import itertools
 import math
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -13,22 +10,18 @@ import torch._dynamo.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
+from tables import SETTING, assert_same, build, moving, saved, trained
 from torch.testing import assert_close
 
 from sc_bce import AdaptivePerturbation, CalibrationHistogram, sc_bce_with_logits
 
 # Tests that train more than an epoch's samples before they step.
 unstepped = pytest.mark.filterwarnings("ignore:AdaptivePerturbation has trained past its warm-up")
+# Tests that meet few of their rows.
+sparse = pytest.mark.filterwarnings("ignore:since the last step the criterion saw")
 OBJECTIVES = ("calibration", "max_entropy", "feedback")
 SOLVERS = ("proximal", "explicit")
 moving_betas = st.floats(0.05, 2)
-
-
-def moving(num_samples=6, accuracy=0.9, confidence=0.95, **options):
-    """A table past its warm-up."""
-    criterion = AdaptivePerturbation(num_samples, warmup=1, **options)
-    criterion.step(accuracy, confidence)
-    return criterion
 
 
 def table(criterion):
@@ -38,28 +31,51 @@ def table(criterion):
 # --- against the reference --------------------------------------------------------------------
 
 
+@st.composite
+def targets_of_perturbation(draw, rng):
+    """A prior in one of its forms, for an input (N, 2, 3), with a strength that it allows."""
+    form = draw(st.sampled_from(["half", "number", "(2, 1)", "(2, 3)", "observed", "by label"]))
+    if form in ("observed", "by label"):
+        labels = 2 if form == "by label" else None
+        return dict(prior="observed", num_labels=labels, beta=draw(st.floats(0.05, 1)))
+    if form in ("half", "number"):
+        prior = 0.5 if form == "half" else draw(st.floats(0.02, 0.98))
+        farthest = max(prior, 1 - prior)
+    else:
+        prior = rng.uniform(0, 1, (2, 1) if form == "(2, 1)" else (2, 3)).astype(np.float32)
+        prior.flat[0] = draw(st.sampled_from([prior.flat[0], 0.0, 1.0]))
+        farthest = float(np.maximum(prior, 1 - prior).max())
+    beta = draw(st.floats(0.05, 1)) / farthest * (1 - 1e-6)
+    return dict(prior=prior, num_labels=None, beta=beta)
+
+
 @unstepped
+@sparse
 @given(
-    st.data(), seeds, st.sampled_from(OBJECTIVES), st.sampled_from(SOLVERS), moving_betas,
+    st.data(), seeds, st.sampled_from(OBJECTIVES), st.sampled_from(SOLVERS),
     st.sampled_from([0.0, 1.0, 2.5]),
 )  # fmt: skip
-def test_table_follows_the_reference(data, seed, objective, solver, beta, focus):
+def test_table_follows_the_reference(data, seed, objective, solver, focus):
     rng = np.random.default_rng(seed)
     rows = data.draw(st.integers(1, 6))
+    given_prior = data.draw(targets_of_perturbation(rng))
     options = dict(
-        beta=beta, objective=objective, solver=solver, focus=focus,
+        objective=objective, solver=solver, focus=focus,
         lr=data.draw(st.sampled_from([0.002, 0.02])),
         penalty=data.draw(st.sampled_from([0.0, 10.0, 200.0])),
         warmup=data.draw(st.integers(0, 2)),
         reference_accuracy=data.draw(st.sampled_from([None, 0.8])),
+        **given_prior,
     )  # fmt: skip
     sampling = data.draw(st.sampled_from(["sample", "element", "expected"]))
     weighted, ignored, soft = (data.draw(st.booleans()) for _ in range(3))
     weight = rng.uniform(0.5, 2, 3) if weighted else None
-    criterion = AdaptivePerturbation(
+    prior = options["prior"]
+    of_module = {**options, "prior": torch.from_numpy(prior) if np.ndim(prior) else prior}
+    criterion = build(
         rows, sampling=sampling, ignore_index=-1 if ignored else None,
         weight=None if weight is None else torch.from_numpy(weight),
-        pos_weight=torch.tensor(3.0).double(), **options,
+        pos_weight=torch.tensor(3.0).double(), **of_module,
     )  # fmt: skip
     want = ref.Table(rows, **options)
     for _ in range(4):
@@ -71,30 +87,61 @@ def test_table_follows_the_reference(data, seed, objective, solver, beta, focus)
             valid = rng.random(x.shape) < 0.5 if ignored else np.ones(x.shape, dtype=bool)
             target = torch.from_numpy(np.where(valid, y, -1.0))
             criterion(torch.from_numpy(x), target, torch.from_numpy(index))
-            wide = 1.0 if weight is None else np.broadcast_to(weight, x.shape)
-            want.observe(index, ref.margin(x, y, wide, valid), ref.hits(x, y, valid))
+            want.observe(index, x, y, valid, 1.0 if weight is None else weight)
             np.testing.assert_allclose(table(criterion), want.alpha, rtol=1e-4, atol=1e-5)
         accuracy, confidence = rng.random(2)
         criterion.step(float(accuracy), torch.tensor(confidence))
         want.step(accuracy, confidence)
-        assert float(criterion.budget) == pytest.approx(want.budget, abs=1e-5)
-        assert float(criterion.flip_rate) == pytest.approx(want.alpha.mean() * beta / 2, abs=1e-5)
+        np.testing.assert_allclose(table(criterion), want.alpha, rtol=1e-4, atol=1e-5)
+        assert float(criterion.epoch.budget) == pytest.approx(want.budget, abs=1e-5)
+        assert float(criterion.doubt) == pytest.approx(want.doubt, abs=1e-5)
+        np.testing.assert_allclose(torch.as_tensor(criterion.prior), want.shown, atol=1e-6)
+        strength = want.beta * want.mean_level(want.ever)
+        for got, share in zip(criterion.flip_rates, (want.shown, 1 - want.shown), strict=True):
+            np.testing.assert_allclose(got, strength * share, atol=1e-5)
     assert criterion.alpha.min() >= 0
-    assert criterion.alpha.max() <= np.float32(want.cap)
+    exact = isinstance(prior, float)
+    assert criterion.alpha.max() <= np.float32(want.cap) + (0 if exact else 1e-6)
 
 
-@given(seeds, st.floats(0.1, 2))
-def test_the_level_climbs_along_the_derivative_of_the_loss(seed, beta):
+@given(seeds, st.floats(0.05, 1), st.sampled_from(["half", "number", "per label"]))
+def test_the_level_climbs_along_the_derivative_of_the_loss(seed, share, form):
     rng = np.random.default_rng(seed)
     x, y = torch.from_numpy(rng.normal(0, 3, (2, 4))), torch.from_numpy(rng.random((2, 4)))
     weight = torch.from_numpy(rng.random(4))
+    prior = {"half": 0.5, "number": float(rng.uniform(0.02, 0.98))}.get(form)
+    prior = torch.from_numpy(rng.uniform(0, 1, 4).astype(np.float32)) if prior is None else prior
+    farther = torch.maximum(torch.as_tensor(prior), 1 - torch.as_tensor(prior)).max()
+    beta = share * (1 - 1e-6) / float(farther)
     alpha = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    loss = sc_bce_with_logits(x, y, alpha, beta, weight=weight, reduction="none")
+    loss = sc_bce_with_logits(x, y, alpha, beta, prior=prior, weight=weight, reduction="none")
     loss.mean(1).sum().backward()
-    criterion = moving(2, 0.0, beta=beta, weight=weight, lr=0.01, penalty=0.0)
+    options = dict(beta=beta, prior=prior, weight=weight, lr=0.01, penalty=0.0)
+    criterion = build(2, warmup=1, **options, solver="explicit")
+    criterion.update(x, y, torch.tensor([0, 1]))  # whose labels are counted
+    criterion.step(1.0)
     criterion(x, y, torch.tensor([0, 1]))
-    want = (0.01 * alpha.grad).clamp(0, min(1, 1 / beta - 0.01))
+    cap = min(1, 1 / (2 * float(farther) * beta) - 0.01)
+    want = (0.01 * alpha.grad).clamp(0, cap)
     assert_close(criterion.alpha.double(), want, rtol=1e-5, atol=1e-7)
+
+
+@given(seeds, st.floats(0.2, 1), st.sampled_from([0.5, 0.1]))
+def test_the_proximal_solver_climbs_alike_in_doubt_whatever_the_strength(seed, share, prior):
+    rng = np.random.default_rng(seed)
+    x, y = torch.from_numpy(rng.normal(0, 2, (4, 5))), torch.from_numpy(rng.random((4, 5)))
+    doubts = []
+    for beta in (1 / max(prior, 1 - prior), share / max(prior, 1 - prior)):
+        criterion = build(4, beta=beta, prior=prior, lr=0.002, penalty=20.0, warmup=1)
+        criterion.update(x, y, torch.arange(4))
+        criterion.step(0.4)  # a budget that is not reached
+        path = []
+        for _ in range(6):
+            criterion.update(x, y, torch.arange(4))
+            path.append(criterion.alpha * float(criterion.doubt) / float(criterion.alpha.mean()))
+        assert float(criterion.alpha.max()) < float(criterion._cap)
+        doubts.append(torch.stack(path).nan_to_num())
+    assert_close(doubts[1], doubts[0], rtol=1e-4, atol=1e-6)
 
 
 @given(seeds)
@@ -177,7 +224,7 @@ def test_eval_and_no_grad_are_plain_bce_and_touch_nothing():
     criterion = moving(3, focus=1.0, generator=torch.Generator().manual_seed(0))
     criterion.alpha.fill_(0.3)
     x, y = torch.randn(8, 2), torch.randint(0, 2, (8, 2))
-    state = copy.deepcopy(criterion.state_dict())
+    state = saved(criterion)
     want = torch.nn.functional.binary_cross_entropy_with_logits(x, y.float())
     with torch.no_grad():
         assert torch.equal(criterion(x, y), want)
@@ -186,12 +233,11 @@ def test_eval_and_no_grad_are_plain_bce_and_touch_nothing():
     assert torch.equal(criterion(x, y), want)
     # An index of validation samples is accepted and not used, whatever it holds.
     assert torch.equal(criterion(x, y, torch.tensor([99])), want)
-    for name, value in criterion.state_dict().items():
-        assert torch.equal(value, state[name]), name
+    assert_same(criterion, state)
 
 
 def test_warm_up_is_plain_bce_and_moves_nothing():
-    criterion = AdaptivePerturbation(4)
+    criterion = build(4, warmup=5)
     x, y, index = torch.randn(4, 2), torch.rand(4, 2), torch.arange(4)
     plain = torch.nn.functional.binary_cross_entropy_with_logits(x, y)
     for epoch in range(5):
@@ -205,7 +251,7 @@ def test_warm_up_is_plain_bce_and_moves_nothing():
 
 @pytest.mark.parametrize("warmup", [0, 1])
 def test_nothing_moves_before_the_first_step(warmup):
-    criterion = AdaptivePerturbation(1, warmup=warmup)
+    criterion = build(1, warmup=warmup)
     x = torch.full((1, 1), 9.0)
     criterion(x, torch.ones(1, 1), torch.tensor([0]))
     assert criterion.alpha == 0
@@ -229,13 +275,16 @@ def test_one_shared_level_needs_no_index():
     shared(x, y)
     assert shared.alpha.shape == (1,)
     assert_close(shared.alpha, 0.002 * x.mean()[None])
-    # An index is accepted, so that one loop serves both.
-    shared(x, y, torch.arange(100, 106))
+    # An index is accepted, so that one loop serves both, and named once as not used.
+    with pytest.warns(UserWarning, match="`index` is not used; pass num_samples=len") as caught:
+        shared(x, y, torch.arange(100, 106))
+    assert [one.filename for one in caught] == [__file__]
     # It is the table of one row.
     one = moving(1)
     one(x, y, torch.zeros(6, dtype=torch.int64))
     one(x, y, torch.zeros(6, dtype=torch.int64))
     assert torch.equal(one.alpha, shared.alpha)
+    shared(x, y, torch.arange(100, 106))  # no second warning
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -263,7 +312,7 @@ def test_ignored_samples_keep_their_level():
     criterion(x, y, torch.tensor([0, 2]))
     assert criterion.alpha[0] == criterion.alpha[1] == 0
     assert_close(criterion.alpha[2], torch.tensor(0.01))
-    assert criterion.seen.tolist() == [False, False, True]
+    assert criterion.visited.tolist() == [0, 0, 2]
 
 
 def test_scalars_and_empty_batches():
@@ -357,7 +406,7 @@ def test_max_entropy_climbs_while_accuracy_holds_and_falls_when_it_is_lost():
 )
 def test_feedback_settles_where_confidence_is_accuracy(penalty, margin):
     """A network whose confidence follows the flip rate late, over-confident by 0.08."""
-    criterion = AdaptivePerturbation(
+    criterion = build(
         8, objective="feedback", penalty=float(penalty), sampling="expected", lr=0.002
     )
     x, y, index = torch.full((8, 1), float(margin)), torch.ones(8, 1), torch.arange(8)
@@ -378,10 +427,11 @@ def test_feedback_settles_where_confidence_is_accuracy(penalty, margin):
 def test_feedback_lets_the_level_fall_to_zero_on_an_underconfident_network():
     criterion = moving(1, 0.9, 0.95, objective="feedback", sampling="expected")
     criterion.alpha.fill_(0.05)
+    criterion.visited.fill_(2)
     for _ in range(30):
         criterion.step(0.9, 0.7)
         criterion(torch.full((1, 1), 3.0), torch.ones(1, 1), torch.tensor([0]))
-    assert criterion.budget == pytest.approx(-0.1)
+    assert criterion.epoch.budget == pytest.approx(-0.1)
     assert criterion.alpha == 0
 
 
@@ -395,15 +445,13 @@ def test_feedback_recovers_at_once_from_a_long_time_of_underconfidence():
     assert criterion.alpha == 0
     criterion.step(0.8, 0.9)
     criterion(x, y, index)
-    assert criterion.budget == pytest.approx(0.05)
+    assert criterion.epoch.budget == pytest.approx(0.05)
     assert criterion.alpha == pytest.approx(0.006)  # lr times margin, below the budget
 
 
 @unstepped
 def test_focus_softens_hard_samples_more():
-    criterion = AdaptivePerturbation(
-        2, objective="calibration", focus=2.0, warmup=3, sampling="expected"
-    )
+    criterion = build(2, focus=2.0, warmup=3, sampling="expected")
     x = torch.tensor([[6.0, 6.0], [6.0, -1.0]])  # sample 1 is half wrong
     y, index = torch.ones(2, 2), torch.tensor([0, 1])
     for _ in range(30):
@@ -419,8 +467,8 @@ def test_focus_softens_hard_samples_more():
 
 def test_focus_survives_a_perfect_and_an_unseen_epoch():
     criterion = moving(2, focus=1.0, sampling="expected")
-    assert criterion.difficulty == 0.5
-    criterion.seen.fill_(True)
+    assert criterion.epoch.difficulty == 0.5
+    criterion.visited.fill_(1)
     criterion.sample_accuracy.fill_(1.0)
     criterion.step(0.9)
     criterion(torch.full((2, 1), 5.0), torch.ones(2, 1), torch.arange(2))
@@ -429,14 +477,14 @@ def test_focus_survives_a_perfect_and_an_unseen_epoch():
 
 def test_focus_gives_equal_samples_the_whole_budget_however_easy():
     criterion = moving(2, focus=10.0, sampling="expected")
-    criterion.seen.fill_(True)
+    criterion.visited.fill_(1)
     criterion.sample_accuracy.fill_(0.97)
     criterion.step(0.9)
     for _ in range(60):
         criterion.sample_accuracy.fill_(0.97)
         criterion(torch.full((2, 1), 5.0), torch.ones(2, 1), torch.arange(2))
         criterion.sample_accuracy.fill_(0.97)
-        criterion.difficulty.fill_((1 - 0.9 * 0.97 - 0.1) ** 10)  # what this forward reads
+        criterion.epoch.difficulty.fill_((1 - 0.9 * 0.97 - 0.1) ** 10)  # what this forward reads
     assert criterion.alpha.tolist() == pytest.approx([0.1025, 0.1025], rel=1e-2)
 
 
@@ -449,11 +497,123 @@ def test_extreme_step_sizes_stay_finite(objective, solver):
         assert 0 <= float(criterion.alpha) <= 0.49 + 1e-6
 
 
-def test_flip_rate():
-    criterion = AdaptivePerturbation(4, beta=1.0)
+def test_focus_gives_no_sample_a_budget_above_the_largest():
+    criterion = build(4, beta=1.0, focus=1.0, warmup=1, sampling="expected")
+    criterion.visited.fill_(1)
+    criterion.sample_accuracy.copy_(torch.tensor([0.0, 0.9, 0.9, 0.9]))
+    criterion.step(0.6)  # a budget of .4, times 1 / mean(1, .1, .1, .1) = 3.1 for the first
+    for _ in range(40):
+        criterion.alpha.fill_(0.95)
+        criterion.sample_accuracy[0] = 0.0
+        criterion(torch.full((1, 1), -0.01), torch.ones(1, 1), torch.tensor([0]))
+    # It is pulled towards .45 = beta alpha / 2, and not let rise to the cap of .49 / .5.
+    assert float(criterion.alpha[0]) == pytest.approx(0.9 + 0.05 / (1 + 4 / 0.5), abs=1e-3)
+
+
+def test_flip_rates_and_doubt_are_means_over_the_rows_ever_trained():
+    criterion = build(4, beta=1.0)
     criterion.alpha.copy_(torch.tensor([0.0, 0.1, 0.2, 0.3]))
-    assert criterion.flip_rate.shape == ()
-    assert float(criterion.flip_rate) == pytest.approx(0.075)
+    assert [float(criterion.doubt), float(criterion.flip_rate)] == [0, 0]
+    criterion.visited.copy_(torch.tensor([0, 1, 2, 1]))
+    assert criterion.flip_rate.shape == criterion.doubt.shape == ()
+    assert float(criterion.flip_rate) == pytest.approx(0.1)
+    assert float(criterion.doubt) == pytest.approx(0.1)
+    assert [float(rate) for rate in criterion.flip_rates] == pytest.approx([0.1, 0.1])
+
+
+def test_flip_rates_and_doubt_away_from_one_half():
+    prior = torch.tensor([0.1, 0.25])
+    criterion = build(4, beta=1.0, prior=prior, warmup=1)
+    # Of eight labels one positive of the first and two of the second label.
+    y = torch.tensor([[1, 0], [0, 1], [0, 0], [0, 1]])
+    criterion(torch.zeros(4, 2), y, torch.tensor([0, 1, 0, 1]))
+    assert float(criterion.doubt) == 0
+    criterion.step(0.9)
+    criterion.alpha.copy_(torch.tensor([0.2, 0.4, 0.9, 0.9]))  # two were never trained
+    negative, positive = criterion.flip_rates
+    assert negative.tolist() == pytest.approx([0.03, 0.075])
+    assert positive.tolist() == pytest.approx([0.27, 0.225])
+    kappa = (1 * 0.9 + 3 * 0.1 + 2 * 0.75 + 2 * 0.25) / 8
+    assert float(criterion.doubt) == pytest.approx(0.3 * kappa)
+    with pytest.raises(ValueError, match=r"`prior` to be 1/2, .*read `flip_rates`, a pair"):
+        criterion.flip_rate  # noqa: B018
+
+
+def test_the_observed_prior_counts_valid_labels_and_stays_fixed_between_steps():
+    criterion = build(
+        4, beta=1.0, prior="observed", num_labels=2, warmup=1, ignore_index=-1, sampling="expected"
+    )
+    assert criterion.prior.tolist() == [0.5, 0.5]
+    y = torch.tensor([[1.0, -1.0], [0.0, 0.25], [0.0, 0.0], [1.0, -1.0]])
+    x, index = torch.full((4, 2), 4.0), torch.arange(4)
+    criterion(x, y, index)
+    criterion(x, y, index, update=False)  # not a batch of its own: counts nothing
+    criterion.eval()
+    criterion(x, y)
+    criterion.train()
+    with torch.no_grad():
+        criterion(x, y)
+    assert criterion.prior.tolist() == [0.5, 0.5]
+    assert criterion.fresh.tolist() == [[4, 2], [2 << 20, 1 << 18], [2, 0]]
+    criterion.step(0.9)
+    assert criterion.fresh.tolist() == [[0, 0]] * 3
+    assert criterion.counts.tolist() == [[4, 2], [2 << 20, 1 << 18], [2, 0]]
+    assert criterion.counts.dtype == criterion.fresh.dtype == torch.int64
+    assert criterion.prior.tolist() == pytest.approx([2.5 / 5, 0.75 / 3])
+    criterion(x, y, index)
+    assert criterion.prior.tolist() == pytest.approx([0.5, 0.25])
+    criterion.step(0.9)
+    assert criterion.prior.tolist() == pytest.approx([4.5 / 9, 1.0 / 5])
+
+
+def test_one_observed_prior_of_images():
+    criterion = build(4, beta=1.0, prior="observed", warmup=1, sampling="expected")
+    y = torch.zeros(4, 1, 5, 5)
+    y[0, 0, 0, :4] = 1
+    criterion(torch.zeros_like(y), y, torch.arange(4))
+    criterion.step(0.9)
+    assert criterion.prior.shape == ()
+    assert float(criterion.prior) == pytest.approx(4.5 / 101)
+    criterion.alpha.fill_(0.5)
+    x = torch.randn(4, 1, 5, 5, requires_grad=True)
+    loss = criterion(x, y, torch.arange(4))
+    assert_close(loss, sc_bce_with_logits(x, y, 0.5, 1.0, prior=4.5 / 101))
+    with pytest.raises(ValueError, match="`prior` to be 1/2"):
+        criterion.flip_rate  # noqa: B018
+
+
+def test_a_step_clips_the_levels_to_the_cap_of_the_new_prior():
+    criterion = build(2, beta=1.0, prior="observed", warmup=1)
+    criterion.alpha.fill_(0.9)  # below 1 / (2 * .5) - .01
+    criterion(torch.zeros(2, 19), torch.zeros(2, 19), torch.arange(2))
+    criterion.step(0.9)
+    high = 1 / (2 * (1 - 0.5 / 39)) - 0.01
+    assert criterion.alpha.tolist() == pytest.approx([high, high])
+
+
+def test_a_prior_that_costs_nothing_moves_nothing():
+    y = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    criterion = build(2, beta=1.0, prior=torch.tensor([0.0, 1.0]), warmup=1, sampling="expected")
+    x = torch.tensor([[-3.0, 3.0], [3.0, 3.0]])
+    for _ in range(3):
+        loss = criterion(x, y, torch.arange(2))
+        assert_close(loss, torch.nn.functional.binary_cross_entropy_with_logits(x, y))
+        criterion.step(0.9)
+    assert criterion.alpha.tolist() == [0, 0]
+    assert float(criterion.doubt) == 0
+
+
+def test_the_published_setting_is_the_papers():
+    criterion = AdaptivePerturbation.published(7)
+    shown = {name: getattr(criterion, name) for name in SETTING}
+    assert shown == SETTING | {"solver": "explicit"}
+    other = AdaptivePerturbation.published(7, "max_entropy", warmup=2, ignore_index=255)
+    assert (other.objective, other.warmup, other.ignore_index) == ("max_entropy", 2, 255)
+
+    class Mine(AdaptivePerturbation):
+        pass
+
+    assert type(Mine.published(3)) is Mine
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -525,160 +685,7 @@ def test_compile_inductor_trains():
     assert x.grad.isfinite().all()
 
 
-# --- state ------------------------------------------------------------------------------------
-
-
-def test_casting_moves_weights_and_spares_the_table():
-    criterion = moving(3, pos_weight=torch.ones(1), focus=1.0)
-    before = criterion.alpha.clone()
-    for cast in (criterion.half, criterion.double, lambda: criterion.to(torch.bfloat16)):
-        cast()
-        assert criterion.alpha.dtype == criterion.sample_accuracy.dtype == torch.float32
-        assert criterion.budget.dtype == torch.float32
-        assert torch.equal(criterion.alpha, before)
-    assert criterion.pos_weight.dtype == torch.bfloat16
-    assert criterion.to("meta").alpha.is_meta
-    assert "mean_alpha" not in repr(criterion)
-
-
-@pytest.mark.parametrize("default", [torch.float64, torch.float16])
-def test_the_table_is_float32_whatever_torchs_default(default):
-    torch.set_default_dtype(default)
-    try:
-        criterion = moving(6, focus=1.0, ignore_index=255)
-        x, y = torch.ones(2, 3, dtype=torch.float32), torch.ones(2, 3, dtype=torch.uint8)
-        criterion(x, y, torch.tensor([1, 2]))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    floats = [v for v in criterion.state_dict().values() if v.is_floating_point()]
-    assert len(floats) == 6
-    assert all(value.dtype == torch.float32 for value in floats)
-    assert criterion.alpha[1] > 0
-
-
-def test_every_key_of_the_state_is_an_attribute():
-    # torch.distributed.checkpoint finds a model's state by name.
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-    options = dict(focus=1.0, pos_weight=torch.ones(1), generator=torch.Generator())
-    model = torch.nn.ModuleDict({"criterion": moving(6, **options)})
-    assert set(get_model_state_dict(model)) == set(model.state_dict())
-
-
-def test_built_on_meta_and_loaded_by_assignment():
-    source = moving(3, focus=1.0)
-    source.alpha.fill_(0.2)
-    with torch.device("meta"):
-        criterion = AdaptivePerturbation(3, focus=1.0, warmup=1)
-    criterion.load_state_dict(source.state_dict(), assign=True)
-    for name, value in source.state_dict().items():
-        assert torch.equal(criterion.state_dict()[name], value)
-
-
-TRAIN = """
-import sys, torch
-from sc_bce import AdaptivePerturbation
-mode, path, objective, stop = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-torch.manual_seed(0)
-net = torch.nn.Linear(4, 3)
-criterion = AdaptivePerturbation(
-    10, objective=objective, warmup=1, focus=1.0, sampling="element", lr=0.1, penalty=10.0,
-    generator=torch.Generator().manual_seed(7),
-)
-optimizer = torch.optim.SGD([*net.parameters()], lr=0.5)
-everything = torch.nn.ModuleList([net, criterion])
-data = torch.Generator().manual_seed(3)
-x, y = torch.randn(10, 4, generator=data), torch.randint(0, 2, (10, 3), generator=data)
-start = 0
-if mode == "resume":
-    saved = torch.load(path, weights_only=True)
-    everything.load_state_dict(saved["state"])
-    start = saved["step"]
-losses = []
-for step in range(start, 24):
-    if mode == "stop" and step == stop:
-        torch.save({"state": everything.state_dict(), "step": step}, path)
-        sys.exit()
-    rows = torch.arange(10).roll(step)[:4]
-    loss = criterion(net(x[rows]), y[rows], rows)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    losses.append(loss.item().hex())
-    if step % 5 == 4:
-        criterion.step(0.7 + 0.01 * step, 0.95)
-print(losses[-6:], [a.hex() for a in criterion.alpha.tolist()], float(criterion.budget).hex())
-print(criterion.generator.get_state().tolist())
-"""
-
-
-@pytest.mark.parametrize(
-    ("objective", "stop"),
-    [("calibration", 13), ("max_entropy", 17), ("feedback", 2), ("feedback", 13)],
-)
-def test_resume_in_a_new_process_is_exact(tmp_path, objective, stop):
-    def run(mode):
-        command = [sys.executable, "-c", TRAIN, mode, str(tmp_path / "c.pt"), objective, str(stop)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    run("stop")
-    resumed, straight = run("resume"), run("straight")
-    assert "0x1." in straight
-    assert resumed == straight
-
-
-def test_loading_another_size_names_both_and_changes_nothing():
-    source, criterion = moving(5), moving(3)
-    source.alpha.fill_(0.2)
-    with pytest.raises(ValueError, match=r"num_samples=3, but got num_samples=5; .*resize"):
-        criterion.load_state_dict(source.state_dict())
-    assert (criterion.alpha == 0).all()
-
-
-def test_loading_reports_missing_and_unexpected_keys():
-    state = moving(3, generator=torch.Generator()).state_dict()
-    with pytest.raises(RuntimeError, match=r'Unexpected key.*"generator"'):
-        AdaptivePerturbation(3).load_state_dict(state)
-    del state["budget"]
-    with pytest.raises(RuntimeError, match=r'Missing key.*"budget"'):
-        AdaptivePerturbation(3, generator=torch.Generator()).load_state_dict(state)
-    with pytest.raises(RuntimeError, match=r'Missing key.*"sample_accuracy"'):
-        AdaptivePerturbation(3, focus=1.0).load_state_dict(moving(3).state_dict())
-
-
-def test_a_spoilt_state_is_refused_whole():
-    criterion = moving(3, focus=1.0)
-    state = moving(3, focus=1.0).state_dict()
-    state["alpha"] = torch.full((3,), 0.2)
-    cases = [("accuracy", torch.zeros(3), "0-d tensor, but got shape"),
-             ("seen", torch.zeros(1, dtype=torch.bool), "num_samples=1")]  # fmt: skip
-    for name, wrong, text in cases:
-        with pytest.raises(ValueError, match=f"saved `{name}` to .*{text}"):
-            criterion.load_state_dict(state | {name: wrong})
-        assert (criterion.alpha == 0).all()
-
-
-def test_a_hook_may_rename_keys_while_loading():
-    source = moving(3)
-    source.alpha.fill_(0.2)
-    state = source.state_dict()
-    state["levels"] = state.pop("alpha")
-    criterion = AdaptivePerturbation(3)
-    criterion.register_load_state_dict_pre_hook(
-        lambda module, state, *rest: state.update(alpha=state.pop("levels"))
-    )
-    criterion.load_state_dict(state)
-    assert torch.equal(criterion.alpha, source.alpha)
-
-
-def test_a_checkpoint_of_several_ranks_serves_one_process():
-    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    criterion = moving(3, generator=torch.Generator())
-    state = criterion.state_dict()
-    state["generator"] = torch.stack([one.get_state() for one in generators])
-    criterion.load_state_dict(state)
-    assert torch.equal(criterion.generator.get_state(), generators[0].get_state())
-    assert criterion.state_dict()["generator"].dim() == 1
+# --- size and repr ---------------------------------------------------------------------------
 
 
 def test_resize_keeps_what_is_there():
@@ -688,40 +695,45 @@ def test_resize_keeps_what_is_there():
     criterion.resize(4)
     assert torch.equal(criterion.alpha, torch.cat((before, torch.zeros(2))))
     assert criterion.sample_accuracy.tolist() == pytest.approx([0.55, 0.55, 0.5, 0.5])
-    assert criterion.seen.tolist() == [True, True, False, False]
+    assert criterion.visited.tolist() == [2, 2, 0, 0]
     criterion(torch.full((1, 1), 5.0), torch.ones(1, 1), torch.tensor([3]))
     assert criterion.alpha[3] > 0
     assert criterion.num_samples == 4
     with pytest.raises(ValueError, match="at least the table's 4, but got 3"):
         criterion.resize(3)
     with pytest.raises(ValueError, match="table's None"):
-        AdaptivePerturbation(None).resize(3)
-
-
-def test_deepcopy_is_independent():
-    criterion = moving(2, generator=torch.Generator().manual_seed(1))
-    twin = copy.deepcopy(criterion)
-    twin(torch.full((2, 1), 5.0), torch.ones(2, 1), torch.arange(2))
-    assert (criterion.alpha == 0).all()
-    assert (twin.alpha > 0).all()
+        build(None).resize(3)
 
 
 def test_repr_summarises_the_table():
-    criterion = AdaptivePerturbation(4, ignore_index=255, reference_accuracy=0.9)
+    criterion = build(4, ignore_index=255, reference_accuracy=0.9)
     criterion.alpha.copy_(torch.tensor([0.0, 0.1, 0.2, 0.1]))
-    assert repr(criterion) == (
-        "AdaptivePerturbation(num_samples=4, beta=2.0, objective='calibration', lr=0.002, "
-        "penalty=2000.0, warmup=5, solver='proximal', focus=0.0, sampling='sample', "
+    whole = (
+        "AdaptivePerturbation(num_samples=4, beta=2.0, prior=0.5, objective='calibration', "
+        "lr=0.002, penalty=2000.0, warmup=5, solver='proximal', focus=0.0, sampling='sample', "
         "reference_accuracy=0.9, ignore_index=255, reduction='mean', mean_alpha=0.1, "
-        "above_zero=75%)"
+        "above_zero=75%"
     )
+    for steps in range(5):
+        assert repr(criterion) == f"{whole}, warming up {steps}/5)"
+        criterion.step(0.9)
+    assert repr(criterion) == f"{whole})"
+    assert ", warming up 0/1)" in repr(build(1, warmup=0))
+
+
+def test_repr_shows_where_the_prior_comes_from():
+    observed = build(4, beta=1.0, prior="observed", num_labels=3)
+    assert ", beta=1.0, prior='observed', " in repr(observed)
+    assert ", num_labels=3, " in repr(observed)
+    assert ", prior=(3,), " in repr(build(4, beta=1.0, prior=torch.full((3,), 0.1)))
+    assert "mean_alpha" not in repr(build(4).to("meta"))
 
 
 # --- warnings and errors ----------------------------------------------------------------------
 
 
 def test_training_past_the_warm_up_without_a_step_warns_once():
-    criterion = AdaptivePerturbation(4, warmup=2)
+    criterion = build(4, warmup=2)
     x, y, index = torch.randn(4, 1), torch.ones(4, 1), torch.arange(4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -736,14 +748,14 @@ def test_training_past_the_warm_up_without_a_step_warns_once():
 
 
 def test_a_stepped_table_never_warns(monkeypatch):
-    criterion = AdaptivePerturbation(1, warmup=100)
+    criterion = build(1, warmup=100)
     criterion.step(0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(300):
             criterion(torch.zeros(1), torch.ones(1), torch.tensor([0]))
     monkeypatch.setattr("sc_bce.adaptive._PATIENCE", 3)
-    shared = AdaptivePerturbation(None)
+    shared = build(None)
     for _ in range(3):
         shared(torch.zeros(5), torch.ones(5))
     with pytest.warns(UserWarning, match="never called"):
@@ -751,7 +763,7 @@ def test_a_stepped_table_never_warns(monkeypatch):
 
 
 def make(**options):
-    return lambda: AdaptivePerturbation(**{"num_samples": 3, **options})
+    return lambda: build(**{"num_samples": 3, **options})
 
 
 CONSTRUCTION = [
@@ -761,7 +773,19 @@ CONSTRUCTION = [
     (make(beta=0), ValueError, "`beta` to be above 0, but got 0"),
     (make(beta=2.1), ValueError, r"`beta` to be in \[0, 2\], but got 2.1"),
     (make(beta=math.nan), ValueError, "`beta` .* but got nan"),
-    (make(objective="mc"), ValueError, "'calibration', 'max_entropy', 'feedback', but got 'mc'"),
+    (make(prior=0.1, beta=1.2), ValueError, r"`beta` to be in \[0, 1.11111\], but got 1.2"),
+    (make(prior=0.0), ValueError, "`prior` to be between 0 and 1, but got 0"),
+    (make(prior=1.5), ValueError, r"`prior` to be in \[0, 1\], but got 1.5"),
+    (make(prior=[0.5]), TypeError, r"`prior` to be a number .* or a Tensor, but got list; pass"),
+    (make(prior=torch.tensor([0.5, 1.1])), ValueError, r"`prior` to be in \[0, 1\], but got"),
+    (make(prior=torch.tensor(1j)), TypeError, "`prior` to be a real Tensor"),
+    (make(prior="base rate"), ValueError, "`prior` to be one of 'observed', but got 'base rate'"),
+    (make(num_labels=0), ValueError, "`num_labels` to be a positive int, but got 0"),
+    (make(prior=torch.full((3,), 0.2), num_labels=2), ValueError, "num_labels=2 values, .* 3"),
+    (make(num_samples=None, focus=1.0), ValueError, "`focus` to be 0 where one level is shared"),
+    (make(weight=2.0), TypeError, r"`weight` .*pass `torch.tensor\(2.0\)`"),
+    (make(pos_weight=2.0), TypeError, r"`pos_weight` .*pass `torch.tensor\(2.0\)`"),
+    (make(objective="mc"), ValueError, "'feedback', 'calibration', 'max_entropy', but got 'mc'"),
     (make(lr=0.0), ValueError, "`lr` to be above 0"),
     (make(lr=math.inf), ValueError, "`lr` to be in"),
     (make(penalty=-1), ValueError, "`penalty` to be in"),
@@ -785,13 +809,17 @@ def test_bad_configuration_is_refused_at_construction(call, kind, text):
 
 X, Y = torch.full((2, 3), 5.0), torch.ones(2, 3)
 FORWARD = [
-    (None, ValueError, "got None; wrap the data set in IndexedDataset .* num_samples=None"),
+    (None, ValueError, "in training, but got None; wrap .* IndexedDataset .* num_samples=None"),
     ([0, 1], TypeError, r"integer Tensor, but got list; pass `torch.as_tensor\(index\)`"),
     (torch.zeros(2), TypeError, "got torch.float32; pass `index.long"),
     (torch.zeros(2, dtype=torch.bool), TypeError, "got torch.bool"),
     (torch.arange(3), ValueError, r"shape \(2,\), but got shape \(3,\)"),
     (torch.zeros(2, 1, dtype=torch.int64), ValueError, r"got shape \(2, 1\)"),
-    (torch.tensor([0, 3]), IndexError, r"\[0, 2\], but got 3; num_samples=3 .* `resize`"),
+    (
+        torch.tensor([0, 3]),
+        IndexError,
+        r"\[0, 2\], but got 3; num_samples=3 .*Subset.*`resize`",
+    ),
     (torch.tensor([-1, 0]), IndexError, r"\[0, 2\], but got -1"),
 ]
 
@@ -799,7 +827,7 @@ FORWARD = [
 @pytest.mark.parametrize(("index", "kind", "text"), FORWARD, ids=range(len(FORWARD)))
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_bad_index_is_refused_and_nothing_moves(index, kind, text, warm):
-    criterion = AdaptivePerturbation(3) if warm else moving(3)
+    criterion = build(3) if warm else moving(3)
     with pytest.raises(kind, match=text):
         criterion(X, Y, index)
     assert (criterion.alpha == 0).all()
@@ -820,7 +848,7 @@ def test_a_refused_batch_draws_nothing_and_counts_for_nothing():
         with pytest.raises(ValueError, match="mask > 0"):
             criterion(X, (Y * 255).byte(), torch.tensor([0, 1]))
     assert torch.equal(generator.get_state(), before)
-    waiting = AdaptivePerturbation(3, warmup=1)
+    waiting = build(3, warmup=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
@@ -830,7 +858,7 @@ def test_a_refused_batch_draws_nothing_and_counts_for_nothing():
 
 
 def test_numpy_integers_are_integers():
-    criterion = AdaptivePerturbation(np.int64(3), warmup=np.int32(1))
+    criterion = build(np.int64(3), warmup=np.int32(1))
     criterion.resize(np.int64(5))
     assert repr(criterion).startswith("AdaptivePerturbation(num_samples=5, ")
 
@@ -848,7 +876,7 @@ def test_other_bad_batches_are_refused_and_nothing_moves():
         with pytest.raises(kind, match=text):
             criterion(x, y, index)
     assert (criterion.alpha == 0).all()
-    assert not criterion.seen.any()
+    assert not criterion.visited.any()
 
 
 STEPS = [
@@ -858,24 +886,51 @@ STEPS = [
     (("0.9",), TypeError, "`accuracy` to be a number"),
     ((torch.tensor([0.9]),), TypeError, r"0-d tensor .* got a tensor of shape \(1,\)"),
     ((0.9, 1.5), ValueError, "`confidence` .* but got 1.5"),
-    ((0.9, None), ValueError, r"`confidence` to be given .*`step\(h.accuracy\(\), h.confidence"),
+    ((0.9, None), ValueError, r"`confidence` to be given .*'feedback', .*`step\(histogram\)`"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("arguments", "kind", "text"), STEPS, ids=range(len(STEPS)))
 def test_bad_measurements_are_refused_and_nothing_moves(arguments, kind, text):
-    criterion = moving(3, objective="feedback")
-    before = copy.deepcopy(criterion.state_dict())
+    criterion = trained(moving(3, objective="feedback", beta=1.0, prior=0.3))
+    before = saved(criterion)
     with pytest.raises(kind, match=text):
         criterion.step(*arguments)
-    for name, value in criterion.state_dict().items():
-        assert torch.equal(value, before[name])
+    assert_same(criterion, before)
 
 
-def test_step_takes_numbers_and_0d_tensors_and_returns_nothing():
+def test_step_takes_numbers_0d_tensors_and_a_histogram_and_returns_nothing():
     histogram = CalibrationHistogram()
     histogram.update(torch.tensor([2.0, -1.0, 3.0]), torch.tensor([1, 0, 0]))
+    apart, whole = (moving(3, objective="feedback") for _ in range(2))
+    assert apart.step(histogram.accuracy(), histogram.confidence()) is None
+    assert whole.step(histogram) is None
+    assert_same(whole, apart.state_dict())
+    assert float(whole.epoch.accuracy) == pytest.approx(2 / 3)
+    assert apart.step(1, np.float32(0.5)) is None
+    assert float(apart.epoch.accuracy) == 1
+
+
+def test_step_pools_what_can_be_pooled():
+    class Pooled:
+        def accuracy(self):
+            return torch.tensor([0.5, 0.9])
+
+        confidence = accuracy
+
+        def pooled(self):
+            return Whole()
+
+    class Whole:
+        def accuracy(self):
+            return torch.tensor(0.7)
+
+        def confidence(self):
+            return 0.8
+
     criterion = moving(3, objective="feedback")
-    assert criterion.step(histogram.accuracy(), histogram.confidence()) is None
-    assert criterion.step(1, np.float32(0.5)) is None
-    assert float(criterion.accuracy) == 1
+    criterion.step(Pooled())
+    assert float(criterion.epoch.accuracy) == pytest.approx(0.7)
+    assert float(criterion.epoch.budget) == 0  # nothing was trained: it stays
+    trained(criterion).step(Whole())
+    assert float(criterion.epoch.budget) == pytest.approx(0.05)

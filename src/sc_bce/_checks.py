@@ -40,7 +40,7 @@ def warn(message: str) -> None:
     frame, depth = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER):
         frame, depth = frame.f_back, depth + 1
-    warnings.warn(message, stacklevel=depth - 1)
+    warnings.warn(message, stacklevel=depth)
 
 
 def warn_of_eval(kind: str) -> None:
@@ -55,12 +55,13 @@ def number(name: str, value: object, low: float, high: float, *, tensor: str = "
 
     `tensor`: how to pass one, where a Tensor is welcome too.
     """
+    if isinstance(value, Real) and low <= value <= high:  # type: ignore[operator]
+        return
     interval = f"[{low:g}, {high:g}]"
     if not isinstance(value, Real):
         wanted = f"be a number in {interval}{' or a Tensor' if tensor else ''}"
         raise TypeError(sentence(name, wanted, describe(value), tensor))
-    if not low <= value <= high:  # type: ignore[operator]
-        raise ValueError(sentence(name, f"be in {interval}", value))
+    raise ValueError(sentence(name, f"be in {interval}", value))
 
 
 def inside(name: str, value: object, low: float, high: float, *, tensor: str = "") -> None:

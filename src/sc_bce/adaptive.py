@@ -167,7 +167,8 @@ class AdaptivePerturbation(Levels):
         _checks.reduction(reduction)
         _checks.generator(generator)
         self._steps = 0  # what the host must know of the epoch's state
-        self._climbs = self._follows = False
+        # What alone a compiled forward may read of it.
+        self._past_warmup = self._climbs = self._follows = False
         self._kappa: float | Tensor = 0.0
         self._cap: float | Tensor = 1.0
         super().__init__(int(num_samples or 1), focus, labels, _OBJECTIVES.index(objective))
@@ -293,8 +294,6 @@ class AdaptivePerturbation(Levels):
             raise ValueError(sentence("input", wanted, f"shape {tuple(input.shape)}"))
         if eager:
             self._batches += 1
-            self._trained += len(rows)
-            self._warn_without_step()
         return rows, batch
 
     def _rows(self, input: Tensor, index: Tensor | None) -> Tensor:
@@ -335,6 +334,9 @@ class AdaptivePerturbation(Levels):
     @torch.no_grad()
     def _observe(self, rows: Tensor, batch: Batch, seen: Observed | None) -> None:
         """Count the labels, and move the rows; where nothing valid and finite was seen, hold."""
+        if not torch.compiler.is_compiling():
+            self._trained += len(rows)
+            self._warn_without_step()
         if seen is None:
             prior, count = self._prior_for(batch.input), self._counted(batch)
             seen = observed(batch, prior, self.weight, self._follows, count)
@@ -385,13 +387,10 @@ class AdaptivePerturbation(Levels):
         self._cap = levels.cap(self.beta, self.prior)
         if not self.epoch.steps.is_meta:
             self._steps = int(self.epoch.steps)
+            self._past_warmup = self._steps >= max(self.warmup, 1)
             self._climbs = self._past_warmup and bool(self.epoch.climbs)
             # Whether a batch's slopes are needed, be it to see which samples are finite.
             self._follows = self._climbs or self.focus > 0
-
-    @property
-    def _past_warmup(self) -> bool:
-        return self._steps >= max(self.warmup, 1)
 
     @torch.no_grad()
     def step(

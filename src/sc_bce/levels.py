@@ -346,17 +346,23 @@ class Levels(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        own = {key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(prefix)}
+        given, hooks = dict(state_dict), self._load_state_dict_pre_hooks
+        rest = (strict, missing_keys, unexpected_keys, error_msgs)
+        for hook in hooks.values():  # which may rename keys
+            hook(given, prefix, local_metadata, *rest)
+        own = {key[len(prefix) :]: given[key] for key in given if key.startswith(prefix)}
         saved = _of_any_version(own, self)
         problem = self.refusal(saved)
         if problem is not None:  # before anything is loaded
             error_msgs.append(problem)
             return
         names = self._saved().keys()
-        rest = {prefix + name: value for name, value in own.items() if name in self._buffers}
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        others = {prefix + name: value for name, value in own.items() if name in self._buffers}
+        self._load_state_dict_pre_hooks = type(hooks)()  # they have run
+        try:
+            super()._load_from_state_dict(others, prefix, local_metadata, *rest)
+        finally:
+            self._load_state_dict_pre_hooks = hooks
         if strict:
             missing_keys.extend(prefix + name for name in names if name not in saved)
             known = names | self._buffers.keys()
