@@ -26,58 +26,78 @@ _PATIENCE = 10_000  # batches without a step before the warning, where no epoch 
 
 
 class AdaptivePerturbation(Levels):
-    r"""Self-calibrating binary cross entropy that learns one perturbation level per sample (ASLP).
+    r"""Self-calibrating binary cross entropy whose perturbation levels are learned (ASLP).
 
     .. math::
-        \ell(x_i, y_i) = \mathrm{BCE}\big(x_i, (1 - \alpha_i\beta)\, y_i
-        + \tfrac{\alpha_i\beta}{2}\big)
+        \ell(x_i, y_i) = \mathrm{BCE}\big(x_i,\; y_i + \alpha_i\beta\,(c - y_i)\big)
 
     with :math:`x_i` the logits of training sample :math:`i`, :math:`y_i` its target,
-    :math:`\alpha_i` the probability that its labels are perturbed, 0 at the start, and
-    :math:`\beta` the strength. The network descends on this loss, each :math:`\alpha_i` climbs:
+    :math:`\alpha_i` its level, the probability that its labels are perturbed, 0 at the start,
+    :math:`\beta` the strength and :math:`c` the prior that perturbed labels move towards. What
+    moves the levels is the ``objective``, from the validation data given to :meth:`step`:
+
+    - ``"feedback"`` (ours): as much as the validation logits are too large. ``step(histogram)``
+      sets one level for all samples,
+
+      .. math::
+          \alpha \leftarrow \mathrm{clip}\big(\alpha + \tfrac{0.1}{\beta}\,
+          \mathrm{clip}(1 - a, -1, 1),\, 0,\, \mathrm{cap}\big),
+
+      with :math:`a` the slope of the logistic recalibration of the validation logits (below 1:
+      over-confident). Given numbers in place of a histogram, or with ``focus``, the levels climb
+      as below, with a budget :math:`u` in place of :math:`r` that each step moves by half of the
+      gap between confidence and accuracy.
+    - ``"calibration"`` (the paper's MC): each level climbs on the loss that the network descends
+      on, under a constraint :math:`R_i = \min(r - \kappa\alpha_i, 0)` with the budget
+      :math:`r = 1 - A`, :math:`A` the validation accuracy, so that the expected confidence of
+      the target equals the accuracy.
+    - ``"max_entropy"`` (the paper's MEI): the same with :math:`R = \min(A - A_\mathrm{ref}, 0)`,
+      the most entropy that keeps accuracy.
+
+    The published step, solver ``"explicit"``, is
 
     .. math::
-        \alpha_i \leftarrow \mathrm{clip}\big(\alpha_i + \eta\,(g_i + \lambda R_i),\,
-        0,\, \min(1, \tfrac{1}{\beta} - 0.01)\big), \qquad
-        g_i = \tfrac{\beta}{2}\, \mathrm{mean}\,[(2y_i - 1)\, x_i]
+        \alpha_i \leftarrow \mathrm{clip}\big(\alpha_i + \eta\,(\bar s_i + \lambda R_i),\,
+        0,\, \mathrm{cap}\big), \qquad \bar s_i = \mathrm{mean}\,[\beta\,(y_i - c)\, x_i]
 
-    with :math:`\eta` the ``lr``, :math:`\lambda` the ``penalty`` and :math:`R_i` the constraint
-    of the ``objective``, from the validation accuracy :math:`A` and mean confidence :math:`C`
-    given to :meth:`step`:
+    with :math:`\eta` the ``lr`` and :math:`\lambda` the ``penalty``. The solver ``"proximal"``
+    has the same fixed point, takes the constraint at the new level, and climbs in doubt,
+    :math:`\kappa\alpha`: :math:`\kappa`, the mean of :math:`\beta\,(1 - c)` where y is 1 and
+    :math:`\beta c` elsewhere, is what a level of 1 costs in confidence. The cap keeps both labels
+    on their side of 1/2: :math:`\min(1,\, 1/(2\max(c, 1-c)\,\beta) - 0.01)`.
 
-    - ``"max_entropy"`` (the paper's MEI): :math:`\min(A - A_\mathrm{ref}, 0)`, the most entropy
-      that keeps accuracy;
-    - ``"calibration"`` (the paper's MC): :math:`\min(r - \beta\alpha_i/2, 0)` with the budget
-      :math:`r = 1 - A`, so that the expected confidence of the target equals the accuracy;
-    - ``"feedback"`` (ours): the same with a budget :math:`u` that each step moves by half of the
-      measured gap :math:`C - A`, so that confidence itself arrives at accuracy.
-
-    Special cases: ``num_samples=None`` learns one level for all samples; during the warm-up, and
-    under ``eval()`` or ``no_grad`` at any time, this is
+    Special cases: :meth:`published` is the paper's setting. ``num_samples=None`` learns one level
+    for all samples. During the warm-up, and under ``eval()`` or ``no_grad`` at any time, this is
     :func:`torch.nn.functional.binary_cross_entropy_with_logits`, bit for bit.
 
     Args:
         num_samples: number M of training samples, or None for one shared level, which needs no
             index (streams, or no way to pass one).
-        beta: perturbation strength, in (0, 2]. Default: 2.
-        objective: ``"calibration"``, ``"max_entropy"`` or ``"feedback"``. Default:
-            ``"calibration"``.
-        lr: step size of the levels, positive. Default: 0.002.
-        penalty: weight of the constraint, not negative. Default: 2000.
-        warmup: epochs before the levels move, that is calls of :meth:`step`, of which there is
-            at least one. Default: 5.
+        beta: perturbation strength, in (0, 1 / max(prior, 1 - prior)]. None is the largest for a
+            number ``prior``, and 1 otherwise: the label is replaced by the prior. Default: None.
+        prior: a number between 0 and 1; a tensor that broadcasts to ``input`` from the last
+            dimension, as ``pos_weight`` does; or ``"observed"``, the base rate
+            :math:`(N_+ + \tfrac12)/(N + 1)` of the labels seen in training, counted in each
+            forward and used from the next :meth:`step` on. Default: ``"observed"``.
+        objective: ``"feedback"``, ``"calibration"`` or ``"max_entropy"``. Default:
+            ``"feedback"``.
+        lr: step size of levels that climb, positive. Default: 0.002.
+        penalty: weight of their constraint, not negative. Default: 2000.
+        warmup: number of epochs (calls of :meth:`step`) before the levels move; 0 is treated as
+            1. Default: 1.
         solver: ``"proximal"`` is stable for every ``lr`` and ``penalty``; ``"explicit"`` is the
-            published rule, with the same fixed point. Both are one for ``"max_entropy"``.
-            Default: ``"proximal"``.
-        focus: exponent k that shares the budget out by difficulty: sample i gets
+            published rule. Default: ``"proximal"``.
+        focus: exponent k that shares a budget out by difficulty: sample i gets
             :math:`\min(r w_i, 0.45)`, :math:`w_i` its :math:`(1 - \bar A_i)^k` over the mean of
-            all seen, with :math:`\bar A_i` a running mean of its training accuracy. 0 is the
-            paper. No effect on ``"max_entropy"``, which has no budget. Default: 0.
+            all seen, with :math:`\bar A_i` a running mean of its training accuracy. Levels then
+            climb. No effect on ``"max_entropy"``, which has no budget. Default: 0.
         sampling: ``"sample"`` draws once per sample, ``"element"`` once per element,
             ``"expected"`` uses the mean. Default: ``"sample"``.
+        num_labels: with the observed prior, the number C of labels in dimension 1, each of which
+            gets its own base rate; None pools them. Default: None.
         reference_accuracy: :math:`A_\mathrm{ref}` of ``"max_entropy"``; None is the best seen so
             far. Default: None.
-        weight: as in torch; enters the gradient of the levels too. Default: None.
+        weight: as in torch; enters the slope of the levels too. Default: None.
         pos_weight: as in torch; does not enter it. Default: None.
         ignore_index: elements whose target has this value count for nothing, neither in the loss
             nor for the level. Default: None.
@@ -87,7 +107,9 @@ class AdaptivePerturbation(Levels):
 
     Attributes:
         alpha: the table of levels, shape (M,), float32 whatever the module is cast to.
-        flip_rate: mean of ``alpha`` times ``beta / 2``, a 0-d tensor.
+        prior: a number, or a tensor; with ``"observed"`` 0-d, or (C,) with ``num_labels``.
+        doubt: mean of kappa times alpha over the rows trained so far, 0-d.
+        flip_rates: the pair (g0, g1) of mean flip rates, for :class:`TemperatureScaling`.
 
     Shape:
         - input: :math:`(N, *)`, floating point.
@@ -99,26 +121,35 @@ class AdaptivePerturbation(Levels):
         ValueError: at construction, an argument out of its range or an unknown name; in use, a
             missing index, one of another length, and what :func:`sc_bce_with_logits` refuses.
         TypeError: an argument of the wrong type.
-        IndexError: an index negative or out of range, where it lies on the CPU.
+        IndexError: an index negative or out of range, if it is on the CPU.
 
     Note:
         A training forward returns the loss under the levels held before and then moves those of
-        its batch, once per sample: one that stands in the batch more than once takes one step
-        with the mean of its gradients. Samples without a valid element, and non-finite logits,
-        move nothing. The cost is O(batch), whatever M, and nothing waits for an accelerator. An
-        index that lies there is not checked: one out of range fails in the kernel.
+        its batch, unless it is called with ``update=False``; :meth:`update` moves them alone. A
+        sample that stands in the batch more than once takes one step with the mean of its
+        slopes. Samples without a valid element, and non-finite logits, move nothing. The cost is
+        O(batch), whatever M, and nothing waits for an accelerator. An index there is not checked:
+        one out of range fails in the kernel.
 
         Keep the module with the model: move it with ``to(device)``, save its ``state_dict`` for
         an exact resume. In several processes :meth:`step` merges the tables.
 
+        A prior other than 1/2 moves the decision: P(y = 1) >= 1/2 means
+        ``sigmoid(x) >= (1 - s) / 2 + s * c`` with s the mean of alpha times beta. A repair after
+        training brings it back to 1/2.
+
+        What looks like a mistake is said once, as a warning: training without :meth:`step`, an
+        index that leaves most rows untouched, a :meth:`step` after every batch, and a backward
+        pass through a loss computed in evaluation mode.
+
     References:
-        Liu et al., ICCV 2023, arXiv 2307.13539 (ASLP: MEI and MC). The defaults are those of its
-        official code.
+        Liu et al., ICCV 2023, arXiv 2307.13539 (ASLP: MEI and MC; ``lr`` and ``penalty`` are
+        those of its official code). Cox, Biometrika 1958 (the calibration slope).
 
     Example:
         >>> import torch
         >>> from sc_bce import AdaptivePerturbation
-        >>> criterion = AdaptivePerturbation(num_samples=4, warmup=1, sampling="expected")
+        >>> criterion = AdaptivePerturbation.published(num_samples=4, warmup=1, sampling="expected")
         >>> logits = torch.tensor([[4.0], [-2.0]], requires_grad=True)
         >>> target = torch.tensor([[1], [0]])
         >>> index = torch.tensor([0, 3])
@@ -263,8 +294,8 @@ class AdaptivePerturbation(Levels):
         Example:
             >>> import torch
             >>> from sc_bce import AdaptivePerturbation
-            >>> criterion = AdaptivePerturbation(num_samples=4, warmup=1, prior=0.5)
-            >>> criterion.step(0.9, 0.95)
+            >>> criterion = AdaptivePerturbation.published(num_samples=4, warmup=1)
+            >>> criterion.step(0.9)
             >>> criterion.update(torch.tensor([[4.0]]), torch.tensor([[1.0]]), torch.tensor([2]))
             >>> bool(criterion.alpha[2] > 0)
             True
@@ -422,7 +453,7 @@ class AdaptivePerturbation(Levels):
 
         Example:
             >>> from sc_bce import AdaptivePerturbation, CalibrationHistogram
-            >>> criterion = AdaptivePerturbation(num_samples=600, objective="feedback")
+            >>> criterion = AdaptivePerturbation(num_samples=600)
             >>> histogram = CalibrationHistogram()
             >>> histogram.update(torch.tensor([3.0, -2.0]), torch.tensor([1, 1]))
             >>> criterion.step(histogram)
