@@ -253,10 +253,11 @@ _SETTINGS = {
 
 
 def _require_half(setting: str, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("prior", 0.5) != 0.5:
+    prior = kwargs.get("prior", 0.5)
+    if isinstance(prior, Tensor) or prior != 0.5:
         wanted = f"be 1/2, which {setting} is defined by"
         remedy = "use moderation or label_smoothing"
-        raise ValueError(sentence("prior", wanted, kwargs["prior"], remedy))
+        raise ValueError(sentence("prior", wanted, prior, remedy))
 
 
 def _require_noise(noise: object, beta: float | None, prior: object, sampling: str) -> None:
