@@ -332,10 +332,10 @@ def test_smoothing_towards_one_half_from_a_weight_of_nineteen_on():
         if weight < 19:
             make(0.1, pos_weight=w)
         else:
-            with pytest.raises(ValueError, match="is called positive.*`prior` to the base rate"):
+            with pytest.raises(ValueError, match=r"is called positive.*`prior` to the base rate"):
                 make(0.1, pos_weight=w)
         make(0.1, pos_weight=w, prior=0.02)
-    with pytest.raises(ValueError, match="a sure positive .*is called negative"):
+    with pytest.raises(ValueError, match=r"a sure positive .*is called negative"):
         SCBCEWithLogitsLoss.moderation(0.6, prior=0.02)
 
 

@@ -204,7 +204,9 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     @property
     def flip_rates(self) -> tuple[Tensor, Tensor]:
         """(g0, g1) = (s c, s (1 - c)), s = alpha beta: 0-d, or of the prior's shape."""
-        prior = torch.as_tensor(self.prior, dtype=torch.float32)
+        prior = self.prior
+        if not isinstance(prior, Tensor):  # whatever the default device
+            prior = torch.tensor(prior, dtype=torch.float32, device="cpu")
         beta = 1 / torch.maximum(prior, 1 - prior) if self.beta is None else self.beta
         return self.alpha * beta * prior, self.alpha * beta * (1 - prior)
 
@@ -281,7 +283,7 @@ def _require_lessons(loss: SCBCEWithLogitsLoss) -> None:
     if bool((up + down > 1 - 1e-6).any()):
         got = f"alpha * beta = {float((up + down).max()):g}, where no label is told from another"
         raise ValueError(sentence("alpha", "be below 1 / beta", got, "lower one of them"))
-    weight = torch.ones(()) if loss.pos_weight is None else loss.pos_weight
+    weight = 1.0 if loss.pos_weight is None else loss.pos_weight
     negative, positive = weight * up / (1 - up), weight * (1 - down) / down
     if bool((negative >= 1).any()):
         kind, odds = "negative", float(negative.max())
