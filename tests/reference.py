@@ -24,26 +24,40 @@ def bce(x, y, pos_weight=1.0):
     return pos_weight * y * softplus(-x) + (1 - y) * softplus(x)
 
 
-def perturbed(y, beta):
-    """p(y, beta) = (1 - beta) y + beta/2"""
-    return (1 - beta) * y + beta / 2
+def largest(prior):
+    """beta of None: the strength at which the label farther from the prior reaches the other"""
+    return 1 / np.maximum(prior, 1 - np.asarray(prior, dtype=np.float64))
 
 
-def effective(y, alpha, beta):
-    """q = (1 - alpha beta) y + alpha beta / 2"""
-    return (1 - alpha * beta) * y + alpha * beta / 2
+def perturbed(y, beta, prior=0.5):
+    """p(y) = (1 - beta) y + beta c"""
+    return (1 - beta) * y + beta * prior
 
 
-def sc_bce(x, y, alpha, beta, weight=1.0, pos_weight=1.0, valid=None, reduction="mean"):
-    """BCE at the effective target; alpha and beta broadcast to x, invalid elements give 0."""
+def effective(y, alpha, beta, prior=0.5):
+    """q, the mean of a target that is p(y) with probability alpha, else y"""
+    return alpha * perturbed(y, beta, prior) + (1 - alpha) * y
+
+
+def sc_bce(
+    x, y, alpha, beta, weight=1.0, pos_weight=1.0, valid=None, reduction="mean", prior=0.5
+):  # fmt: skip
+    """Mean BCE of the drawn targets; alpha, beta, prior broadcast to x, invalid elements give 0."""
     valid = np.ones(np.shape(x), dtype=bool) if valid is None else valid
     x, y = np.where(valid, x, 0.0), np.where(valid, y, 0.0)
-    loss = np.where(valid, weight * bce(x, effective(y, alpha, beta), pos_weight), 0.0)
+    drawn, kept = bce(x, perturbed(y, beta, prior), pos_weight), bce(x, y, pos_weight)
+    loss = np.where(valid, weight * (alpha * drawn + (1 - alpha) * kept), 0.0)
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
     return loss.sum() / max(valid.sum(), 1)
+
+
+def slope(x, y, prior=0.5, weight=1.0):
+    """mean of weight (y - c) x over each sample"""
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    return (weight * (y - prior) * x).reshape(len(x), -1).mean(1)
 
 
 def margin(x, y, weight=1.0, valid=None):

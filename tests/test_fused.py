@@ -1,4 +1,4 @@
-"""The fused sums against their plain twin, and where they step aside."""
+"""The fused sweep against the reference path, and where it steps aside."""
 
 from unittest import mock
 
@@ -9,98 +9,151 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import FLOATS, MASKS, batches, pairs, seeds
+from strategies import FLOATS, MASKS, batches, inner, pairs, seeds
 from torch.testing import assert_close
 
 from sc_bce import AdaptivePerturbation, SCBCEWithLogitsLoss, _fused, sc_bce_with_logits
+from sc_bce._batch import perturbation, prepare
 
 matrices = st.tuples(st.integers(1, 4), st.integers(1, 70))
 blocks = st.sampled_from([1, 3, 8, 64, 1 << 20])
 
 
 def fusing(block=8):
-    """Every batch that the path can take takes it, in blocks of a few elements."""
-    return mock.patch.multiple(_fused, _LEAST=1, _EACH=1, _BLOCK=block)
+    """Every batch that the sweep can take takes it, in blocks of a few elements."""
+    return mock.patch.multiple(_fused, _MIN_ELEMENTS=1, _MIN_PER_ROW=1, _BLOCK=block)
 
 
 def watched():
-    return mock.patch.object(_fused, "sample_sums", wraps=_fused.sample_sums)
+    return mock.patch.object(_fused._Sweep, "apply", wraps=_fused._Sweep.apply)
 
 
-# --- against the reference and the twin -------------------------------------------------------
+def sums(x, y, alpha=0.0, beta=2.0, prior=0.5, by_sample=False):
+    batch, given = prepare(x, y, None), perturbation(alpha, beta, prior, x.size())
+    return _fused.sums(batch, given, by_sample)
 
 
-@given(batches(matrices), blocks, st.booleans())
-def test_sums_are_the_reference_formulas(batch, block, by_sample):
+# --- against the reference and the reference path ---------------------------------------------
+
+
+@st.composite
+def rows(draw, shape):
+    """A prior in a form that varies by row, the array that it broadcasts to, and its rows."""
+    form = draw(st.sampled_from(["number", "0-d", "per sample", "per label"]))
+    rng = np.random.default_rng(draw(seeds))
+    if form == "number":
+        c = draw(inner)
+        return c, np.asarray(c), ()
+    size = {"0-d": (), "per sample": (shape[0], 1, 1), "per label": (shape[1], 1)}[form]
+    array = np.asarray(rng.random(size))
+    return torch.from_numpy(array), array, {0: (), 3: (shape[0],), 2: shape[:2]}[len(size)]
+
+
+cubes = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 40))
+
+
+@given(batches(cubes), blocks, st.booleans(), st.data(), st.floats(0, 1))
+def test_sums_are_the_reference_formulas(batch, block, by_sample, data, alpha):
     x, y = batch.input, batch.target
-    parts = len(x) if by_sample else 1
+    prior, c, lead = data.draw(rows(tuple(x.shape)))
     with fusing(block):
-        loss, margin = _fused.sample_sums(x, y, parts)
-    x, y = x.numpy().reshape(parts, -1), y.numpy().reshape(parts, -1)
-    np.testing.assert_allclose(loss, ref.bce(x, y).sum(1), rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(margin, ((2 * y - 1) * x).sum(1), rtol=1e-9, atol=1e-9)
+        loss, slope = sums(x, y, alpha, 1.0, prior, by_sample)
+    x, y = x.numpy(), y.numpy()
+    lead = lead or (len(x),) * by_sample
+    assert slope.shape == (np.prod(lead, dtype=int),)
+    want = ((y - c) * x).reshape(len(slope), -1).sum(1)
+    np.testing.assert_allclose(slope, want, rtol=1e-9, atol=1e-8)
+    np.testing.assert_allclose(
+        loss, ref.sc_bce(x, y, alpha, 1.0, reduction="sum", prior=c), rtol=1e-9, atol=1e-8
+    )
 
 
 @given(
-    batches(matrices, scale=5.0), blocks, pairs(), st.sampled_from(["mean", "sum"]), seeds,
-    st.sampled_from(["number", "0-d", "per sample", "drawn per sample", "drawn"]),
+    batches(cubes, scale=5.0), blocks, pairs(), st.sampled_from(["mean", "sum"]), seeds,
+    st.sampled_from(["number", "0-d", "per sample", "drawn per sample", "drawn"]), st.data(),
 )  # fmt: skip
-def test_loss_and_gradients_are_those_of_the_plain_path(batch, block, pair, reduction, seed, form):
+def test_loss_and_gradients_are_those_of_the_reference_path(
+    batch, block, pair, reduction, seed, form, data
+):
     alpha, beta = pair
+    prior, _, _ = data.draw(rows(tuple(batch.input.shape)))
+    if prior != 0.5 if isinstance(prior, float) else True:
+        beta /= 2
+    rng = np.random.default_rng(seed)
+    input = batch.input.clone().requires_grad_()
+    inputs = [input]
     if form.startswith("drawn"):
         size = batch.input.shape if form == "drawn" else batch.input.shape[:1]
-        alpha = torch.from_numpy(np.random.default_rng(seed).random(tuple(size)) < 0.4)
+        alpha = torch.from_numpy(rng.random(tuple(size)) < 0.4)
+        beta = torch.tensor(beta, dtype=torch.float64, requires_grad=True)
+        inputs.append(beta)
     elif form != "number":
         size = (len(batch.input),) if form == "per sample" else ()
-        rng = np.random.default_rng(seed)
         alpha = torch.from_numpy(np.asarray(rng.uniform(0, alpha, size))).requires_grad_()
-    input = batch.input.clone().requires_grad_()
-    given = [input, alpha] if getattr(alpha, "requires_grad", False) else [input]
+        inputs.append(alpha)
+    if isinstance(prior, torch.Tensor):
+        inputs.append(prior.requires_grad_())
 
-    def run():
-        loss = sc_bce_with_logits(input, batch.target, alpha, beta, reduction=reduction)
-        return loss.detach(), *torch.autograd.grad(loss * 3, given)
+    def run(create_graph=False):
+        loss = sc_bce_with_logits(
+            input, batch.target, alpha, beta, prior=prior, reduction=reduction
+        )
+        grads = torch.autograd.grad(loss * 3, inputs, create_graph=create_graph, allow_unused=True)
+        return loss.detach(), *(torch.zeros(()) if g is None else g.detach() for g in grads)
 
-    plain = run()
+    want = run()
     with fusing(block), watched() as taken:
-        fused = run()
+        fused, again = run(), run(create_graph=True)
     assert taken.called == (form != "number" or alpha > 0)
-    assert_close(fused, plain, rtol=1e-9, atol=1e-9)
+    assert_close(fused, want, rtol=1e-9, atol=1e-9)
+    assert_close(again, want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("prior", [0.5, 0.02, torch.tensor([[0.02], [0.5], [0.9]])])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("mask", [*MASKS, *FLOATS, torch.uint16, torch.uint32, torch.uint64])
-def test_every_dtype_is_that_of_the_plain_path(dtype, mask):
+def test_every_dtype_is_that_of_the_reference_path(dtype, mask, prior):
     x = (4 * torch.randn(3, 50)).to(dtype).requires_grad_()
     y = torch.randint(0, 2, (3, 50)).to(mask)
     alpha = torch.tensor([0.0, 0.1, 0.4])
 
     def run():
-        loss = sc_bce_with_logits(x, y, alpha)
+        loss = sc_bce_with_logits(x, y, alpha, 1.0, prior=prior)
         return loss.detach(), torch.autograd.grad(loss, x)[0]
 
-    plain = run()
+    want = run()
     with fusing():
         fused = run()
-    assert [f.dtype for f in fused] == [p.dtype for p in plain]
-    assert_close(fused, plain)
+    assert [f.dtype for f in fused] == [w.dtype for w in want]
+    assert_close(fused, want)
 
 
-def test_a_large_batch_takes_it_and_float32_agrees_with_float64():
-    x = (6 * torch.randn(2, 1, 512, 514)).requires_grad_()
+@pytest.mark.parametrize("prior", [0.5, 0.02, torch.tensor([0.02, 0.3])[:, None, None]])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_large_batch_takes_it_and_float32_agrees_with_float64(prior, drawn):
+    x = (6 * torch.randn(2, 2, 512, 257)).requires_grad_()
     y = torch.rand(x.shape) < 0.3
-    alpha = torch.tensor([0.02, 0.2])
+    alpha = torch.rand(x.shape) < 0.2 if drawn else torch.tensor([0.02, 0.2])
     with watched() as taken:
-        loss = sc_bce_with_logits(x, y, alpha)
+        loss = sc_bce_with_logits(x, y, alpha, 1.0, prior=prior)
         loss.backward()
     assert taken.called
-    wide = x.detach().double().requires_grad_()
-    want = F.binary_cross_entropy_with_logits(
-        wide, ref.effective(y.double(), 2 * alpha.double()[:, None, None, None], 1.0)
-    )
-    want.backward()
-    assert loss.item() == pytest.approx(want.item(), abs=1e-6)
-    assert_close(x.grad.double() * x.numel(), wide.grad * x.numel(), rtol=0, atol=1e-6)
+    level = alpha.numpy() if drawn else alpha.double().numpy()[:, None, None, None]
+    c = prior.double().numpy() if isinstance(prior, torch.Tensor) else prior
+    wide, q = x.detach().double().numpy(), ref.effective(y.numpy(), level, 1.0, c)
+    assert loss.item() == pytest.approx(ref.bce(wide, q).mean(), abs=1e-6)
+    np.testing.assert_allclose(x.grad.numpy() * x.numel(), ref.sigmoid(wide) - q, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 31, 32, 63, 64, 127, 255, 511, 1023, 4095, 4096, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_product_of_sigmoids_underflows(width, dtype):
+    """Undecided logits, whose sigmoids are 1/2: 150 of them are no float32 any more."""
+    x = torch.zeros(2, width, dtype=dtype)
+    for y in (torch.zeros_like(x), torch.ones(2, width, dtype=torch.bool)):
+        with fusing(1 << 20):
+            loss = sums(x, y, 0.1).loss
+        assert loss.item() == pytest.approx(2 * width * np.log(2), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -109,7 +162,7 @@ def test_the_loss_of_saturated_logits_errs_by_less_than_a_rounding_of_one(dtype)
     for size in (5.0, 9.0, 15.0, 17.0, 30.0, 88.0):
         x = torch.full((1, 4000), size, dtype=dtype)
         with fusing(1000):
-            loss, _ = _fused.sample_sums(x, torch.ones_like(x), 1)
+            loss, _ = sums(x, torch.ones_like(x))
         want = float(np.log1p(np.exp(-size)))
         assert float(loss) / 4000 == pytest.approx(want, abs=torch.finfo(dtype).eps)
 
@@ -129,8 +182,32 @@ def test_extreme_and_non_finite_logits():
         assert sc_bce_with_logits(torch.tensor([[torch.inf] * 4]), y, 0.05).isnan()
         # As torch: no overflow below float32's end, and a certain miss costs inf.
         for x, label in ((3e38, 0.0), (-3e38, 1.0), (torch.inf, 0.0)):
-            loss, _ = _fused.sample_sums(torch.tensor([[x]]), torch.tensor([[label]]), 1)
+            loss, _ = sums(torch.tensor([[x]]), torch.tensor([[label]]))
             assert loss == abs(x)
+
+
+@pytest.mark.parametrize("prior", [0.5, 0.02, torch.tensor([[0.02], [0.5], [0.9]])])
+def test_a_row_of_level_zero_has_a_finite_loss_whatever_its_logits(prior):
+    """Its slopes add up to more than float32 holds, and 0 times inf is nan."""
+    x = torch.full((3, 70_000), 5e33)
+    x[1] = -5e33
+    x[2] = 1.0
+    y = x > 0
+    alpha = torch.tensor([0.0, 0.0, 0.1])
+    x.requires_grad_()
+    with fusing(1 << 20), watched() as taken:
+        loss = sc_bce_with_logits(x, y, alpha, 1.0, prior=prior)
+    assert taken.called
+    (grad,) = torch.autograd.grad(loss, x)
+    (again,) = torch.autograd.grad(
+        sc_bce_with_logits(x, y, alpha, 1.0, prior=prior), x, create_graph=True
+    )
+    c = prior if isinstance(prior, float) else 0.9
+    row = ref.sc_bce(1.0, 1.0, 0.1, 1.0, prior=c)
+    assert loss.item() == pytest.approx(float(row) / 3, rel=1e-5)
+    assert not grad[:2].any()
+    assert bool(grad[2].isfinite().all())
+    assert_close(again, grad)
 
 
 # --- differentiation and transforms ------------------------------------------------------------
@@ -142,9 +219,14 @@ def test_gradients_of_all_orders(soft):
     y = torch.rand(2, 7, dtype=torch.float64)
     y = y if soft else (y > 0.5).double()
     alpha = torch.tensor([0.1, 0.3], dtype=torch.float64, requires_grad=True)
+    prior = torch.tensor([[0.2], [0.6]], dtype=torch.float64, requires_grad=True)
+
+    def loss(x, alpha, prior):
+        return sc_bce_with_logits(x, y, alpha, 1.3, prior=prior)
+
     with fusing(4), watched() as taken:
-        assert torch.autograd.gradcheck(lambda x, a: sc_bce_with_logits(x, y, a), (x, alpha))
-        assert torch.autograd.gradgradcheck(lambda x, a: sc_bce_with_logits(x, y, a), (x, alpha))
+        assert torch.autograd.gradcheck(loss, (x, alpha, prior), check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(loss, (x, alpha, prior))
     assert taken.called
 
 
@@ -152,20 +234,47 @@ def test_gradients_of_all_orders_under_a_draw():
     x = (3 * torch.randn(2, 7, dtype=torch.float64)).requires_grad_()
     y, drawn = torch.rand(2, 7, dtype=torch.float64), torch.rand(2, 7) < 0.5
     beta = torch.tensor([0.5, 1.5], dtype=torch.float64, requires_grad=True)
+    prior = torch.tensor([[0.2], [0.6]], dtype=torch.float64, requires_grad=True)
+
+    def loss(x, beta, prior):
+        return sc_bce_with_logits(x, y, drawn, beta, prior=prior)
+
     with fusing(4), watched() as taken:
-        assert torch.autograd.gradcheck(lambda x, b: sc_bce_with_logits(x, y, drawn, b), (x, beta))
-        assert torch.autograd.gradgradcheck(lambda x: sc_bce_with_logits(x, y, drawn, 1.5), (x,))
+        assert torch.autograd.gradcheck(loss, (x, beta, prior), check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(loss, (x, beta, prior))
     assert taken.called
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("prior", [0.5, 0.02, torch.tensor([[0.1], [0.9]]).double()])
+def test_a_gradient_to_be_differentiated_again_is_the_gradient(drawn, prior):
+    """By hand: sigmoid(x) - y + s (y - c), and s (1 - s)-like curvature of the sigmoid alone."""
+    x = (3 * torch.randn(2, 7, dtype=torch.float64)).requires_grad_()
+    y = torch.rand(2, 7, dtype=torch.float64)
+    alpha = torch.rand(2, 7) < 0.5 if drawn else torch.tensor([0.1, 0.3]).double()
+    s = 0.8 * (alpha.double() if drawn else alpha[:, None])
+    with fusing(4), watched() as taken:
+        loss = sc_bce_with_logits(x, y, alpha, 0.8, prior=prior, reduction="sum")
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        (plain,) = torch.autograd.grad(
+            sc_bce_with_logits(x, y, alpha, 0.8, prior=prior, reduction="sum"), x
+        )
+    assert taken.call_count == 2
+    want = torch.sigmoid(x) - y + s * (y - prior)
+    assert_close(grad, want)
+    assert_close(plain, want.detach())
+    (curvature,) = torch.autograd.grad(grad.sum(), x)
+    assert_close(curvature, (torch.sigmoid(x) * torch.sigmoid(-x)).detach())
 
 
 def test_batched_gradients():
     x = torch.randn(3, 6, requires_grad=True)
     y = (torch.rand(3, 6) > 0.5).float()
     with fusing():
-        sums = _fused.sample_sums(x, y, 3)[0]
-        rows = torch.autograd.grad(sums, x, torch.eye(3), is_grads_batched=True)[0]
-    assert_close(rows.sum(0), torch.sigmoid(x) - y)
-    assert_close(rows[0, 1:], torch.zeros(2, 6))
+        loss = sc_bce_with_logits(x, y, 0.2, 1.0, prior=0.1, reduction="sum")
+        rows = torch.autograd.grad(loss, x, torch.arange(3.0), is_grads_batched=True)[0]
+    want = torch.sigmoid(x.detach()) - y + 0.2 * (y - 0.1)
+    assert_close(rows, torch.arange(3.0)[:, None, None] * want)
 
 
 def test_transforms_step_aside_and_give_the_same():
@@ -188,6 +297,16 @@ def test_transforms_step_aside_and_give_the_same():
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(x, x)
             slope = torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
+            for name in ("alpha", "beta", "prior"):
+                dual = torch.autograd.forward_ad.make_dual(torch.tensor(0.3), torch.ones(()))
+                value = sc_bce_with_logits(
+                    x, y, **{"alpha": 0.2, "beta": 1.0, "prior": 0.1, name: dual}, reduction="sum"
+                )
+                got = torch.autograd.forward_ad.unpack_dual(value).tangent
+                want = {
+                    "alpha": (y - 0.1) * x, "beta": 0.2 * (y - 0.1) * x, "prior": -0.2 * x
+                }  # fmt: skip
+                assert_close(got, want[name].sum())
         inside = torch.func.vmap(lambda a: sc_bce_with_logits(x, y, a))(torch.tensor([0.1, 0.2]))
     assert not taken.called
     assert_close(fused, plain)
@@ -195,7 +314,7 @@ def test_transforms_step_aside_and_give_the_same():
     assert_close(inside[0], loss(x))
 
 
-def test_what_it_can_not_serve_takes_the_plain_path():
+def test_what_it_can_not_serve_takes_the_reference_path():
     x, y = torch.randn(4, 6), (torch.rand(4, 6) > 0.5).float()
     one = torch.ones(6)
     with fusing(), watched() as taken:
@@ -204,7 +323,10 @@ def test_what_it_can_not_serve_takes_the_plain_path():
         sc_bce_with_logits(x, y, 0.1, pos_weight=one)
         sc_bce_with_logits(x, y, 0.1, ignore_index=7)
         sc_bce_with_logits(x, y, 0.1, reduction="none")
-        sc_bce_with_logits(x, y, torch.full((4, 6), 0.1))
+        with mock.patch.object(_fused, "_MIN_PER_ROW", 2):
+            sc_bce_with_logits(x, y, torch.full((4, 6), 0.1))
+            sc_bce_with_logits(x, y, 0.1, prior=torch.full((4, 6), 0.1))
+            sc_bce_with_logits(x, y, 0.1, prior=torch.full((6,), 0.1))
         sc_bce_with_logits(x, y.clone().requires_grad_(), 0.1)
         assert sc_bce_with_logits(x, y.double(), 0.1).dtype == torch.float64
         sc_bce_with_logits(x.to("meta"), y.to("meta"), 0.1)
@@ -256,11 +378,12 @@ def test_tracing_steps_aside():
 # --- memory, masks, table ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("prior", [0.5, 0.02, torch.full((8, 1), 0.1)])
 @pytest.mark.parametrize(
     ("mask", "expected"), [(torch.bool, 5), (torch.uint8, 5), (torch.float32, 8)]
 )
-def test_bytes_saved_for_backward(mask, expected):
-    x, y = torch.randn(8, 100, requires_grad=True), torch.randint(0, 2, (8, 100)).to(mask)
+def test_bytes_saved_for_backward(mask, expected, prior):
+    x, y = torch.randn(8, 2000, requires_grad=True), torch.randint(0, 2, (8, 2000)).to(mask)
     saved = {}
 
     def pack(value):
@@ -268,8 +391,8 @@ def test_bytes_saved_for_backward(mask, expected):
         return value
 
     with fusing(), torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        sc_bce_with_logits(x, y, 0.1)
-    # The two sums, whatever the batch, are what goes beyond.
+        sc_bce_with_logits(x, y, 0.1, 1.0, prior=prior)
+    # One value for each row, whatever the batch, is what goes beyond.
     assert expected <= sum(saved.values()) / x.numel() < expected + 0.05
 
 
@@ -281,29 +404,91 @@ def test_illegal_integers_are_refused(bad):
         sc_bce_with_logits(torch.randn(3, 8), y, 0.1)
 
 
-@given(seeds, st.sampled_from(["sample", "expected"]), st.sampled_from([0.0, 2.0]))
-def test_the_adaptive_loss_and_table_are_those_of_the_plain_path(seed, sampling, focus):
-    def train(lots):
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("low", "high"), [(0.0, 255.0), (-1.0, 1.0), (0.0, 1.5)])
+def test_float_labels_outside_the_unit_interval_are_refused(dtype, low, high):
+    """One of them, in the last block of a batch that is too large for a look of its own."""
+    x, y = torch.randn(3, 3000).to(dtype), torch.zeros(3, 3000, dtype=dtype)
+    y[2, -1] = high
+    y[2, -2] = low
+    bad = low if low < 0 else high
+    text = rf"`target` to be in \[0, 1\], but got the value {bad:g}; .*labels -1 and 1 `target > 0`"
+    with fusing(1000), watched() as taken, pytest.raises(ValueError, match=text):
+        sc_bce_with_logits(x, y, 0.1)
+    assert taken.called
+    with fusing(1000), pytest.raises(ValueError, match=text):
+        sc_bce_with_logits(x[:, -8:], y[:, -8:], 0.1)
+    with pytest.raises(ValueError, match=text):
+        sc_bce_with_logits(x[:, -8:], y[:, -8:], 0.1)
+
+
+@given(
+    seeds,
+    st.sampled_from(["sample", "expected", "element"]),
+    st.sampled_from([0.0, 2.0]),
+    st.sampled_from([0.5, 0.1, torch.tensor([[0.1], [0.6]])]),
+)
+def test_the_adaptive_loss_and_table_are_those_of_the_reference_path(seed, sampling, focus, prior):
+    def train():
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         criterion = AdaptivePerturbation(
-            6, objective="feedback", sampling=sampling, focus=focus, warmup=1, generator=generator
-        )
+            6, objective="feedback", sampling=sampling, focus=focus, warmup=1, generator=generator,
+            beta=1.0, prior=prior,
+        )  # fmt: skip
         losses = []
         for _ in range(3):
             criterion.step(0.8, 0.95)
-            x = (5 * torch.randn(8, 30)).requires_grad_()
-            y, index = torch.rand(8, 30) > 0.4, torch.randint(0, 6, (8,))
+            x = (5 * torch.randn(8, 2, 30)).requires_grad_()
+            y, index = torch.rand(8, 2, 30) > 0.4, torch.randint(0, 6, (8,))
             loss = criterion(x, y, index)
             losses += [loss.detach(), *torch.autograd.grad(loss, x)]
         return criterion.alpha, losses, generator.get_state()
 
-    plain = train(False)
+    want = train()
     with fusing(), watched() as taken:
-        fused = train(True)
+        fused = train()
     assert taken.call_count == 3
-    assert_close(fused[:2], plain[:2])
-    assert torch.equal(fused[2], plain[2])
+    assert_close(fused[:2], want[:2])
+    assert torch.equal(fused[2], want[2])
+
+
+@pytest.mark.parametrize("sampling", ["sample", "element"])
+@pytest.mark.parametrize("size", [40, 5000])
+def test_a_draw_for_each_logit_of_a_vector_moves_levels_by_all_of_them(sampling, size):
+    """With (N,) logits a draw per sample has the shape of one per element, and is no filter."""
+
+    def train():
+        criterion = AdaptivePerturbation(
+            size, warmup=1, sampling=sampling, objective="max_entropy", beta=2.0, penalty=0.0,
+            generator=torch.Generator().manual_seed(3),
+        )  # fmt: skip
+        criterion.step(0.8)
+        criterion.alpha.fill_(0.2)
+        loss = criterion(x, x > 0, torch.arange(size))
+        return loss, criterion.alpha
+
+    x = torch.randn(size)
+    loss, alpha = train()
+    with fusing():
+        fused, again = train()
+    assert_close(fused, loss)
+    assert_close(again, alpha)
+    assert_close(alpha, 0.2 + 0.002 * x.abs())
+
+
+@pytest.mark.parametrize("size", [9, (1 << 18) + 5])
+def test_a_bool_alpha_of_a_vector_is_a_draw_on_both_paths(size):
+    x, y, drawn = torch.randn(size), torch.rand(size) < 0.4, torch.rand(size) < 0.3
+    beta = 0.5 + torch.rand(size)
+    q = torch.where(drawn, y + beta * (0.1 - y.float()), y.float())
+    want = F.binary_cross_entropy_with_logits(x, q)
+    for numbers in (beta, beta.mean()):
+        q = torch.where(drawn, y + numbers * (0.1 - y.float()), y.float())
+        want = F.binary_cross_entropy_with_logits(x, q)
+        assert_close(sc_bce_with_logits(x, y, drawn, numbers, prior=0.1), want)
+        with fusing(1 << 20):
+            assert_close(sc_bce_with_logits(x, y, drawn, numbers, prior=0.1), want)
 
 
 def test_a_refused_batch_leaves_the_generator_and_the_table():
@@ -316,7 +501,8 @@ def test_a_refused_batch_leaves_the_generator_and_the_table():
     with fusing(), pytest.raises(ValueError, match="size"):
         criterion(torch.randn(2, 8), torch.ones(2, 4), torch.arange(2))
     assert torch.equal(generator.get_state(), before)
-    assert not criterion.moved.any()
+    assert not criterion.visited.any()
+    assert not criterion.alpha.any()
 
 
 def test_the_named_losses_take_it():

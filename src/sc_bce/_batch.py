@@ -17,7 +17,7 @@ from ._checks import sentence
 
 _BYTES_PAY_FROM = 1 << 12  # draws, from which on bytes are quicker than uniform numbers
 FRACTION = 1 << 20  # parts of a label, so that soft ones are counted in integers too
-FEW = 1 << 12  # elements, up to which a look at each costs nothing beside the call
+_FEW = 1 << 12  # elements, up to which a look at each costs nothing beside the call
 _UNREDUCIBLE = (torch.uint16, torch.uint32, torch.uint64)  # torch has no min and max of them
 
 
@@ -42,8 +42,10 @@ class Batch(NamedTuple):
         return as_labels(self.target, dtype, self.valid, self.legal)
 
 
-def prepare(input: Tensor, target: Tensor, ignore_index: int | None, every: bool = False) -> Batch:
-    """Check a batch; `every`: look at all floating-point labels too, at the price of a pass."""
+def prepare(
+    input: Tensor, target: Tensor, ignore_index: int | None, every: bool | None = None
+) -> Batch:
+    """Check a batch; `every` as in `require_labels`."""
     pair(input, target)
     valid = None if ignore_index is None else valid_elements(target, ignore_index)
     return Batch(input, target, valid, require_labels(target, valid, ignore_index, every))
@@ -93,16 +95,22 @@ def valid_elements(target: Tensor, ignore_index: float) -> Tensor:
 
 
 def require_labels(
-    target: Tensor, valid: Tensor | None, ignore_index: int | None, every: bool = False
+    target: Tensor, valid: Tensor | None, ignore_index: int | None, every: bool | None = None
 ) -> bool:
     """Refuse labels that are none; False where they can't be read without waiting.
 
-    Integers must be 0 or 1. Floats, which must be in [0, 1], are looked at if `every`.
+    Integers must be 0 or 1. Floats must be in [0, 1]; they are looked at if `every`, None being
+    where there are few.
     """
     if target.dtype == torch.bool:
         return True
     if target.is_floating_point():
-        if every and target.numel() and readable(target):
+        # Whether it is readable comes before its size, which a compiled graph would be bound to.
+        if (
+            readable(target)
+            and 0 < target.numel()
+            and (target.numel() <= _FEW if every is None else every)
+        ):
             low, high = target.detach().aminmax()  # a nan is torch's to carry through
             if low < 0 or high > 1:
                 illegal = (target < 0) | (target > 1)
@@ -237,9 +245,12 @@ def perturbation(
         _require_probabilities(alpha)
     if isinstance(prior, Tensor):
         prior = prior_of(prior, size)
-        beta = 1 / torch.maximum(prior, 1 - prior) if beta is None else beta
-    assert beta is not None
-    return Perturbation(_level_of("alpha", alpha, size), _level_of("beta", beta, size), prior)
+    if beta is None:
+        assert isinstance(prior, Tensor)
+        beta = 1 / torch.maximum(prior, 1 - prior)
+    else:
+        beta = _level_of("beta", beta, size)
+    return Perturbation(_level_of("alpha", alpha, size), beta, prior)
 
 
 def _require_probabilities(alpha: Tensor) -> None:
@@ -322,10 +333,10 @@ def _level_of(name: str, value: float | Tensor, size: torch.Size) -> float | Ten
 
 
 def prior_of(value: Tensor, size: torch.Size) -> Tensor:
-    """Broadcasting from the last dimension, as pos_weight does."""
+    """Broadcasting from the last dimension, as pos_weight does; in at least float32."""
     if value.is_complex():
         raise TypeError(sentence("prior", "be a real Tensor", value.dtype))
-    value = value if value.is_floating_point() else value.float()
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
     if value.dim() == 1 and len(size) > 2:
         ones = ", 1" * (len(size) - 2)
         raise ValueError(
@@ -336,7 +347,7 @@ def prior_of(value: Tensor, size: torch.Size) -> Tensor:
             )
         )  # fmt: skip
     if value.dim() <= len(size) and _broadcasts(value.shape, size[len(size) - value.dim() :]):
-        return value.reshape(*(1 for _ in range(len(size) - value.dim())), *value.shape)
+        return value.reshape((1,) * (len(size) - value.dim()) + tuple(value.shape))
     raise ValueError(
         sentence(
             "prior", f"be a number or a tensor that broadcasts to {tuple(size)} from the last "
@@ -429,7 +440,8 @@ def bernoulli(
     shape = input.shape if sampling == "element" else input.shape[:1]
     if isinstance(alpha, Tensor) and alpha.dim() == 1:
         alpha = alpha.reshape(alpha.shape[0], *(1 for _ in shape[1:]))
-    if shape.numel() < _BYTES_PAY_FROM or not readable(input):
+    # Whether it is readable comes before its size, which a compiled graph would be bound to.
+    if not readable(input) or shape.numel() < _BYTES_PAY_FROM:
         return _uniform(input, shape, generator) < alpha
     return _by_bytes(alpha, input, shape, generator)
 

@@ -49,7 +49,10 @@ def sums(
     one likes.
     """
     x, y = batch.input, batch.target
-    if batch.valid is not None or x.numel() < _MIN_ELEMENTS or not _fit(x, y):
+    # Whether it is readable comes before its size, which a compiled graph would be bound to.
+    if batch.valid is not None or not readable(x) or x.numel() < _MIN_ELEMENTS or not _fit(x, y):
+        return None
+    if any(_is_dual(value) for value in (x, y, *given.tensors)):
         return None
     drawn = _draw_per_element(given.alpha, x)
     if drawn is not None:
@@ -73,17 +76,15 @@ def sums(
 
 
 def _fit(x: Tensor, y: Tensor) -> bool:
-    """Ordinary contiguous CPU tensors, outside of compile, vmap, functorch and forward AD."""
+    """Contiguous and of dtypes that the sweep computes in; `x` is known to be readable."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
-        readable(x)
-        and readable(y)
+        readable(y)
         and x.is_contiguous()
         and y.is_contiguous()
         and not y.requires_grad
         and y.dtype not in _UNFIT
         and (not y.is_floating_point() or torch.promote_types(y.dtype, wide) == wide)
-        and not (_is_dual(x) or _is_dual(y))
     )
 
 

@@ -100,7 +100,7 @@ def perturb_target(
         dtype = torch.promote_types(own, torch.float32)
     _checks.floating_dtype("dtype", dtype)
     valid = None if ignore_index is None else _batch.valid_elements(target, ignore_index)
-    legal = _batch.require_labels(target, valid, ignore_index, every=target.numel() <= _batch.FEW)
+    legal = _batch.require_labels(target, valid, ignore_index)
     y = _batch.as_labels(target, torch.promote_types(dtype, torch.float32), valid, legal)
     q = given.towards_prior(y)
     return (q if valid is None else torch.where(valid, q, y)).to(dtype)

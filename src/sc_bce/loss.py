@@ -205,7 +205,9 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     @property
     def flip_rates(self) -> tuple[Tensor, Tensor]:
         """(g0, g1) = (s c, s (1 - c)), s = alpha beta: 0-d, or of the prior's shape."""
-        prior = torch.as_tensor(self.prior, dtype=torch.float32)
+        prior = self.prior
+        if not isinstance(prior, Tensor):  # whatever the default device
+            prior = torch.tensor(prior, dtype=torch.float32, device="cpu")
         beta = 1 / torch.maximum(prior, 1 - prior) if self.beta is None else self.beta
         return self.alpha * beta * prior, self.alpha * beta * (1 - prior)
 
@@ -261,10 +263,11 @@ _SETTINGS = {
 
 
 def _require_half(setting: str, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("prior", 0.5) != 0.5:
+    prior = kwargs.get("prior", 0.5)
+    if isinstance(prior, Tensor) or prior != 0.5:
         wanted = f"be 1/2, which {setting} is defined by"
         remedy = "use moderation or label_smoothing"
-        raise ValueError(sentence("prior", wanted, kwargs["prior"], remedy))
+        raise ValueError(sentence("prior", wanted, prior, remedy))
 
 
 def _require_noise(noise: object, beta: float | None, prior: object, sampling: str) -> None:
@@ -288,7 +291,7 @@ def _require_lessons(loss: SCBCEWithLogitsLoss) -> None:
     if bool((up + down > 1 - 1e-6).any()):
         got = f"alpha * beta = {float((up + down).max()):g}, where no label is told from another"
         raise ValueError(sentence("alpha", "be below 1 / beta", got, "lower one of them"))
-    weight = torch.ones(()) if loss.pos_weight is None else loss.pos_weight
+    weight = 1.0 if loss.pos_weight is None else loss.pos_weight
     negative, positive = weight * up / (1 - up), weight * (1 - down) / down
     if bool((negative >= 1).any()):
         kind, odds = "negative", float(negative.max())
