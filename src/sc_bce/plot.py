@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import _checks
-from .calibration import CalibrationHistogram
+from .histogram import CalibrationHistogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

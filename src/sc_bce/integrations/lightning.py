@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import _checks
 from ..adaptive import AdaptivePerturbation
-from ..calibration import CalibrationHistogram
+from ..histogram import CalibrationHistogram
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
