@@ -1,6 +1,7 @@
 """Self-calibrating binary cross entropy for PyTorch."""
 
 from .adaptive import AdaptivePerturbation
+from .bootstrap import ImageHistograms, Interval
 from .data import IndexedDataset
 from .functional import perturb_target, sc_bce_with_logits
 from .histogram import CalibrationHistogram
@@ -14,7 +15,9 @@ __all__ = [
     "AdaptivePerturbation",
     "CalibrationHistogram",
     "Decomposition",
+    "ImageHistograms",
     "IndexedDataset",
+    "Interval",
     "IsotonicCalibration",
     "Reliability",
     "SCBCEWithLogitsLoss",

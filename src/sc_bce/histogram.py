@@ -62,8 +62,8 @@ class CalibrationHistogram:
         are the same confidence; p = 1 belongs to the last bin. Each element is worked out in the
         input's precision, float32 at least, so that small losses keep their digits, and summed
         in float64. Measures are float64 tensors, 0-d without ``num_labels``, nan before the first
-        update. Logits that all lie in [0, 1] look like probabilities: the first measure of 1000
-        or more such elements warns once.
+        update. Logits that lie all over [0, 1] and nowhere else look like probabilities: the first
+        measure of 1000 or more such elements warns once.
 
     References:
         Guo et al., ICML 2017 (ECE, MCE); Thulasidasan et al., NeurIPS 2019 (OE); Nixon et al.,
@@ -104,6 +104,7 @@ class CalibrationHistogram:
         self._grid = _tally.grid(self.num_cells)
         self._state = _tally.nothing(self.num_labels or 1, self._grid.size)
         self._only_logits = True  # which may turn out to be probabilities
+        self._looked = False
 
     # --- what is seen -----------------------------------------------------------------------------
 
@@ -138,7 +139,7 @@ class CalibrationHistogram:
         x, y = (by_label(part.to(home), self.num_labels, "input") for part in (input, target))
         new = _tally.count(self.num_cells, x, y, from_logits, ignore_index)
         self._state = self._state.to(home).plus(new)
-        self._only_logits = self._only_logits and from_logits
+        self._only_logits, self._looked = self._only_logits and from_logits, False
 
     def merge(self, other: CalibrationHistogram) -> CalibrationHistogram:
         """Add another histogram's elements to this one, and return this one.
@@ -163,7 +164,7 @@ class CalibrationHistogram:
                     )
                 )
         self._state = self._state.plus(other._state.to(self._state.counts.device))
-        self._only_logits = self._only_logits and other._only_logits
+        self._only_logits, self._looked = self._only_logits and other._only_logits, False
         return self
 
     def __add__(self, other: CalibrationHistogram) -> CalibrationHistogram:
@@ -435,13 +436,16 @@ class CalibrationHistogram:
 
     def _suspect(self) -> None:
         """Warn once where what came as logits lies in [0, 1] as probabilities do."""
-        if not self._only_logits:
+        if self._looked or not self._only_logits:
             return
+        self._looked = True
         count = self._state.counts.sum((0, 2))
-        # Cells up to a logit of 1, on the positive side.
         low, _ = self._grid.logits()
-        inside = count[1, : int((low <= 1).sum())]
-        flag = (inside.sum() == count.sum()) & (count.sum() >= _SUSPECT) & ((inside > 0).sum() > 1)
+        # Logits of an untrained network may lie in [0, 1] too, but not all over it.
+        parts = (count[1, (low > at) & (low <= to)] for at, to in ((-1, 0.25), (0.75, 1)))
+        wide = torch.stack([part.sum() for part in parts]).amin() > 0
+        inside = count[1, low <= 1].sum() == count.sum()
+        flag = inside & wide & (count.sum() >= _SUSPECT)
         if _tally.readable(flag):
             self._only_logits = False
             warn(
@@ -472,7 +476,7 @@ def by_label(value: Tensor, num_labels: int | None, name: str) -> Tensor:
 
 def warn(message: str) -> None:
     """A warning that points at the first line outside of this package and torch."""
-    level, frame = 1, sys._getframe(1)
+    level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and _inside(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)

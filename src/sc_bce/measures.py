@@ -12,7 +12,6 @@ from torch import Tensor
 __all__ = ["Cells", "Decomposition", "Reliability"]
 
 _ITERATIONS = 200  # of Newton's method; a dozen are usual
-_FAR = 1e9  # a slope, in standard deviations of the logit, beyond which there is no end
 _TINY = 1e-15  # of the mean loss: a step that promises less is the last
 
 
@@ -148,14 +147,26 @@ def affine(
     scale = _spread(z, n, bias)
     if scale == 0:
         return math.nan, (math.nan if bias else 0.0)
-    a, b = _newton(z / scale, n, k, 0.0, fit_bias=bias)
-    a = math.copysign(math.inf, a) if abs(a) >= _FAR else a / scale
+    a, b = _apart(z, n, k, bias), 0.0
+    if not a:
+        a, b = _newton(z / scale, n, k, 0.0, fit_bias=bias)
+        a /= scale
     low, high = limits
     if low <= a <= high:
         return a, (b if math.isfinite(a) else math.nan)
     # The loss is convex: with the slope kept inside, its best place is the nearer end.
     end = min(max(a, low), high)
     return end, (_newton(z, n, k, end, fit_slope=False)[1] if bias else 0.0)
+
+
+def _apart(z: Tensor, n: Tensor, k: Tensor, bias: bool) -> float:
+    """The infinite slope of classes that some logit (without a bias: 0) divides, else 0."""
+    negative, positive = (z[part].aminmax() for part in (n > k, k > 0))
+    for low, high, end in ((negative, positive, math.inf), (positive, negative, -math.inf)):
+        between = low.max <= high.min if bias else low.max <= 0 <= high.min
+        if bool(between):
+            return end
+    return 0.0
 
 
 def _spread(z: Tensor, n: Tensor, centred: bool) -> float:
@@ -189,7 +200,7 @@ def _newton(
             fit_slope, fit_bias,
         )  # fmt: skip
         promise = g_a * step_a + g_b * step_b
-        if not promise > _TINY * max(value, 1e-300) or abs(a) >= _FAR:
+        if not promise > _TINY * max(value, 1e-300):
             break
         size = 1.0
         while size > 1e-10:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _batch, _checks, _tally, measures
 from .histogram import CalibrationHistogram, by_label, warn
-from .measures import Cells
+from .measures import Blocks, Cells
 
 __all__ = ["IsotonicCalibration", "TemperatureScaling"]
 
@@ -322,9 +322,9 @@ class IsotonicCalibration(_Repair):
 
     Pool-adjacent-violators on the cells of a :class:`CalibrationHistogram`: any number of pixels
     and processes, at constant memory. Neighbouring cells whose share of positives would fall are
-    pooled into blocks; the curve goes through the logit of each block's share at the block's mean
-    logit, in straight lines between, so that it rises strictly and keeps the order of what it
-    repairs. It is kept as one value per cell and read by a closed formula:
+    pooled into blocks, and each cell gets the logit of its block's share, an empty one a value on
+    the straight line between its neighbours. That table of one value per cell is read by a closed
+    formula, in straight lines between the centres of the cells:
 
     .. math::
         \mathrm{calibrated\ logit} = (1 - r)\, v_i + r\, v_{i+1}, \qquad
@@ -357,7 +357,7 @@ class IsotonicCalibration(_Repair):
         least float32; works under compile, export and ONNX.
 
     References:
-        Zadrozny and Elkan, KDD 2002 (isotonic); Oron and Flournoy, 2017 (lines between centres).
+        Zadrozny and Elkan, KDD 2002 (isotonic); Ayer et al. 1955 (the algorithm).
 
     Example:
         >>> import torch
@@ -395,6 +395,7 @@ class IsotonicCalibration(_Repair):
         super()._of_logits(z, y, ignore_index)
         histogram = CalibrationHistogram(num_cells=_CELLS)
         histogram.update(z, y, ignore_index=ignore_index)
+        histogram._only_logits = False  # what looks like probabilities was warned of
         return histogram.cells_by_label()[0]
 
     def _of_histogram(self, histogram: CalibrationHistogram, target: object) -> list[Cells]:
@@ -410,11 +411,7 @@ class IsotonicCalibration(_Repair):
         return super()._of_histogram(histogram, target)
 
     def _fit(self, cells: list[Cells]) -> None:
-        self.table.copy_(
-            torch.stack([curve(one, _centres(self._grid)) for one in cells]).reshape(
-                self.table.shape
-            )
-        )
+        self.table.copy_(torch.stack([_curve(one) for one in cells]).reshape(self.table.shape))
 
     def forward(self, logits: Tensor) -> Tensor:
         _batch.logits(logits, "logits")
@@ -475,7 +472,7 @@ def validation_data(logits: Tensor, target: Tensor) -> None:
             )
         )
     low, high = (float(end) for end in logits.aminmax())
-    if len(logits) >= _SUSPECT and 0 <= low < high <= 1:
+    if len(logits) >= _SUSPECT and 0 <= low < 0.25 and 0.75 < high <= 1:
         warn(
             "All logits of this fit lie in [0, 1], as if they were probabilities; pass what the "
             "network answers before the sigmoid, or `torch.logit(probabilities)`"
@@ -643,23 +640,37 @@ def _centres(cells: _tally.Grid) -> Tensor:
     return torch.cat((-middle.flip(0), middle))
 
 
-def curve(cells: Cells, centres: Tensor) -> Tensor:
-    """Isotonic regression as one logit per cell: straight lines between the blocks' means."""
+def _curve(cells: Cells) -> Tensor:
     blocks = measures.isotonic(cells.count, cells.positive)
-    values = torch.logit(shares(blocks))
-    owner = torch.zeros(len(cells.count), dtype=torch.int64)
-    owner[blocks.first[1:]] = 1
-    owner = owner.cumsum(0)
-    weight = torch.zeros_like(values).index_add_(0, owner, cells.count)
-    means = torch.zeros_like(values).index_add_(0, owner, cells.count * cells.logit) / weight
-    if len(values) == 1:
-        return values.expand(centres.shape)
-    right = torch.searchsorted(means, centres).clamp(1, len(means) - 1)
-    rest = ((centres - means[right - 1]) / (means[right] - means[right - 1])).clamp(0, 1)
-    return torch.lerp(values[right - 1], values[right], rest)
+    return steps(cells, blocks, torch.logit(shares(blocks)))
 
 
-def shares(blocks: measures.Blocks) -> Tensor:
+def steps(cells: Cells, blocks: Blocks, values: Tensor) -> Tensor:
+    """One value per cell: that of its block, and straight lines over empty cells in between."""
+    filled = torch.nonzero(cells.count > 0).flatten()
+    owner = torch.searchsorted(torch.tensor(blocks.first), filled, right=True) - 1
+    return _through(filled.double(), values[owner], torch.arange(len(cells.count)).double())
+
+
+def lines(cells: Cells, blocks: Blocks, values: Tensor) -> Tensor:
+    """One value per cell: on straight lines between the blocks' mean places."""
+    place = torch.arange(len(cells.count), dtype=torch.float64)
+    owner = torch.searchsorted(torch.tensor(blocks.first), place, right=True) - 1
+    owner = owner.clamp(min=0)
+    means = torch.zeros_like(values).index_add_(0, owner, cells.count * place)
+    return _through(means / torch.tensor(blocks.count), values, place)
+
+
+def _through(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+    """Straight lines through points in order of x, level beyond the first and the last."""
+    if len(x) == 1:
+        return y.expand(at.shape)
+    right = torch.searchsorted(x, at).clamp(1, len(x) - 1)
+    rest = ((at - x[right - 1]) / (x[right] - x[right - 1])).clamp(0, 1)
+    return torch.lerp(y[right - 1], y[right], rest)
+
+
+def shares(blocks: Blocks) -> Tensor:
     """Of positives in each block; never 0 or 1, which one miss would make infinitely costly."""
     n, k = (torch.tensor(part, dtype=torch.float64) for part in (blocks.count, blocks.positive))
     share = k / n
