@@ -274,17 +274,6 @@ def unused_key(key: str, names: Collection[str], field: bool = False) -> None:
         )
 
 
-def histograms(named: Mapping[str, object], kind: type) -> None:
-    if not named:
-        raise ValueError("Expected argument `histogram` to hold a histogram, but got none")
-    for one in named.values():
-        if not isinstance(one, kind):
-            raise TypeError(
-                f"Expected argument `histogram` to be a {kind.__name__} or a mapping of names to "
-                f"them, but got {describe(one)}"
-            )
-
-
 def named_module(parent: nn.Module, name: str, kind: type[Module]) -> Module:
     """The submodule of that name, dots allowed."""
     modules = dict(parent.named_modules(remove_duplicate=False))

@@ -16,17 +16,22 @@ _HALVINGS = 2  # one logarithm for 4 elements
 _FINEST = 100_000  # cells that float32 can tell apart
 _SLACK = 4  # units of precision that an edge reaches down
 _COARSE = 1000  # cells: fewer have a short tail, so that a histogram per image stays small
+_OUTER = 8  # cells at either end that are wider than _WIDTH over the logit, or soon would be
+_WIDTH = 0.2  # of a cell over the logit
 _END = 745.0  # |logit| at which the doubt leaves float64
 
 
 class Grid(NamedTuple):
     """Where the cells of one predicted class lie, in order of confidence.
 
-    ``half - 1`` cells of equal width over the probability, then, in place of the outermost one,
-    ``pieces`` cells of equal ``width`` over the logit, from ``start`` on; the last has no end.
+    ``inner`` cells of equal width over the probability, and beyond them, in place of the outermost
+    ones, ``pieces`` cells of equal ``width`` over the logit, from ``start`` on; the last has no
+    end.
     """
 
     half: int
+    """cells of equal width from 1/2 to 1, if all were so"""
+    inner: int
     start: float
     width: float
     pieces: int
@@ -35,39 +40,50 @@ class Grid(NamedTuple):
 
     @property
     def size(self) -> int:
-        return self.half - 1 + self.pieces
-
-    def coordinate(self, size: Tensor, doubt: Tensor, slack: float = 0.0) -> Tensor:
-        """Place along the cells, in cells; both parts rise, and one of them always stands still."""
-        inside = torch.clamp(self.half - 2 * self.half * doubt + slack, max=self.half - 1 + slack)
-        return inside + (size.clamp(self.start, self.end) - self.start) / self.width
+        return self.inner + self.pieces
 
     @property
     def end(self) -> float:
         """A logit in the middle of the last cell."""
         return self.start + (self.pieces - 0.5) * self.width
 
+    def coordinate(self, size: Tensor, doubt: Tensor) -> Tensor:
+        """Place along the cells, in cells; two parts that rise one after the other."""
+        edge = slack(2 * self.half, size.dtype)
+        inside = torch.clamp(self.half + edge - 2 * self.half * doubt, max=self.inner)
+        return inside + (size.clamp(self.start, self.end) - self.start) / self.width
+
     def logits(self) -> tuple[Tensor, Tensor]:
         """|logit| at the lower edge and at the middle of each cell."""
         cell = torch.arange(self.size, dtype=torch.float64)
         low, middle = (
             torch.where(
-                cell + add < self.half - 1 + add,
-                torch.logit(0.5 + (cell + add).clamp(max=self.half - 1 + add) / (2 * self.half)),
-                self.start + (cell + add - (self.half - 1)) * self.width,
+                cell < self.inner,
+                torch.logit(0.5 + (cell + add).clamp(max=self.inner) / (2 * self.half)),
+                self.start + (cell + add - self.inner) * self.width,
             )
             for add in (0.0, 0.5)
         )
         return low, middle
 
 
+def slack(num_cells: int, dtype: torch.dtype) -> float:
+    """How far below an edge a value still counts as on it, in cells.
+
+    What rounding left there: 0.9 in float32, or 1 - 0.2. Two units of the precision, and as many
+    for what is rounded here.
+    """
+    return _SLACK * num_cells * torch.finfo(dtype).eps
+
+
 def grid(num_cells: int) -> Grid:
-    start, fine = math.log(max(num_cells - 1, 1)), num_cells >= _COARSE
-    width = 0.25 if fine else 1.0
+    half, fine = num_cells // 2, num_cells >= _COARSE
+    outer, width, end = (_OUTER, _WIDTH, _END) if fine else (1, 1.0, None)
+    start = math.log(max(num_cells - outer, outer) / outer)
     shift = round(start / width)
     width = start / shift if shift else width
-    pieces = math.ceil((_END - start) / width) if fine else 20
-    return Grid(num_cells // 2, start, width, pieces, shift)
+    pieces = math.ceil((end - start) / width) if end else 20
+    return Grid(half, half - outer, start, width, pieces, shift)
 
 
 class Counted(NamedTuple):
@@ -125,9 +141,7 @@ class _Sweep:
     def __init__(self, num_cells: int, cells: Grid, input: Tensor, target: Tensor) -> None:
         precision = torch.promote_types(input.dtype, torch.float32)
         self._grid = cells
-        # What rounding left just below an edge is on it: 0.9 in float32, or 1 - 0.2. Two units of
-        # the input's precision, and as many for what is rounded here.
-        slack = _SLACK * num_cells * torch.finfo(precision).eps
+        edge = slack(num_cells, precision)
         # A label must not be rounded to a legal one, nor a cell to its neighbour.
         wider = target.dtype if target.is_floating_point() else precision
         self._dtype = torch.promote_types(
@@ -135,8 +149,8 @@ class _Sweep:
         )
         device, block = input.device, min(input.numel(), _BLOCK)
         self._one = torch.ones((), dtype=self._dtype, device=device)
-        self._top = self._one * (cells.half - cells.shift + slack)
-        self._last = cells.half - 1 - cells.shift + slack
+        self._top = self._one * (cells.half - cells.shift + edge)
+        self._last = cells.inner - cells.shift + edge
         # Each of these rows is filled by one thread.
         rows = min(_ROWS, torch.get_num_threads()) if input.numel() >= _BLOCK else 1
         self._size = (rows, 4 * cells.size)

@@ -41,7 +41,7 @@ class ImageHistograms:
         a = (1 - \mathrm{level}) / 2,
 
     with the quantiles :math:`q` of the draws. Special case: an error that is 0 at best (ECE and its
-    kin) has no two-sided interval near 0, since noise alone lifts it. Where twice the draws'
+    kin) has no two-sided interval near 0, since noise alone lifts it. Where thrice the draws'
     standard deviation, their lift taken off, reaches 0, the lower end is 0 and the upper end
     :math:`q_{\mathrm{level}}`, a cautious bound.
 
@@ -287,7 +287,7 @@ class ImageHistograms:
 
 def _interval(value: float, draws: Tensor, level: float, paired: bool) -> Interval:
     unlifted = 2 * value - float(draws.mean())
-    if not paired and bool((draws >= 0).all()) and unlifted <= 2 * float(draws.std()):
+    if not paired and bool((draws >= 0).all()) and unlifted <= 3 * float(draws.std()):
         return Interval(value, 0.0, float(draws.quantile(level)))
     low, high = (float(draws.quantile((1 + sign * level) / 2)) for sign in (-1, 1))
     return Interval(value, low, high)

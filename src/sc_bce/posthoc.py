@@ -324,11 +324,12 @@ class IsotonicCalibration(_Repair):
     and processes, at constant memory. Neighbouring cells whose share of positives would fall are
     pooled into blocks, and each cell gets the logit of its block's share, an empty one a value on
     the straight line between its neighbours. That table of one value per cell is read by a closed
-    formula, in straight lines between the centres of the cells:
+    formula:
 
     .. math::
-        \mathrm{calibrated\ logit} = (1 - r)\, v_i + r\, v_{i+1}, \qquad
-        i + r = \mathrm{place\ of}\ z\ \mathrm{among\ the\ centres\ of\ the\ cells}
+        \mathrm{calibrated\ logit} = v_{\mathrm{cell}(z)}, \qquad
+        v_i = \mathrm{logit}\,\frac{\text{positives in the block of } i}
+        {\text{elements in the block of } i}
 
     Special cases: before :meth:`fit` it leaves logits as they are, to the width of a cell and up
     to where the cells end. Logits beyond the fitted ones get the value of the nearest block.
@@ -351,10 +352,10 @@ class IsotonicCalibration(_Repair):
     Note:
         Answers are finite for every logit but nan, which stays nan: a first block of n elements
         without a positive counts as half a positive in n + 1, a last one without a negative
-        likewise. The decision at 1/2 moves to where the repaired probability is 1/2. Differentiable
-        in the logits almost everywhere. It needs more data than a line: below some hundred images
-        of dense prediction take :class:`TemperatureScaling` with ``bias=True``. Computed in at
-        least float32; works under compile, export and ONNX.
+        likewise. The decision at 1/2 moves to where the repaired probability is 1/2. The curve
+        is made of steps: order within a cell is lost, and no gradient passes. It needs
+        more data than a line: with few images take :class:`TemperatureScaling` with
+        ``bias=True``. Computed in at least float32; works under compile, export and ONNX.
 
     References:
         Zadrozny and Elkan, KDD 2002 (isotonic); Ayer et al. 1955 (the algorithm).
@@ -418,19 +419,15 @@ class IsotonicCalibration(_Repair):
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         size = z.abs()
         place = self._grid.coordinate(size, torch.sigmoid(-size))
-        # Centres stand at halves: from -(cells - 1/2) of the surest negative upward.
-        place = torch.where(z >= 0, place, -place) + (self._grid.size - 0.5)
-        last = 2 * self._grid.size - 2
-        low = place.detach().nan_to_num(0.0).floor().clamp(0, last)
-        rest = (place - low).clamp(0, 1)
-        index = low.to(torch.int64)
-        table = self.table.to(z.dtype).reshape(-1)
+        # nan has no cell; which one is read then does not matter.
+        cell = place.nan_to_num(0.0).to(torch.int64).clamp(0, self._grid.size - 1)
+        index = torch.where(z >= 0, self._grid.size + cell, self._grid.size - 1 - cell)
         if self.num_labels is not None:
             by_label(z, self.num_labels, "logits")
-            first = torch.arange(self.num_labels, device=z.device) * (last + 2)
+            first = torch.arange(self.num_labels, device=z.device) * (2 * self._grid.size)
             index = index + first.reshape(-1, *(1 for _ in z.shape[2:]))
-        low, high = table[index], table[index + 1]
-        return (low + rest * (high - low)).to(logits.dtype)
+        answer = self.table.to(z.dtype).reshape(-1)[index]
+        return torch.where(z.isnan(), z, answer).to(logits.dtype)
 
     def extra_repr(self) -> str:
         labels = [] if self.num_labels is None else [f"num_labels={self.num_labels}"]
@@ -564,22 +561,27 @@ def _without_flip(z: Tensor, up: Tensor, down: Tensor, clip: Tensor) -> Tensor:
     """
     # A side without a flip is left as it is.
     removed = 1 - up - down
-    low = torch.where(up > 0, torch.logit(up + removed * clip), -torch.inf)
-    high = torch.where(down > 0, -torch.logit(down + removed * clip), torch.inf)
+    low = torch.where(up > 0, _logit(up + removed * clip), -torch.inf)
+    high = torch.where(down > 0, -_logit(down + removed * clip), torch.inf)
     z = torch.minimum(torch.maximum(z, low), high)
     right = z >= 0
     near, far = torch.where(right, down, up), torch.where(right, up, down)
     near_odds, far_odds = near / (1 - near), far / (1 - far)
     size = z.abs()
     # Where a flip is removed no logit is beyond this; elsewhere its term is 0 anyway.
-    e = size.clamp(max=60.0)
-    gain = 2 * near_odds * torch.sinh(e) + (near_odds - far_odds) * torch.exp(-e)
-    rest = 1 - near_odds * torch.exp(e)
-    wide = size + torch.log1p(-far) - torch.log1p(-near) + torch.log1p(gain / rest)
+    up_e = torch.exp(size.clamp(max=60.0))
+    gain = near_odds * (up_e - 1 / up_e) + (near_odds - far_odds) / up_e
+    rest = 1 - near_odds * up_e
+    wide = size + ((torch.log1p(-far) - torch.log1p(-near)) + torch.log1p(gain / rest))
     u = torch.where(right, wide, -wide)
-    bound = -torch.logit(clip)
+    bound = -_logit(clip)
     u = torch.maximum(u, torch.where(up > 0, -bound, -torch.inf))
     return torch.minimum(u, torch.where(down > 0, bound, torch.inf))
+
+
+def _logit(p: Tensor) -> Tensor:
+    """torch.logit, which ONNX has not."""
+    return torch.log(p) - torch.log1p(-p)
 
 
 def _best_map(cells: Cells, rates: Tensor | None, bias: bool) -> tuple[Tensor, ...]:
