@@ -38,7 +38,7 @@ SCALES = (1, 2, 4, 8, 32)
 HALVES = (torch.bfloat16, torch.float16)
 IMAGES = (2, 5, 10, 20, 40, 80, 160, 320, 640)
 DRAWS = 8  # of as many images among all validation images
-PIXELS = (10**5, 10**6, 10**7, 10**8)
+PIXELS = (10**5, 10**6, 10**7, 10**8, 10**9)
 RAW_AT_MOST = 10**7  # pixels that isotonic regression on raw values gets: it keeps all of them
 SETTINGS = Settings(epochs=40, size=64, width=8, batch=10, lr=5e-3, mirror=False)
 

@@ -179,16 +179,6 @@ def test_decomposition_equals_model_diagnostics():
             assert float(getattr(got, part)) == pytest.approx(float(want[part][0]), abs=1e-3)
 
 
-def test_decomposition_equals_probcal():
-    probcal = pytest.importorskip("probcal")
-    if not hasattr(probcal, "decompose"):
-        pytest.skip("this probcal has no decompose")
-    z, y = overfitted(6, 3000)
-    want = probcal.decompose(y, ref.sigmoid(z))
-    got = seen(z, y).decomposition("brier")
-    assert float(got.uncertainty) == pytest.approx(float(want.uncertainty), abs=1e-3)
-
-
 def test_refinement_knows_a_repair_from_a_better_network():
     z, y = overfitted(7, 50_000)
     one, other = seen(z, y), seen(3 * z + 1, y)

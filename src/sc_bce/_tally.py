@@ -12,46 +12,51 @@ from . import _batch, _checks
 
 _BLOCK = 1 << 18  # elements worked on at a time: 1 MiB of float32, inside a CPU's cache
 _ROWS = 4  # threads that count at once
-_HALVINGS = 2  # one logarithm for 4 elements
 _FINEST = 100_000  # cells that float32 can tell apart
 _SLACK = 4  # units of precision that an edge reaches down
 _COARSE = 1000  # cells: fewer have a short tail, so that a histogram per image stays small
-_OUTER = 8  # cells at either end that are wider than _WIDTH over the logit, or soon would be
-_WIDTH = 0.2  # of a cell over the logit
-_END = 745.0  # |logit| at which the doubt leaves float64
+# The tails: outermost cells that they replace; then cells per unit of the logit and how many, up
+# to the bend at about 50, and beyond it, to 746, where the doubt leaves float64.
+_FINE_TAIL = (8, 20.0, 860, 2.5, 1740)
+_ROUGH_TAIL = (1, 1.0, 12, 0.5, 8)
 
 
 class Grid(NamedTuple):
     """Where the cells of one predicted class lie, in order of confidence.
 
     ``inner`` cells of equal width over the probability, and beyond them, in place of the outermost
-    ones, ``pieces`` cells of equal ``width`` over the logit, from ``start`` on; the last has no
-    end.
+    ones, cells of equal width over the logit: ``near`` fine ones from ``start`` to ``bend``, then
+    ``far`` wide ones, of which the last has no end.
     """
 
     half: int
     """cells of equal width from 1/2 to 1, if all were so"""
     inner: int
     start: float
-    width: float
-    pieces: int
-    shift: int
-    """``start / width``: whole, so that an edge stays exact where both parts are added"""
+    near: int
+    bend: float
+    far: int
+    fine: float
+    """cells per unit of the logit, up to the bend; times ``start`` a whole number, so that an edge
+    stays exact where both parts are added"""
+    wide: float
+    """cells per unit of the logit beyond it"""
 
     @property
     def size(self) -> int:
-        return self.inner + self.pieces
+        return self.inner + self.near + self.far
 
     @property
     def end(self) -> float:
         """A logit in the middle of the last cell."""
-        return self.start + (self.pieces - 0.5) * self.width
+        return self.bend + (self.far - 0.5) / self.wide
 
     def coordinate(self, size: Tensor, doubt: Tensor) -> Tensor:
-        """Place along the cells, in cells; two parts that rise one after the other."""
+        """Place along the cells, in cells; three parts that rise one after the other."""
         edge = slack(2 * self.half, size.dtype)
         inside = torch.clamp(self.half + edge - 2 * self.half * doubt, max=self.inner)
-        return inside + (size.clamp(self.start, self.end) - self.start) / self.width
+        near = (size.clamp(self.start, self.bend) - self.start) * self.fine
+        return inside + near + (size.clamp(self.bend, self.end) - self.bend) * self.wide
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """|logit| at the lower edge and at the middle of each cell."""
@@ -60,7 +65,9 @@ class Grid(NamedTuple):
             torch.where(
                 cell < self.inner,
                 torch.logit(0.5 + (cell + add).clamp(max=self.inner) / (2 * self.half)),
-                self.start + (cell + add - self.inner) * self.width,
+                self.start
+                + (cell + add - self.inner).clamp(max=self.near) / self.fine
+                + (cell + add - self.inner - self.near).clamp(min=0) / self.wide,
             )
             for add in (0.0, 0.5)
         )
@@ -77,13 +84,12 @@ def slack(num_cells: int, dtype: torch.dtype) -> float:
 
 
 def grid(num_cells: int) -> Grid:
-    half, fine = num_cells // 2, num_cells >= _COARSE
-    outer, width, end = (_OUTER, _WIDTH, _END) if fine else (1, 1.0, None)
+    half = num_cells // 2
+    outer, fine, near, wide, far = _FINE_TAIL if num_cells >= _COARSE else _ROUGH_TAIL
     start = math.log(max(num_cells - outer, outer) / outer)
-    shift = round(start / width)
-    width = start / shift if shift else width
-    pieces = math.ceil((end - start) / width) if end else 20
-    return Grid(half, half - outer, start, width, pieces, shift)
+    if start:
+        fine = round(start * fine) / start
+    return Grid(half, half - outer, start, near, start + near / fine, far, fine, wide)
 
 
 class Counted(NamedTuple):
@@ -149,8 +155,8 @@ class _Sweep:
         )
         device, block = input.device, min(input.numel(), _BLOCK)
         self._one = torch.ones((), dtype=self._dtype, device=device)
-        self._top = self._one * (cells.half - cells.shift + edge)
-        self._last = cells.inner - cells.shift + edge
+        self._top = self._one * (cells.half - cells.start * cells.fine + edge)
+        self._last = cells.inner - cells.start * cells.fine + edge
         # Each of these rows is filled by one thread.
         rows = min(_ROWS, torch.get_num_threads()) if input.numel() >= _BLOCK else 1
         self._size = (rows, 4 * cells.size)
@@ -199,11 +205,11 @@ class _Sweep:
             torch.minimum(x, 1 - x, out=doubt)
         wrong = torch.sub(self._one, y, alpha=2, out=work).mul_(logit).clamp_(min=0).sum()
         # There is no logit beyond [0, 1].
-        legal = ~wrong.isnan() & _zeros_and_ones(label, work)
+        legal = ~wrong.isnan() & _zeros_and_ones(label, y, work)
         readable = predictions(legal, x, label, from_logits, ignore_index)
         wide = self._wide[: len(x)].copy_(doubt)
         self._squares += torch.dot(wide, wide)
-        self._log_loss += wrong - _sum_log_sure(work.copy_(doubt))
+        self._log_loss += wrong - _sum_log_sure(doubt, work)
         y.add_(torch.ge(x, 0 if from_logits else 0.5, out=work), alpha=2)
         self._gather(y, size, doubt, wide, None if readable else legal)
 
@@ -212,10 +218,12 @@ class _Sweep:
     ) -> None:
         """Count the elements of a block, and sum their doubts, by code and cell."""
         cells = self._grid
-        # Grid.coordinate, in place.
+        # Grid.coordinate, in place: what lies beyond the bend is first counted as fine as what
+        # lies before it.
         place = torch.sub(self._top, doubt, alpha=2 * cells.half, out=self._work[3][: len(code)])
         place.clamp_(max=self._last)
-        place.add_(size.clamp_(cells.start, cells.end), alpha=1 / cells.width)
+        place.add_(size.clamp_(cells.start, cells.end), alpha=cells.wide)
+        place.add_(size.clamp_(max=cells.bend), alpha=cells.fine - cells.wide)
         place.add_(code, alpha=cells.size)
         # By way of int32, several times faster than at once.
         cell = self._cell[: len(code)].copy_(self._narrow[: len(code)].copy_(place))
@@ -237,29 +245,31 @@ class _Sweep:
         return counts, doubts.sum(1), self._squares + wrong, self._log_loss
 
 
-def _zeros_and_ones(label: Tensor, work: Tensor) -> Tensor:
-    """Whether that is all that a block of labels holds, as a 0-d tensor; ``work`` is overwritten"""
+def _zeros_and_ones(label: Tensor, y: Tensor, work: Tensor) -> Tensor:
+    """Whether that is all that a block of labels holds, as a 0-d tensor; ``y`` are its floats"""
     if label.dtype == torch.bool:
         return torch.ones((), dtype=torch.bool, device=label.device)
     if label.is_floating_point():
-        work.copy_(label)
-        low, high = torch.addcmul(work, work, work, value=-1, out=work).aminmax()
+        low, high = torch.addcmul(y, y, y, value=-1, out=work).aminmax()
         return (low == 0) & (high == 0)
     low, high = label.aminmax()
     return (low >= 0) & (high <= 1)
 
 
-def _sum_log_sure(values: Tensor) -> Tensor:
-    """Sum of log(1 - v) for v in [0, 1/2], which are overwritten; small ones keep every digit.
+def _sum_log_sure(values: Tensor, work: Tensor) -> Tensor:
+    """Sum of log(1 - v) for v in [0, 1/2]; small ones keep every digit.
 
-    With few logarithms, since (1 - a)(1 - b) = 1 - (a + b - ab).
+    One logarithm for four elements, since (1 - a)(1 - b) = 1 - (a + b - ab).
     """
-    for _ in range(_HALVINGS):
-        if len(values) % 2:
-            break
-        values, other = values.chunk(2)
-        values.add_(other.addcmul_(other, values, value=-1))
-    return values.neg_().log1p_().sum(dtype=torch.float64)
+    if len(values) % 2:
+        work.copy_(values)
+    else:
+        first, other = values.chunk(2)
+        work = torch.addcmul(other, other, first, value=-1, out=work[: len(first)]).add_(first)
+    if len(work) % 2 == 0:
+        work, other = work.chunk(2)
+        work.add_(other.addcmul_(other, work, value=-1))
+    return work.neg_().log1p_().sum(dtype=torch.float64)
 
 
 def predictions(

@@ -47,7 +47,7 @@ class ImageHistograms:
 
     Args:
         num_cells: cells over [0, 1] of each image's histogram, an even number: equal-width bins
-            whose number divides it are exact. Default: 100 (3.4 kB per image).
+            whose number divides it are exact. Default: 100 (3.3 kB per image).
 
     Raises:
         ValueError: ``num_cells`` not even and positive.

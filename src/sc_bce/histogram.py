@@ -50,7 +50,7 @@ class CalibrationHistogram:
         num_labels: number of labels in dimension 1, measured apart; every result then has shape
             (num_labels,), and :meth:`pooled` measures them together. None: all elements are one
             label. Default: None.
-        num_cells: cells over [0, 1], an even number. Default: 10,000 (0.42 MB per label).
+        num_cells: cells over [0, 1], an even number. Default: 10,000 (0.36 MB per label).
 
     Raises:
         ValueError: ``num_cells`` not even and positive; ``num_labels`` not positive.
