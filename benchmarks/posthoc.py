@@ -8,13 +8,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from measures import Answers, Array
+from torch.nn import Module
 
-from sc_bce import TemperatureScaling
+from sc_bce import IsotonicCalibration, TemperatureScaling
 
 Calibrate = Callable[[Array], Array]  # from logits to calibrated logits, of the same shape
 Fit = Callable[[Array, Array, float], Calibrate]  # from logits, masks, flip rate of the training
 
-CLIP = 1e-3  # of isotonic probabilities: 0 and 1 would cost an infinite loss on the first miss
 BEND = 1e-3  # how far below 1 a smooth flip removal bends
 
 
@@ -29,16 +29,22 @@ def flip_temperature(logits: Array, masks: Array, flip_rate: float) -> Calibrate
 
 
 def fitted_flip(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
-    """The same with the flip rate of least validation loss: is the known one the right one?"""
+    """The same with the pair of flip rates of least validation loss: is the known one right?"""
     return _calibrate(_scaling(logits, masks, None))
 
 
 def clipped_flip(clip: float) -> Fit:
-    """The same with another clip of the probability after the flip is removed."""
+    """The same with another clip of what the removed flip leaves, of the rarer class's base rate.
+
+    The class has 0.001.
+    """
 
     def fit(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
+        rate = float(masks.mean())
+        least = clip * min(rate, 1 - rate)
+
         def removed(z: Array) -> Array:
-            return _signed(z, np.clip(_doubt(z, flip_rate), clip, 0.5)) if flip_rate else z
+            return _signed(z, np.clip(_doubt(z, flip_rate), least, 0.5)) if flip_rate else z
 
         return _then_temperature(removed, logits, masks)
 
@@ -56,26 +62,13 @@ def smooth_flip(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
 
 
 def platt(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
-    """A line through the logits (Platt 1999), with a penalty too weak to matter."""
-    from sklearn.linear_model import LogisticRegression
-
-    model = LogisticRegression(C=1e6).fit(logits.reshape(-1, 1), masks.ravel())
-    slope, shift = float(model.coef_[0, 0]), float(model.intercept_[0])
-    return lambda z: slope * z + shift
+    """A line through the logits (Platt 1999)."""
+    return _calibrate(_fit(TemperatureScaling(bias=True), logits, masks))
 
 
 def isotonic(logits: Array, masks: Array, flip_rate: float) -> Calibrate:
     """Any curve that rises (Zadrozny and Elkan 2002)."""
-    from sklearn.isotonic import IsotonicRegression
-
-    model = IsotonicRegression(y_min=CLIP, y_max=1 - CLIP, out_of_bounds="clip")
-    model.fit(logits.ravel().astype(np.float64), masks.ravel())
-
-    def calibrate(z: Array) -> Array:
-        p = model.predict(z.ravel().astype(np.float64)).reshape(z.shape)
-        return np.asarray(np.log(p) - np.log1p(-p))
-
-    return calibrate
+    return _calibrate(_fit(IsotonicCalibration(), logits, masks))
 
 
 def _doubt(z: Array, flip_rate: float) -> Array:
@@ -94,13 +87,17 @@ def _then_temperature(removed: Callable[[Array], Array], logits: Array, masks: A
     return lambda z: scaled(removed(z))
 
 
-def _scaling(logits: Array, masks: Array, flip_rate: float | None) -> TemperatureScaling:
-    return TemperatureScaling(flip_rate).fit(torch.from_numpy(logits), torch.from_numpy(masks))
+def _scaling(logits: Array, masks: Array, flip_rate: float | None) -> Module:
+    return _fit(TemperatureScaling(flip_rate), logits, masks)
 
 
-def _calibrate(scaling: TemperatureScaling) -> Calibrate:
+def _fit(repair: TemperatureScaling | IsotonicCalibration, logits: Array, masks: Array) -> Module:
+    return repair.fit(torch.from_numpy(logits), torch.from_numpy(masks))
+
+
+def _calibrate(repair: Module) -> Calibrate:
     def calibrate(z: Array) -> Array:
-        return np.asarray(scaling(torch.from_numpy(z)).numpy())
+        return np.asarray(repair(torch.from_numpy(z)).numpy())
 
     return calibrate
 

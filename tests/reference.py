@@ -288,3 +288,54 @@ def sweep(conf, outcome):
             break
         best = bins
     return ece(best)
+
+
+# --- repairs and what they leave ----------------------------------------------------------------
+
+
+def isotonic(x, y):
+    """The rising curve nearest to y, at each x, by its minimax formula; ties share one value"""
+    order = np.unique(x)
+    n = np.array([(x == one).sum() for one in order], dtype=np.float64)
+    k = np.array([np.asarray(y, dtype=np.float64)[x == one].sum() for one in order])
+    n, k = np.concatenate(([0], n.cumsum())), np.concatenate(([0], k.cumsum()))
+    m = len(order)
+    mean = np.array([[(k[j + 1] - k[i]) / (n[j + 1] - n[i]) if j >= i else np.inf
+                      for j in range(m)] for i in range(m)])  # fmt: skip
+    # At i: the largest, over starts up to i, of the least mean over ends from i on.
+    fitted = np.array([mean[: i + 1, i:].min(1).max() for i in range(m)])
+    return fitted[np.searchsorted(order, x)]
+
+
+def log_score(p, y):
+    """mean of -[y log p + (1 - y) log(1 - p)], with 0 log 0 = 0"""
+    p, y = np.asarray(p, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(y == 1, -np.log(p), -np.log(1 - p)).mean()
+
+
+def brier_score(p, y):
+    return ((np.asarray(p, dtype=np.float64) - y) ** 2).mean()
+
+
+def decomposition(p, y, score):
+    """(miscalibration, discrimination, uncertainty) by what each of three forecasts scores"""
+    own, repaired = score(p, y), score(isotonic(p, y), y)
+    constant = score(np.full(len(y), np.mean(y)), y)
+    return own - repaired, constant - repaired, constant
+
+
+def logistic(x, y, bias=True):
+    """The a and b of the least mean of BCE(a x + b, y), by steps that each lower one bound
+
+    The curvature of softplus is at most 1/4, so these steps never overshoot; slow, and sure.
+    """
+    design = np.stack((x, np.ones_like(x))[: 1 + bias], 1)
+    inverse = np.linalg.inv(design.T @ design / 4)
+    theta = np.zeros(1 + bias)
+    for _ in range(20_000):
+        step = inverse @ (design.T @ (sigmoid(design @ theta) - y))
+        theta = theta - step
+        if np.abs(step).max() < 1e-13:
+            break
+    return theta[0], (theta[1] if bias else 0.0)

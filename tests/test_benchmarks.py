@@ -190,6 +190,24 @@ def test_the_flip_removal_of_the_study_is_that_of_the_library():
         np.testing.assert_allclose(fit(logits, masks, 0.0)(logits), plain)
 
 
+def test_the_fits_of_the_study_agree_with_scikit_learn():
+    from sklearn.isotonic import IsotonicRegression
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 3, (50, 1, 16, 16))
+    masks = (rng.random(logits.shape) < 1 / (1 + np.exp(1 - logits / 2))).astype(np.float32)
+    z, y = logits.reshape(-1, 1), masks.ravel()
+    line = LogisticRegression(C=np.inf, tol=1e-10).fit(z, y)
+    np.testing.assert_allclose(
+        posthoc.platt(logits, masks, 0.0)(logits).ravel(), line.decision_function(z), atol=1e-3
+    )
+    curve = IsotonicRegression(y_min=1e-4, y_max=1 - 1e-4).fit(z[:, 0], y).predict(z[:, 0])
+    ours = 1 / (1 + np.exp(-posthoc.isotonic(logits, masks, 0.0)(logits).ravel()))
+    assert np.abs(ours - curve).mean() < 1e-3
+    assert np.quantile(np.abs(ours - curve), 0.99) < 0.02
+
+
 # --- speed -------------------------------------------------------------------------------------
 
 

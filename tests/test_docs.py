@@ -41,7 +41,6 @@ def test_api_page_shows_every_public_name():
     public = {
         *(f"sc_bce.{name}" for name in sc_bce.__all__),
         *(f"sc_bce.plot.{name}" for name in sc_bce.plot.__all__),
-        "sc_bce.calibration.Reliability",  # what a method returns
         "sc_bce.integrations.lightning.AdaptivePerturbationCallback",
     }
     shown = re.findall(r"^::: (\S+)$", page, re.M)
@@ -51,6 +50,8 @@ def test_api_page_shows_every_public_name():
 def test_public_names_and_their_docstrings():
     for name in sc_bce.__all__:
         doc = getattr(sc_bce, name).__doc__
+        if hasattr(getattr(sc_bce, name), "_fields"):  # what a method returns
+            continue
         for part in ("Args:", "Raises:", "Example:"):
             assert part in doc, (name, part)
     assert sc_bce.__all__ == sorted(sc_bce.__all__)
@@ -125,10 +126,13 @@ def test_imports_go_downward():
         "functional",
         "loss",
         "adaptive",
-        "calibration",
-        "data",
-        "temperature",
+        "_tally",
+        "measures",
+        "histogram",
+        "bootstrap",
+        "posthoc",
         "plot",
+        "data",
         "integrations/lightning",
     ]
     for place, room in enumerate(order):

@@ -52,6 +52,38 @@ def test_several_models_side_by_side_and_positive_class(tmp_path):
     assert (tmp_path / "diagram.png").stat().st_size > 10_000
 
 
+def test_the_isotonic_curve_of_the_positive_class():
+    one = histogram(3.0, n=20_000)
+    figure = reliability_diagram(one, kind="positive_class")
+    _diagonal, curve = figure.axes[0].lines
+    x, y = (torch.from_numpy(part) for part in curve.get_data())
+    assert (x.diff() > 0).all()
+    assert (y.diff() >= 0).all()
+    assert float(y[0]) < 0.2 < 0.8 < float(y[-1])
+    # Over-confident: above the diagonal on the left, below it on the right.
+    assert float((y - x)[(x > 0.05) & (x < 0.2)].mean()) > 0.05
+    assert float((y - x)[(x > 0.8) & (x < 0.95)].mean()) < -0.05
+    assert len(reliability_diagram(one).axes[0].lines) == 1
+
+
+def test_into_axes_of_the_users_figure():
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    left.set_title("mine")
+    assert reliability_diagram(histogram(), ax=left) is figure
+    assert reliability_diagram({"a": histogram()}, ax=right, kind="positive_class") is figure
+    assert len(figure.axes) == 2
+    assert left.get_title() == "mine"
+    assert (left.get_xlabel(), left.get_ylabel()) == ("confidence", "accuracy")
+    assert left.get_xlim() == (0.5, 1)
+    assert right.get_ylabel() == "share of positives"
+    assert len(left.containers) == 3
+    with pytest.raises(ValueError, match="to be one for one `ax`, but got 2; call once"):
+        reliability_diagram({"a": histogram(), "b": histogram()}, ax=left)
+
+
 def test_no_figure_is_left_in_pyplot():
     import matplotlib
 
@@ -68,6 +100,8 @@ def test_errors(monkeypatch):
         reliability_diagram({"plain": 3})
     with pytest.raises(TypeError, match="but got list"):
         reliability_diagram([histogram()])
+    with pytest.raises(ValueError, match=r"be of one label, but got num_labels=2; .*label\(i\)"):
+        reliability_diagram(CalibrationHistogram(2))
     with pytest.raises(ValueError, match="to hold a histogram, but got none"):
         reliability_diagram({})
     with pytest.raises(ValueError, match="`kind` to be one of"):

@@ -4,18 +4,25 @@ from importlib import import_module as _import_module
 from typing import Any as _Any
 
 from .adaptive import AdaptivePerturbation
-from .calibration import CalibrationHistogram
+from .bootstrap import ImageHistograms, Interval
 from .data import IndexedDataset
 from .functional import perturb_target, sc_bce_with_logits
+from .histogram import CalibrationHistogram
 from .loss import SCBCEWithLogitsLoss
-from .temperature import TemperatureScaling
+from .measures import Decomposition, Reliability
+from .posthoc import IsotonicCalibration, TemperatureScaling
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaptivePerturbation",
     "CalibrationHistogram",
+    "Decomposition",
+    "ImageHistograms",
     "IndexedDataset",
+    "Interval",
+    "IsotonicCalibration",
+    "Reliability",
     "SCBCEWithLogitsLoss",
     "TemperatureScaling",
     "perturb_target",

@@ -108,7 +108,7 @@ def require_labels(
         # Whether it is readable comes before its size, which a compiled graph would be bound to.
         if (
             readable(target)
-            and 0 < target.numel()
+            and target.numel() > 0
             and (target.numel() <= _FEW if every is None else every)
         ):
             low, high = target.detach().aminmax()  # a nan is torch's to carry through

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
 
@@ -149,110 +149,3 @@ def floating_dtype(name: str, dtype: object) -> None:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         wanted = "be a floating-point torch.dtype"
         raise TypeError(sentence(name, wanted, repr(dtype), "pass `torch.float32`"))
-
-
-def flip_rate(value: object) -> float:
-    rate = unit_number("flip_rate", value, high=0.5)
-    if rate == 0.5:
-        raise ValueError(
-            "Expected argument `flip_rate` to be below 1/2, where labels still say something, "
-            "but got 0.5; it is alpha * beta / 2"
-        )
-    return rate
-
-
-def saved_cells(name: str, saved: object, own: Tensor) -> None:
-    if not isinstance(saved, Tensor) or saved.dim() != own.dim():
-        raise ValueError(
-            f"Expected the saved `{name}` to be a Tensor of shape {tuple(own.shape)}, but got "
-            f"{tuple(saved.shape) if isinstance(saved, Tensor) else describe(saved)}"
-        )
-    if saved.shape != own.shape:
-        raise ValueError(
-            f"Expected argument `state_dict` to have num_cells={2 * own.shape[1]}, but got "
-            f"num_cells={2 * saved.shape[1]}; build the histogram with that number"
-        )
-
-
-def histograms(named: Mapping[str, object], kind: type) -> None:
-    if not named:
-        raise ValueError("Expected argument `histogram` to hold a histogram, but got none")
-    for one in named.values():
-        if not isinstance(one, kind):
-            raise TypeError(
-                f"Expected argument `histogram` to be a {kind.__name__} or a mapping of names to "
-                f"them, but got {describe(one)}"
-            )
-
-
-def hard_labels(target: Tensor, illegal: Tensor, ignored: float | None) -> bool:
-    """Refuse labels other than 0 and 1, marked by `illegal`; False where that can't be read."""
-    found = _any(illegal)
-    if found:
-        void = "" if ignored is None else f" (besides ignore_index={ignored:g})"
-        raise ValueError(
-            f"Expected argument `target` to hold only 0 and 1{void}, but got the value "
-            f"{target[illegal][0].item()}; for a 0/255 mask pass `mask > 0` or `mask / 255`, "
-            "and name a void label with `ignore_index`"
-        )
-    return found is not None
-
-
-def predictions(
-    legal: Tensor, input: Tensor, target: Tensor, from_logits: bool, ignored: float | None
-) -> bool:
-    """Refuse predictions that can't be measured; False where `legal`, 0-d, can't be read."""
-    found = _any(~legal)
-    if found:
-        illegal = (target != 0) & (target != 1) | input.isnan()
-        if not from_logits:
-            illegal |= (input < 0) | (input > 1)
-        value = input[illegal][0].item()
-        if value != value:
-            raise ValueError(
-                "Expected argument `input` to hold no nan, but got nan; the model has diverged, "
-                "or a void element lacks its `ignore_index`"
-            )
-        if not from_logits and not 0 <= value <= 1:
-            raise ValueError(
-                f"Expected argument `input` to hold probabilities in [0, 1], but got {value:g}; "
-                "pass logits with `from_logits=True`"
-            )
-        hard_labels(target, illegal, ignored)
-    return found is not None
-
-
-def validation_data(logits: Tensor, target: Tensor) -> None:
-    """What a temperature can be fitted to; its values are waited for."""
-    if not len(target):
-        raise ValueError("Expected argument `target` to hold an element to fit to, but got none")
-    if not bool(logits.isfinite().all()):
-        raise ValueError(
-            "Expected argument `logits` to be finite, but got inf or nan; the model has diverged, "
-            "or a void element lacks its `ignore_index`"
-        )
-    illegal = ~((target >= 0) & (target <= 1))
-    if bool(illegal.any()):
-        raise ValueError(
-            f"Expected argument `target` to be in [0, 1], but got {target[illegal][0].item():g}; "
-            "for a 0/255 mask pass `mask > 0` or `mask / 255`, and name a void label with "
-            "`ignore_index`"
-        )
-    if bool((target == target[0]).all()) and float(target[0]) in (0, 1):
-        raise ValueError(
-            f"Expected argument `target` to hold both classes, but got only "
-            f"{float(target[0]):g}; fit to validation data with positives and negatives"
-        )
-
-
-def _any(mask: Tensor) -> bool | None:
-    """Whether any element is set; None where a look would wait or break a trace.
-
-    Values are read on the CPU only, and not under compile, export, vmap or fake tensors.
-    """
-    if mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return None
-    try:
-        return bool(mask.any())
-    except RuntimeError:  # vmap, fake and proxy tensors have no values to branch on
-        return None

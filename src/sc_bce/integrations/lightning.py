@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import _checks
 from ..adaptive import AdaptivePerturbation
-from ..calibration import CalibrationHistogram
+from ..histogram import CalibrationHistogram
 from ..loss import SCBCEWithLogitsLoss
 
 try:

@@ -9,12 +9,12 @@ import reference as ref
 import torch
 import torch.distributed as dist
 import torchmetrics.functional.classification as peer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import batches, seeds, shapes
 from torch.testing import assert_close
 
-from sc_bce import CalibrationHistogram, calibration
+from sc_bce import CalibrationHistogram, _tally
 
 KINDS = ("top_label", "positive_class")
 filled = shapes.filter(lambda shape: 0 not in shape)
@@ -128,7 +128,7 @@ def test_low_precision_equals_float64(seed, n, scale, dtype, from_logits, block,
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with mock.patch.object(calibration, "_BLOCK", block):
+        with mock.patch.object(_tally, "_BLOCK", block):
             got.update(x, y.to(mask), from_logits=from_logits)
     finally:
         torch.set_num_threads(before)
@@ -173,7 +173,7 @@ def test_either_zero_is_a_positive_prediction():
 def test_logits_of_an_edge_are_on_it(dtype, num_cells):
     for num_bins in (10, 20, 25, 50, 100):
         p = torch.arange(1, num_bins, dtype=torch.float64) / num_bins
-        histogram = CalibrationHistogram(num_cells)
+        histogram = CalibrationHistogram(num_cells=num_cells)
         # Either side of 1/2; the edge at 1/2 itself tells the classes apart.
         logit = torch.logit(p[p != 0.5]).to(dtype)
         histogram.update(logit, torch.ones(len(logit)))
@@ -236,7 +236,7 @@ def test_memory_is_fixed_whatever_was_seen():
     histogram = CalibrationHistogram()
     small = sum(part.nbytes for part in histogram.state_dict().values())
     histogram.update(torch.randn(3_000_000), torch.rand(3_000_000) > 0.5)
-    assert sum(part.nbytes for part in histogram.state_dict().values()) == small < 250_000
+    assert sum(part.nbytes for part in histogram.state_dict().values()) == small < 500_000
 
 
 # --- conventions ------------------------------------------------------------------------------
@@ -421,9 +421,17 @@ def update(p, y, **options):
 
 
 ERRORS = [
-    (lambda: CalibrationHistogram(0), ValueError, "`num_cells` to be a positive int, but got 0"),
-    (lambda: CalibrationHistogram(2.0), TypeError, "`num_cells` to be a positive int, but got 2.0"),
-    (lambda: CalibrationHistogram(5), ValueError, "`num_cells` to be even"),
+    (
+        lambda: CalibrationHistogram(num_cells=0),
+        ValueError,
+        "`num_cells` to be a positive int, but got 0",
+    ),
+    (
+        lambda: CalibrationHistogram(num_cells=2.0),
+        TypeError,
+        "`num_cells` to be a positive int, but got 2.0",
+    ),
+    (lambda: CalibrationHistogram(num_cells=5), ValueError, "`num_cells` to be even"),
     (update([0.5, 0.5], [1]), ValueError, "size of `input`"),
     (update([1.5], [1]), ValueError, r"probabilities in \[0, 1\], but got 1.5; pass logits with"),
     (update([math.nan], [1]), ValueError, "hold no nan, but got nan; the model has diverged"),
@@ -451,7 +459,7 @@ ERRORS = [
     ),
     (lambda: CalibrationHistogram().merge(3), TypeError, "CalibrationHistogram, but got int"),
     (
-        lambda: CalibrationHistogram().merge(CalibrationHistogram(100)),
+        lambda: CalibrationHistogram().merge(CalibrationHistogram(num_cells=100)),
         ValueError,
         "num_cells=10000, but got num_cells=100",
     ),
@@ -460,16 +468,18 @@ ERRORS = [
     (lambda: CalibrationHistogram().ece(kind="all"), ValueError, "'top_label', 'positive_class'"),
     (lambda: CalibrationHistogram().load_state_dict({}), ValueError, "to have the keys"),
     (
-        lambda: CalibrationHistogram().load_state_dict(CalibrationHistogram(100).state_dict()),
+        lambda: CalibrationHistogram().load_state_dict(
+            CalibrationHistogram(num_cells=100).state_dict()
+        ),
         ValueError,
-        "num_cells=10000, but got num_cells=100",
+        "with 7592 cells in `counts`, but got 69; build the histogram with the same num_cells",
     ),
 ]
 
 
 def test_a_spoilt_state_is_refused_whole():
     histogram = measured(*predictions(0, 100))
-    for name, wrong in (("log_loss", torch.zeros(3)), ("confidences", torch.tensor(3.0))):
+    for name, wrong in (("log_loss", torch.zeros(())), ("doubts", torch.tensor(3.0))):
         state = CalibrationHistogram().state_dict() | {name: wrong}
         with pytest.raises(ValueError, match=f"saved `{name}` to be a Tensor of shape"):
             histogram.load_state_dict(state)
@@ -524,3 +534,302 @@ def test_an_update_reads_no_value_off_the_cpu():
 
 def test_repr():
     assert repr(measured(*predictions(0, 5))) == "CalibrationHistogram(num_cells=10000, count=5)"
+
+
+# --- tails ------------------------------------------------------------------------------------
+
+
+@given(
+    seeds,
+    st.sampled_from([1.0, 8.0, 60.0, 300.0]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_a_cells_logit_is_the_mean_of_its_elements(seed, scale, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    z = (scale * torch.randn(500, generator=generator)).to(dtype)
+    y = torch.rand(500, generator=generator) < 0.3
+    histogram = CalibrationHistogram()
+    histogram.update(z, y)
+    cells = histogram.cells()
+    assert int(cells.count.sum()) == 500
+    assert int(cells.positive.sum()) == int(y.sum())
+    filled = cells.count > 0
+    logit = cells.logit[filled]
+    assert (logit.diff() > 0).all()
+    assert logit.isfinite().all()
+    # One after the other, elements in order fill the cells in order: each lies near its cell.
+    order = z.double().sort().values.clamp(-745, 745)
+    near = torch.repeat_interleave(logit.clamp(-745, 745), cells.count[filled].long())
+    # Below a logit of 7.1 a cell is 1e-4 of probability wide, beyond it 1/20, then 0.4 of logit.
+    slope = torch.sigmoid(order) * torch.sigmoid(-order)
+    width = torch.where(order.abs() < 7, 1.1e-4 / slope, torch.where(order.abs() < 50, 0.06, 0.41))
+    assert ((near - order).abs() <= width).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_saturated_logits_are_told_apart_where_doubts_are_not(dtype):
+    """exp(-100) is 0 in float32: the cell comes from the logit itself."""
+    histogram = CalibrationHistogram()
+    histogram.update(torch.tensor([100.0, 200.0, 400.0, 700.0, 1e30]).to(dtype), torch.ones(5))
+    cells = histogram.cells()
+    got = cells.logit[cells.count > 0]
+    want = torch.tensor([100.0, 200.0, 400.0, 700.0, 745.0]).double()
+    assert_close(got, want, atol=0.25, rtol=0)
+    assert float(histogram.ece()) == pytest.approx(0, abs=1e-30)
+
+
+def test_tails_belong_to_the_last_bin_and_keep_half_a_megabyte():
+    histogram = measured(
+        torch.tensor([1e-9, 1 - 1e-6, 0.99995], dtype=torch.float64), torch.ones(3)
+    )
+    assert histogram.reliability(1000).count[-1] == 3
+    assert histogram.reliability(1000, "positive_class").count[[0, -1]].tolist() == [1, 2]
+    assert sum(part.nbytes for part in histogram.state_dict().values()) < 500_000
+
+
+@pytest.mark.parametrize(("units", "inside"), [(1, True), (2, True), (8, False)])
+def test_an_edge_reaches_two_units_down_and_not_far(units, inside):
+    """0.9 in float32 less some units: the edge's bin, until too far below it."""
+    p = torch.tensor([0.9]) - units * torch.finfo(torch.float32).eps
+    assert (int(measured(p, torch.ones(1)).reliability(10).count.argmax()) == 9) is inside
+
+
+# --- labels apart -----------------------------------------------------------------------------
+
+
+@settings(max_examples=12)
+@given(seeds, st.sampled_from([(7, 3), (2, 3, 4), (2, 3, 2, 5)]), st.booleans())
+def test_labels_apart_are_as_many_histograms(seed, size, ignoring):
+    generator = torch.Generator().manual_seed(seed)
+    z = 3 * torch.randn(size, generator=generator)
+    y = torch.randint(0, 2, size, generator=generator)
+    if ignoring:
+        y = torch.where(torch.rand(size, generator=generator) < 0.2, 255, y)
+    void = 255 if ignoring else None
+    together = CalibrationHistogram(3)
+    together.update(z, y, ignore_index=void)
+    apart = []
+    for label in range(3):
+        apart.append(CalibrationHistogram())
+        apart[-1].update(z[:, label], y[:, label], ignore_index=void)
+    for name in ("accuracy", "confidence", "ece", "oe", "mce", "adaptive_ece", "sweep_ece",
+                 "debiased_ece", "brier", "nll", "slope", "intercept", "refinement"):  # fmt: skip
+        got = getattr(together, name)()
+        assert got.shape == (3,)
+        want = torch.stack([getattr(one, name)() for one in apart])
+        assert_close(got, want, equal_nan=True)
+        one = getattr(together.label(1), name)()
+        assert_close(one, want[1], equal_nan=True)
+    table, tables = together.reliability(5), [one.reliability(5) for one in apart]
+    assert_close(table.edges, tables[0].edges)
+    for name in ("count", "confidence", "accuracy"):
+        want = torch.stack([getattr(one, name) for one in tables])
+        assert_close(getattr(table, name), want, equal_nan=True)
+    pooled = together.pooled()
+    assert pooled.num_labels is None
+    for name in ("ece", "nll", "accuracy"):
+        assert_close(getattr(pooled, name)(), getattr(sum(apart), name)(), equal_nan=True)
+
+
+def test_labels_apart_merge_and_load():
+    x, y = torch.randn(20, 2), torch.randint(0, 2, (20, 2))
+    one = CalibrationHistogram(num_labels=2)
+    one.update(x, y)
+    assert (one + one).reliability(1).count.tolist() == [[40], [40]]
+    other = CalibrationHistogram(num_labels=2)
+    other.load_state_dict(one.state_dict())
+    assert_close(other.nll(), one.nll())
+    assert repr(one) == "CalibrationHistogram(num_labels=2, num_cells=10000, count=40)"
+    assert len(one.cells()) == 2
+    with pytest.raises(ValueError, match="num_labels=2, but got num_labels=None; build both"):
+        one.merge(CalibrationHistogram())
+    with pytest.raises(ValueError, match="with 2 labels in `counts`, but got 1"):
+        one.load_state_dict(CalibrationHistogram().state_dict())
+    with pytest.raises(ValueError, match=r"num_labels=2 labels in dimension 1, but got shape \(4,"):
+        one.update(torch.randn(4, 3), torch.ones(4, 3))
+    with pytest.raises(IndexError, match=r"`index` to be in \[-2, 1\], but got 2"):
+        one.label(2)
+    with pytest.raises(ValueError, match="`num_labels` to be a positive int"):
+        CalibrationHistogram(0)
+
+
+# --- state ------------------------------------------------------------------------------------
+
+
+def test_plus_works_from_either_side_and_changes_nothing():
+    one, two = measured(*predictions(0, 10)), measured(*predictions(1, 20))
+    total = sum([one, two])
+    assert total is not one
+    for histogram, count in ((total, 30), (one, 10), (two, 20), (0 + one, 10)):
+        assert histogram.reliability(1).count.item() == count
+    with pytest.raises(TypeError, match="unsupported operand"):
+        1 + one
+
+
+def test_loading_copies():
+    """A loaded state is the histogram's own: reducing it in place must not reach the caller's."""
+    source = measured(*predictions(0, 100))
+    state = source.state_dict()
+    kept = {name: part.clone() for name, part in state.items()}
+    histogram = CalibrationHistogram()
+    histogram.load_state_dict(state)
+    for part in histogram._state:
+        part.add_(1)
+    for name, part in state.items():
+        assert torch.equal(part, kept[name])
+
+
+def test_loading_keeps_device_and_dtype():
+    state = measured(*predictions(0, 100)).state_dict()
+    narrow = {name: part.to(torch.float32) for name, part in state.items()}
+    histogram = CalibrationHistogram()
+    histogram.load_state_dict(narrow)
+    assert histogram.state_dict()["counts"].dtype == torch.int64
+    assert histogram.state_dict()["doubts"].dtype == torch.float64
+    elsewhere = CalibrationHistogram()
+    elsewhere.update(torch.empty(3, device="meta"), torch.empty(3, device="meta"))
+    elsewhere.load_state_dict(state)
+    assert all(part.is_meta for part in elsewhere.state_dict().values())
+
+
+def test_a_state_of_version_0_1_loads():
+    """Its keys and shapes: counts (2, half, 2), confidences (2, half), two sums."""
+    p, y = predictions(0, 5000, 3.0)
+    p = p.clamp(1e-7, 1 - 1e-7)
+    x, y = p.numpy(), y.numpy()
+    side = (x >= 0.5).astype(int)
+    conf = np.maximum(x, 1 - x)
+    cell = np.minimum(((conf - 0.5) * 10_000 + 1e-9).astype(int), 4999)
+    counts = torch.zeros(2, 5000, 2, dtype=torch.int64)
+    confidences = torch.zeros(2, 5000, dtype=torch.float64)
+    for s, c, label, value in zip(side, cell, y.astype(int), conf, strict=True):
+        counts[s, c, label] += 1
+        confidences[s, c] += value
+    old = {
+        "counts": counts, "confidences": confidences,
+        "squared_error": torch.tensor(((x - y) ** 2).sum()),
+        "log_loss": torch.tensor(5000 * ref.log_score(x, y)),
+    }  # fmt: skip
+    histogram, want = CalibrationHistogram(), measured(p, torch.from_numpy(y))
+    histogram.load_state_dict(old)
+    for name in ("ece", "oe", "nll", "brier", "accuracy", "confidence", "mce"):
+        assert_close(getattr(histogram, name)(), getattr(want, name)())
+    assert_close(histogram.slope(), want.slope(), rtol=0.02, atol=0)
+
+
+def test_only_mps_has_no_float64_for_the_sums():
+    assert _tally.home(torch.device("mps")) == torch.device("cpu")
+    for device in ("cpu", "cuda", "meta"):
+        assert _tally.home(torch.device(device)) == torch.device(device)
+
+
+# --- NumPy ------------------------------------------------------------------------------------
+
+
+def test_numpy_arrays_are_taken():
+    p, y = predictions(0, 100)
+    want = measured(p, y)
+    frozen = y.numpy().copy()
+    frozen.flags.writeable = False
+    x, label = p.numpy(), y.numpy()
+    for some, labels in (
+        (x, label),
+        (x[::-1], label[::-1]),
+        (x.astype(">f8"), frozen),
+        (x.reshape(10, 10).T, label.reshape(10, 10).T),
+    ):
+        got = CalibrationHistogram()
+        got.update(some, labels, from_logits=False)
+        assert_close(got.ece(), want.ece())
+        assert_close(got.nll(), want.nll())
+    one = CalibrationHistogram()
+    one.update(np.float64(0.9), np.int64(1), from_logits=False)
+    assert float(one.confidence()) == pytest.approx(0.9)
+    with pytest.raises(TypeError, match="an array of numbers, but got an array of object"):
+        one.update(np.array([None, 1]), np.array([0, 1]))
+
+
+# --- probabilities for logits -----------------------------------------------------------------
+
+
+def test_probabilities_taken_for_logits_warn_once():
+    p, y = torch.rand(2000), torch.rand(2000) > 0.5
+    histogram = CalibrationHistogram()
+    histogram.update(p, y)
+    with pytest.warns(
+        UserWarning, match=r"lie in \[0, 1\].*pass these with .*from_logits=Fa"
+    ) as seen:
+        histogram.ece()
+    assert seen[0].filename == __file__
+    assert len(seen) == 1
+    histogram.nll()
+    with pytest.warns(UserWarning, match=r"lie in \[0, 1\]"):
+        (CalibrationHistogram(2).merge(_two_labels(p, y))).slope()
+
+
+def _two_labels(p, y):
+    made = CalibrationHistogram(2)
+    made.update(p.view(-1, 2), y.view(-1, 2))
+    return made
+
+
+def test_what_may_be_logits_does_not_warn():
+    y = torch.rand(2000) > 0.5
+    for x, options in (
+        (torch.rand(2000), {"from_logits": False}),
+        (torch.rand(2000) * 0.5, {}),  # an untrained network
+        (torch.full((2000,), 0.3), {}),
+        (torch.rand(999), {}),
+        (torch.rand(2000) - 0.01, {}),
+        (torch.rand(2000) * 1.1, {}),
+    ):
+        histogram = CalibrationHistogram()
+        histogram.update(x, y[: len(x)], **options)
+        histogram.ece()
+
+
+# --- reports ----------------------------------------------------------------------------------
+
+
+def test_to_dict_is_every_measure_for_a_log():
+    import json
+
+    histogram = measured(*predictions(0, 5000, 2.0))
+    told = histogram.to_dict()
+    assert told["count"] == 5000
+    for name in ("accuracy", "confidence", "ece", "oe", "nll", "brier", "slope", "intercept"):
+        assert told[name] == float(getattr(histogram, name)())
+    assert told["ece_positive_class"] == float(histogram.ece(kind="positive_class"))
+    assert told["nll_refinement"] == float(histogram.refinement())
+    assert told["brier_miscalibration"] == float(histogram.decomposition("brier").miscalibration)
+    assert json.loads(json.dumps(told)) == told
+    assert len(_two_labels(*predictions(0, 100)).to_dict()["nll"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift", "advice"),
+    [
+        (1.0, 0.0, "Well calibrated: nothing to repair."),
+        (2.0, 0.0, "Over-confident (slope below 1)"),
+        (0.5, 0.0, "Not confident enough (slope above 1)"),
+        (1.0, 1.0, "The slope is right: softer labels would not help; a repair does. The mean"),
+    ],
+)
+def test_summary_advises(scale, shift, advice):
+    truth = 1.5 * torch.randn(50_000)
+    y = torch.rand(50_000) < torch.sigmoid(truth)
+    histogram = CalibrationHistogram()
+    histogram.update(scale * truth + shift, y)
+    lines = histogram.summary().splitlines()
+    assert lines[-1].startswith(advice)
+    told = histogram.to_dict()
+    assert lines[0].split() == ["elements", "50000"]
+    for line, key in zip(lines[5:7], ("slope", "intercept"), strict=True):
+        assert line.split() == [key, f"{told[key]:.4f}"]
+
+
+def test_summary_of_labels_and_of_nothing():
+    text = _two_labels(torch.randn(1000), torch.rand(1000) > 0.5).summary()
+    assert text.splitlines()[0].split() == ["label", "0", "label", "1"]
+    text = CalibrationHistogram().summary()
+    assert text.endswith("both classes, and more than one logit, must be seen.")

@@ -1,0 +1,286 @@
+"""From cells to measures: pure functions, each over the last dimension, labels before it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Cells", "Decomposition", "Reliability"]
+
+_ITERATIONS = 200  # of Newton's method; a dozen are usual
+_TINY = 1e-15  # of the mean loss: a step that promises less is the last
+
+
+class Reliability(NamedTuple):
+    """The table behind a reliability diagram; empty bins have nan in the last two columns."""
+
+    edges: Tensor
+    """(num_bins + 1,) edges of the confidence bins"""
+    count: Tensor  # type: ignore[assignment]
+    """(num_bins,) elements in each bin, int64"""
+    confidence: Tensor
+    """(num_bins,) mean confidence in each bin"""
+    accuracy: Tensor
+    """(num_bins,) accuracy (top label) or share of positives (positive class) in each bin"""
+
+
+class Cells(NamedTuple):
+    """What a repair is fitted to: the cells in order of their logit, empty ones too."""
+
+    logit: Tensor
+    """(cells,) the logit that stands for each cell, float64"""
+    count: Tensor  # type: ignore[assignment]
+    """(cells,) elements in each, float64"""
+    positive: Tensor
+    """(cells,) positives in each, float64"""
+
+
+class Decomposition(NamedTuple):
+    """score = miscalibration - discrimination + uncertainty"""
+
+    miscalibration: Tensor
+    """what the best monotone repair would take off the score"""
+    discrimination: Tensor
+    """what the repaired network gains over always answering the base rate"""
+    uncertainty: Tensor
+    """the score of always answering the base rate"""
+
+
+class Bins(NamedTuple):
+    """Elements, right outcomes and summed confidences; the last dimension counts the bins."""
+
+    count: Tensor  # type: ignore[assignment]
+    outcome: Tensor
+    confidence: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.count.sum(-1)
+
+
+# --- bins -----------------------------------------------------------------------------------------
+
+
+def into_bins(cells: Bins, index: Tensor, num_bins: int) -> Bins:
+    """Cells gathered into the bins that ``index`` names, of the shape of a row or of all."""
+    index = index.expand(cells.count.shape)
+    return Bins(
+        *(
+            part.new_zeros(*part.shape[:-1], num_bins).scatter_add_(-1, index, part)
+            for part in cells
+        )
+    )
+
+
+def equal_mass(cells: Bins, num_bins: int) -> Bins:
+    count = cells.count
+    # A cell goes where its middle element would go if each element could be moved alone. In
+    # float64, since the product of a count and num_bins may pass int64's end.
+    middle = (count.cumsum(-1) - count).double() + (count - 1).double() / 2
+    index = (middle * num_bins / cells.total[..., None]).floor().nan_to_num(0)
+    return into_bins(cells, index.clamp(0, num_bins - 1).to(torch.int64), num_bins)
+
+
+def ece(bins: Bins) -> Tensor:
+    return (bins.outcome - bins.confidence).abs().sum(-1) / bins.total
+
+
+def oe(bins: Bins) -> Tensor:
+    over = (bins.confidence - bins.outcome).clamp(min=0)
+    weighted = torch.where(bins.count > 0, bins.confidence / bins.count * over, 0.0)
+    return weighted.sum(-1) / bins.total
+
+
+def mce(bins: Bins) -> Tensor:
+    gap = (bins.outcome - bins.confidence).abs() / bins.count
+    gap = torch.where(bins.count > 0, gap, 0.0).amax(-1)
+    return torch.where(bins.total > 0, gap, torch.nan)
+
+
+def debiased(bins: Bins) -> Tensor:
+    accuracy = bins.outcome / bins.count
+    gap = bins.confidence / bins.count - accuracy
+    squared = gap**2 - accuracy * (1 - accuracy) / (bins.count - 1)
+    mean = torch.where(bins.count > 1, bins.count * squared, 0.0).sum(-1) / bins.total
+    return mean.clamp(min=0).sqrt()
+
+
+def sweep(cells: Bins) -> Tensor:
+    """Of one label: the most bins of equal mass whose accuracy does not fall."""
+    filled = cells.count > 0
+    cells = Bins(*(part[filled] for part in cells))
+    best = ece(equal_mass(cells, 1))
+    for num_bins in range(2, len(cells.count) + 1):
+        bins = equal_mass(cells, num_bins)
+        accuracy = (bins.outcome / bins.count)[bins.count > 0]
+        if bool((accuracy.diff() < 0).any()):
+            break
+        best = ece(bins)
+    return best
+
+
+# --- a line through the logits --------------------------------------------------------------------
+
+
+def affine(
+    cells: Cells, *, slope: float | None = None, bias: bool = True,
+    limits: tuple[float, float] = (-math.inf, math.inf),
+) -> tuple[float, float]:  # fmt: skip
+    """The (a, b) of the least mean loss of a z + b; a given as ``slope``, or b = 0, on demand.
+
+    nan where the cells determine no line: nothing seen, or one class only, or, for a slope, one
+    logit only. An infinite slope (the end of ``limits``, if there is one) where the classes are
+    apart.
+    """
+    z, n, k = (part[cells.count > 0] for part in cells)
+    total, positive = float(n.sum()), float(k.sum())
+    if not 0 < positive < total:  # nan comes here too
+        return (math.nan if slope is None else slope), math.nan
+    if slope is not None:
+        return slope, (_newton(z, n, k, slope, fit_slope=False)[1] if bias else 0.0)
+    if len(z) < 2 and bias:
+        return math.nan, math.nan
+    scale = _spread(z, n, bias)
+    if scale == 0:
+        return math.nan, (math.nan if bias else 0.0)
+    a, b = _apart(z, n, k, bias), 0.0
+    if not a:
+        a, b = _newton(z / scale, n, k, 0.0, fit_bias=bias)
+        a /= scale
+    low, high = limits
+    if low <= a <= high:
+        return a, (b if math.isfinite(a) else math.nan)
+    # The loss is convex: with the slope kept inside, its best place is the nearer end.
+    end = min(max(a, low), high)
+    return end, (_newton(z, n, k, end, fit_slope=False)[1] if bias else 0.0)
+
+
+def _apart(z: Tensor, n: Tensor, k: Tensor, bias: bool) -> float:
+    """The infinite slope of classes that some logit (without a bias: 0) divides, else 0."""
+    negative, positive = (z[part].aminmax() for part in (n > k, k > 0))
+    for low, high, end in ((negative, positive, math.inf), (positive, negative, -math.inf)):
+        between = low.max <= high.min if bias else low.max <= 0 <= high.min
+        if bool(between):
+            return end
+    return 0.0
+
+
+def _spread(z: Tensor, n: Tensor, centred: bool) -> float:
+    mean = (n * z).sum() / n.sum() if centred else 0.0
+    return float(((n * (z - mean) ** 2).sum() / n.sum()).sqrt())
+
+
+def _newton(
+    z: Tensor, n: Tensor, k: Tensor, a: float, *, fit_slope: bool = True, fit_bias: bool = True
+) -> tuple[float, float]:
+    """Newton's method, its step halved until the loss falls: the loss is convex, so that is safe.
+
+    In float64; a and b in units of one.
+    """
+    n, k = n / n.sum(), k / n.sum()
+    rate = float(k.sum())
+    b = math.log(rate / (1 - rate)) if fit_bias and fit_slope else 0.0
+
+    def loss(a: float, b: float) -> float:
+        line = a * z + b
+        return float((n * F.softplus(line) - k * line).sum())
+
+    value = loss(a, b)
+    for _ in range(_ITERATIONS):
+        p = torch.sigmoid(a * z + b)
+        miss, weight = n * p - k, n * p * (1 - p)
+        g_a, g_b = float((miss * z).sum()), float(miss.sum())
+        h_aa, h_ab, h_bb = (float((weight * z**i).sum()) for i in (2, 1, 0))
+        step_a, step_b = _step(
+            (g_a if fit_slope else 0.0, g_b if fit_bias else 0.0), (h_aa, h_ab, h_bb),
+            fit_slope, fit_bias,
+        )  # fmt: skip
+        promise = g_a * step_a + g_b * step_b
+        if not promise > _TINY * max(value, 1e-300):
+            break
+        size = 1.0
+        while size > 1e-10:
+            new = loss(a - size * step_a, b - size * step_b)
+            if new <= value - 1e-4 * size * promise:
+                break
+            size /= 2
+        else:
+            break
+        a, b, value = a - size * step_a, b - size * step_b, new
+    return a, b
+
+
+def _step(
+    gradient: tuple[float, float], hessian: tuple[float, float, float],
+    fit_slope: bool, fit_bias: bool,
+) -> tuple[float, float]:  # fmt: skip
+    """The solution of H s = g, with a little added to H where it is flat."""
+    (g_a, g_b), (h_aa, h_ab, h_bb) = gradient, hessian
+    little = 1e-300 + 1e-14 * (h_aa * fit_slope + h_bb * fit_bias)
+    h_aa, h_bb = h_aa + little, h_bb + little
+    if not fit_slope:
+        return 0.0, g_b / h_bb
+    if not fit_bias:
+        return g_a / h_aa, 0.0
+    determinant = h_aa * h_bb - h_ab * h_ab
+    if not determinant > 0:
+        return g_a / h_aa, g_b / h_bb
+    return (g_a * h_bb - g_b * h_ab) / determinant, (g_b * h_aa - g_a * h_ab) / determinant
+
+
+# --- any curve that rises -------------------------------------------------------------------------
+
+
+class Blocks(NamedTuple):
+    """What isotonic regression pooled: neighbours whose share of positives did not rise."""
+
+    first: list[int]
+    """index of the first cell of each block"""
+    count: list[float]  # type: ignore[assignment]
+    positive: list[float]
+
+
+def isotonic(count: Tensor, positive: Tensor) -> Blocks:
+    """Pool adjacent violators, over the cells that are not empty."""
+    first: list[int] = []
+    n: list[float] = []
+    k: list[float] = []
+    for cell, (one, ones) in enumerate(zip(count.tolist(), positive.tolist(), strict=True)):
+        if not one > 0:
+            continue
+        first.append(cell)
+        n.append(one)
+        k.append(ones)
+        # Compared as products of whole numbers, exact up to 2^53.
+        while len(n) > 1 and k[-2] * n[-1] >= k[-1] * n[-2]:
+            first.pop()
+            last_n, last_k = n.pop(), k.pop()
+            n[-1] += last_n
+            k[-1] += last_k
+    return Blocks(first, n, k)
+
+
+def entropy(p: Tensor) -> Tensor:
+    """of a share of positives, in nats"""
+    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
+
+
+def least_score(count: Tensor, positive: Tensor, score: str) -> Tensor:
+    """The mean score where each cell, or block, answers its own share of positives."""
+    share = torch.where(count > 0, positive / count, 0.5)
+    each = entropy(share) if score == "log" else share * (1 - share)
+    return (count * each).sum(-1) / count.sum(-1)
+
+
+def refinement(cells: Cells, score: str) -> Tensor:
+    """The mean score after the best repair that keeps the order, of one label."""
+    if not bool(cells.count.sum() > 0):
+        return cells.count.new_full((), math.nan)
+    blocks = isotonic(cells.count, cells.positive)
+    return least_score(
+        cells.count.new_tensor(blocks.count), cells.count.new_tensor(blocks.positive), score
+    )

@@ -1,0 +1,679 @@
+import math
+import warnings
+
+import numpy as np
+import pytest
+import reference as ref
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+from strategies import seeds
+from torch.testing import assert_close
+
+from sc_bce import (
+    AdaptivePerturbation,
+    CalibrationHistogram,
+    IsotonicCalibration,
+    TemperatureScaling,
+    _tally,
+    measures,
+    posthoc,
+)
+
+
+def overconfident(seed=0, n=4000, temperature=3.0, flip=0.0):
+    """logits of a network trained at a flip rate, `temperature` times too large; labels"""
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(0, 1.5, n)
+    y = rng.random(n) < ref.sigmoid(truth)
+    if flip == 0:
+        return torch.from_numpy(temperature * truth), torch.from_numpy(y)
+    answered = (1 - 2 * flip) * ref.sigmoid(temperature * truth) + flip
+    z = np.log(answered / (1 - answered))
+    return torch.from_numpy(z), torch.from_numpy(y)
+
+
+def without_flip(z, g, clip=0.001):
+    p = np.clip((ref.sigmoid(z) - g) / (1 - 2 * g), clip, 1 - clip)
+    return np.log(p / (1 - p))
+
+
+# 1 - 2g loses digits near 1/2; no training goes there: alpha is capped at 0.49 for beta 2.
+flips = st.floats(1e-6, 0.45)
+
+
+@given(seeds, flips, st.floats(0.2, 20))
+def test_forward_is_the_formula(seed, g, temperature):
+    z = np.random.default_rng(seed).normal(0, 4, 200)
+    scaling = TemperatureScaling(g).double()
+    scaling.flip_rates.fill_(g)
+    scaling.temperature.fill_(temperature)
+    np.testing.assert_allclose(
+        scaling(torch.from_numpy(z)).numpy(), without_flip(z, g) / temperature, rtol=1e-6, atol=1e-9
+    )
+
+
+@given(seeds, st.floats(0.3, 6), st.sampled_from([0.0, 0.02, 0.1, 0.3]))
+def test_temperature_minimises_the_likelihood(seed, temperature, g):
+    z, y = overconfident(seed, 300, temperature, g)
+    rate = y.numpy().mean()
+    clip = 0.001 * min(rate, 1 - rate)
+    u = z.numpy() if g == 0 else without_flip(z.numpy(), float(np.float32(g)), clip)
+    best = minimize_scalar(
+        lambda log_t: ref.bce(u / np.exp(log_t), y.numpy()).mean(),
+        bounds=(-5, 5), method="bounded", options={"xatol": 1e-10},
+    )  # fmt: skip
+    got = float(TemperatureScaling(g).fit(z, y).temperature)
+    assert got == pytest.approx(math.exp(best.x), rel=1e-4)
+
+
+@given(seeds)
+def test_at_flip_rate_zero_it_is_ordinary_temperature_scaling(seed):
+    z = torch.from_numpy(np.random.default_rng(seed).normal(0, 30, 100))
+    z = torch.cat((z, torch.tensor([0.0, 1e4, -1e4, math.inf])))
+    scaling = TemperatureScaling().double()
+    assert torch.equal(scaling(z), z)
+    scaling.temperature.fill_(2.5)
+    assert_close(scaling(z), z / 2.5, rtol=1e-15, atol=0)
+
+
+@given(seeds, st.floats(0, 0.49), st.floats(0.01, 100))
+def test_the_decision_never_changes(seed, g, temperature):
+    rng = np.random.default_rng(seed)
+    z = torch.from_numpy(rng.normal(0, 1, 200) * 10.0 ** rng.integers(-12, 4, 200))
+    for dtype in (torch.float64, torch.float32):
+        scaling = TemperatureScaling(g)
+        scaling.temperature.fill_(temperature)
+        x = torch.cat((z, torch.zeros(1))).to(dtype)
+        assert torch.equal(scaling(x) >= 0, x >= 0)
+
+
+def test_it_undoes_the_flip_and_the_overconfidence():
+    z, y = overconfident(1, 200_000, 2.0, 0.1)
+    measures = {}
+    for name, scaling in (("raw", TemperatureScaling()), ("flip", TemperatureScaling(0.1)),
+                          ("ordinary", TemperatureScaling())):  # fmt: skip
+        if name != "raw":
+            scaling.fit(z[:100_000], y[:100_000])
+        measures[name] = CalibrationHistogram()
+        measures[name].update(scaling(z[100_000:]), y[100_000:])
+    assert float(measures["flip"].ece()) < 0.005
+    assert float(measures["flip"].ece()) < 0.3 * float(measures["ordinary"].ece())
+    assert float(measures["flip"].nll()) < float(measures["ordinary"].nll())
+    assert torch.equal(measures["flip"].accuracy(), measures["raw"].accuracy())
+
+
+def test_flip_rate_comes_from_the_table():
+    criterion = AdaptivePerturbation(3)
+    criterion.alpha.copy_(torch.tensor([0.0, 0.1, 0.2]))
+    assert float(TemperatureScaling(criterion.flip_rate).flip_rate) == pytest.approx(0.1)
+
+
+def test_large_data_are_looked_at_in_part_and_repeatably():
+    z, y = overconfident(2, 1_500_000)
+    one, two = (TemperatureScaling().fit(z, y) for _ in range(2))
+    assert torch.equal(one.temperature, two.temperature)
+    assert float(one.temperature) == pytest.approx(3.0, rel=0.02)
+
+
+def test_ignored_elements_and_any_shape_and_dtype():
+    z, y = overconfident(3, 4000)
+    plain = TemperatureScaling().fit(z, y)
+    void = torch.arange(5000) % 5 == 0
+    holed = torch.full((5000,), math.nan, dtype=torch.float64)
+    holed[~void] = z
+    mask = torch.full((5000,), 255, dtype=torch.uint8)
+    mask[~void] = y.byte()
+    again = TemperatureScaling().fit(holed.view(50, 100), mask.view(50, 100), ignore_index=255)
+    assert torch.equal(again.temperature, plain.temperature)
+    low = TemperatureScaling().fit(z.bfloat16(), y)
+    assert float(low.temperature) == pytest.approx(float(plain.temperature), rel=0.01)
+    assert low(z.bfloat16()).dtype == torch.bfloat16
+
+
+def test_separable_and_reversed_data_stay_inside_the_bracket():
+    z = torch.tensor([-1.0, 1.0])
+    assert 0.001 <= float(TemperatureScaling().fit(z, z > 0).temperature) < 0.01
+    assert float(TemperatureScaling().fit(z, z < 0).temperature) == pytest.approx(1000, rel=0.1)
+
+
+def test_state_dict_and_casting():
+    fitted = TemperatureScaling(0.1).fit(*overconfident())
+    fresh = TemperatureScaling()
+    fresh.load_state_dict(fitted.state_dict())
+    z = torch.randn(10)
+    assert torch.equal(fresh(z), fitted(z))
+    assert repr(fresh).startswith("TemperatureScaling(flip_rate=0.1, temperature=")
+
+
+def test_compile_and_export_with_the_model():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), TemperatureScaling(0.1)).eval()
+    model[1].temperature.fill_(1.7)
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        want = model(x)
+        assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), want)
+        assert_close(torch.export.export(model, (x,)).module()(x), want)
+
+
+Z, Y = torch.tensor([-1.0, 2.0]), torch.tensor([0, 1])
+FIT = [
+    ((Z, Y[:1]), ValueError, "size of `logits`"),
+    ((Z, torch.ones(2)), ValueError, "both classes, but got only 1; fit to validation data"),
+    ((Z, torch.zeros(2)), ValueError, "both classes, but got only 0"),
+    ((Z * math.inf, Y), ValueError, "`logits` to be finite, but got inf or nan"),
+    ((Z, Y * 255), ValueError, r"`target` to be in \[0, 1\], but got 255; .*`mask > 0`"),
+    ((Z[:0], Y[:0]), ValueError, "an element to fit to, but got none"),
+    ((Z.long(), Y), TypeError, "floating-point logits"),
+    (([1.0], Y), TypeError, "`logits` to be a Tensor, but got list"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "kind", "text"), FIT, ids=range(len(FIT)))
+def test_bad_validation_data_are_refused_and_nothing_changes(arguments, kind, text):
+    scaling = TemperatureScaling()
+    with pytest.raises(kind, match=text):
+        scaling.fit(*arguments)
+    assert scaling.temperature == 1
+
+
+def test_integer_logits_are_refused_rather_than_truncated():
+    with pytest.raises(TypeError, match=r"`logits` to hold .* but got torch.int64"):
+        TemperatureScaling(0.25)(torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("g", [0.001, 0.1, 0.49, 0.4999, 0.49999])
+def test_what_is_calibrated_is_never_beyond_the_clip(g):
+    z = torch.linspace(-30, 30, 1001)
+    assert TemperatureScaling(g)(z).abs().max() <= math.log(999) + 1e-5
+
+
+def test_logits_that_say_nothing_leave_the_temperature():
+    scaling = TemperatureScaling().fit(torch.zeros(4), torch.tensor([0, 1, 1, 1]))
+    assert scaling.temperature == 1
+
+
+@pytest.mark.parametrize("rate", [-0.1, 0.5, math.nan])
+def test_bad_flip_rates_are_refused(rate):
+    with pytest.raises(ValueError, match="`flip_rate`"):
+        TemperatureScaling(rate)
+    with pytest.raises(TypeError, match="`flip_rate`"):
+        TemperatureScaling(torch.tensor([rate]))
+
+
+# --- a fitted flip rate -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("g", [0.0, 0.035, 0.1, 0.25])
+def test_a_flip_rate_of_none_is_found(g):
+    """Logits of a network trained at flip rate g, and twice too sure below it."""
+    truth = 2.5 * torch.randn(200_000, dtype=torch.float64)
+    target = torch.rand(len(truth)) < torch.sigmoid(truth)
+    logits = torch.logit((1 - 2 * g) * torch.sigmoid(2 * truth) + g)
+    scaling = TemperatureScaling(None).fit(logits, target)
+    assert float(scaling.flip_rate) == pytest.approx(g, abs=0.0101)
+    assert float(scaling.temperature) == pytest.approx(2.0, abs=0.2)
+    again = TemperatureScaling(float(scaling.flip_rate)).fit(logits, target)
+    assert_close(scaling(logits), again(logits), rtol=1e-5, atol=1e-5)
+
+
+def test_a_fitted_flip_rate_has_no_higher_loss_than_any_given_one():
+    logits = 4 * torch.randn(5000)
+    target = torch.rand(5000) < 0.1 + 0.8 * torch.sigmoid(logits / 2)
+
+    def loss(rate):
+        z = TemperatureScaling(rate).fit(logits, target)(logits)
+        return float(torch.nn.functional.binary_cross_entropy_with_logits(z, target.float()))
+
+    fitted = loss(None)
+    assert all(fitted <= loss(rate) + 1e-6 for rate in (0.0, 0.02, 0.06, 0.1, 0.2, 0.3))
+
+
+def test_before_the_fit_a_flip_rate_of_none_removes_nothing_and_its_state_is_saved():
+    scaling = TemperatureScaling(None)
+    z = torch.linspace(-4, 4, 9)
+    assert torch.equal(scaling(z), z)
+    target = torch.rand(4000) < 0.85
+    scaling.fit(torch.where(target, 2.0, -2.0) * torch.where(torch.rand(4000) < 0.9, 1, -1), target)
+    other = TemperatureScaling(None)
+    other.load_state_dict(scaling.state_dict())
+    assert torch.equal(other(z), scaling(z))
+    before = scaling.state_dict()
+    with pytest.raises(ValueError, match="both classes"):
+        scaling.fit(torch.ones(3), torch.ones(3))
+    assert_close(scaling.state_dict(), before)
+
+
+# --- nan, and state ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, (0.02, 0.2)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_nan_stays_nan_and_infinite_logits_stay_certain(rate, dtype):
+    x = torch.tensor([math.nan, math.inf, -math.inf, 0.5], dtype=dtype)
+    for repair in (TemperatureScaling(rate), IsotonicCalibration()):
+        got = repair(x)
+        assert got.dtype == dtype
+        assert got.isnan().tolist() == [True, False, False, False]
+        assert got[1] > got[3] > got[2]
+
+
+def test_half_precision_is_computed_in_float32():
+    z, y = overconfident(0, 4000)
+    x = (3 * torch.randn(500)).half()
+    for repair in (
+        TemperatureScaling(0.1, bias=True).fit(z, y), IsotonicCalibration().fit(z, y)
+    ):  # fmt: skip
+        assert torch.equal(repair(x), repair(x.float()).half())
+        # A module in half precision still answers float32 inputs in float32.
+        wide = repair.half()(x.float())
+        assert wide.dtype == torch.float32
+        if isinstance(repair, TemperatureScaling):  # a table's values are what they are
+            assert not torch.equal(wide, wide.half().float())
+
+
+def test_labels_apart_keep_the_dtype_and_precision_of_the_input():
+    """A (C,) temperature in float64 would lift float32 logits to float64, a 0-d one would not."""
+    scaling = TemperatureScaling(num_labels=2).double()
+    scaling.temperature.copy_(torch.tensor([1 / 3, 3.0]))
+    x = torch.randn(50, 2)
+    want = x / torch.tensor([1 / 3, 3.0], dtype=torch.float64).float()
+    assert torch.equal(scaling(x), want)
+
+
+def test_meta_device_then_reset():
+    fitted = TemperatureScaling((0.05, 0.1), bias=True).fit(*overconfident())
+    for build in (lambda: TemperatureScaling((0.05, 0.1), bias=True), IsotonicCalibration):
+        with torch.device("meta"):
+            made = build()
+        assert all(part.is_meta for part in made.state_dict().values())
+        assert repr(made)
+        made = made.to_empty(device="cpu")
+        for part in made.buffers():
+            part.fill_(777)
+        made.reset_parameters()
+        for name, part in build().state_dict().items():
+            assert torch.equal(made.state_dict()[name], part), name
+    made = TemperatureScaling((0.05, 0.1)).to_empty(device="cpu")
+    made.load_state_dict(fitted.state_dict())
+    z = torch.randn(9)
+    assert torch.equal(made(z), fitted(z))
+
+
+def test_a_state_of_version_0_1_loads():
+    old = {"flip_rate": torch.tensor(0.1), "temperature": torch.tensor(1.7)}
+    scaling = TemperatureScaling()
+    scaling.load_state_dict(old)
+    assert set(old) == {"flip_rate", "temperature"}
+    z = torch.linspace(-4, 4, 50, dtype=torch.float64)
+    want = without_flip(z.numpy(), float(np.float32(0.1))) / float(np.float32(1.7))
+    np.testing.assert_allclose(scaling(z).numpy(), want, rtol=1e-6)
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), TemperatureScaling())
+    state = model[0].state_dict(prefix="0.") | {f"1.{name}": part for name, part in old.items()}
+    model.load_state_dict(state)
+    assert float(model[1].flip_rate) == pytest.approx(0.1)
+
+
+# --- pairs, bias, labels ----------------------------------------------------------------------
+
+
+@given(seeds, st.floats(1e-4, 0.6), st.floats(1e-4, 0.3), st.floats(1e-5, 0.01))
+def test_a_pair_is_removed_by_the_formula(seed, up, down, clip):
+    z = np.random.default_rng(seed).normal(0, 4, 200)
+    scaling = TemperatureScaling((0.1, 0.1)).double()
+    scaling.flip_rates.copy_(torch.tensor([up, down]))
+    scaling.clip.fill_(clip)
+    up, down, clip = (float(np.float32(part)) for part in (up, down, clip))
+    scaling.flip_rates.copy_(torch.tensor([up, down]))
+    scaling.clip.fill_(clip)
+    p = np.clip((ref.sigmoid(z) - up) / (1 - up - down), clip, 1 - clip)
+    # Near the clip a rounding of the probability is much of the logit.
+    slack = 1e-14 / np.minimum(p, 1 - p)
+    got = scaling(torch.from_numpy(z)).numpy()
+    assert (np.abs(got - np.log(p / (1 - p))) <= 1e-9 + slack).all()
+    narrow = scaling(torch.from_numpy(z).float()).numpy()
+    assert (np.abs(narrow - np.log(p / (1 - p))) <= 1e-4 + 1e-6 / np.minimum(p, 1 - p)).all()
+
+
+def test_a_side_without_a_flip_is_not_clipped():
+    z = torch.tensor([-50.0, 50.0], dtype=torch.float64)
+    low, high = TemperatureScaling((0.0, 0.1))(z).tolist()
+    assert low == pytest.approx(-50 - math.log(0.9), rel=1e-6)
+    assert high == pytest.approx(math.log(999), rel=1e-6)
+    low, high = TemperatureScaling((0.1, 0.0))(z).tolist()
+    assert low == pytest.approx(-math.log(999), rel=1e-6)
+    assert high == pytest.approx(50 + math.log(0.9), rel=1e-6)
+
+
+def test_the_clip_of_a_rare_label_lies_below_its_base_rate():
+    truth = torch.randn(200_000, dtype=torch.float64) * 2 - 8
+    y = torch.rand(200_000) < torch.sigmoid(truth)
+    z = torch.logit(0.8 * torch.sigmoid(truth) + 0.1)
+    scaling = TemperatureScaling(0.1).fit(z, y)
+    rate = float(y.double().mean())
+    assert float(scaling.clip) == pytest.approx(1e-3 * rate)
+    assert float(torch.sigmoid(scaling(z)).mean()) == pytest.approx(rate, rel=0.2)
+
+
+def test_a_bias_brings_the_mean_to_the_base_rate():
+    from sklearn.linear_model import LogisticRegression
+
+    z, y = overconfident(5, 20_000)
+    z = z + 2
+    scaling = TemperatureScaling(bias=True).double().fit(z, y)
+    model = LogisticRegression(C=np.inf, tol=1e-10).fit(z.numpy().reshape(-1, 1), y.numpy())
+    assert 1 / float(scaling.temperature) == pytest.approx(float(model.coef_[0, 0]), rel=1e-4)
+    assert float(scaling.bias) == pytest.approx(float(model.intercept_[0]), rel=1e-3)
+    assert float(torch.sigmoid(scaling(z)).mean()) == pytest.approx(
+        float(y.double().mean()), rel=1e-6
+    )
+    assert "bias=" in repr(scaling)
+
+
+@pytest.mark.parametrize("size", [(400, 3), (50, 3, 4), (40, 3, 5, 2)])
+def test_labels_apart_are_as_many_repairs(size):
+    truth = torch.randn(size)
+    y = torch.rand(size) < torch.sigmoid(truth)
+    z = truth * torch.tensor([1.0, 2.0, 4.0]).view(1, 3, *(1 for _ in size[2:]))
+    together = CalibrationHistogram(3)
+    together.update(z, y)
+    for build in (
+        lambda **labels: TemperatureScaling(bias=True, **labels),
+        lambda **labels: TemperatureScaling((0.01, 0.02), **labels),
+        lambda **labels: IsotonicCalibration(**labels),
+    ):
+        for data in ((together,), (z, y)):
+            repair = build(num_labels=3).fit(*data)
+            got = repair(z)
+            for label in range(3):
+                apart = (together.label(label),) if len(data) == 1 else (z[:, label], y[:, label])
+                alone = build().fit(*apart)
+                assert_close(got[:, label], alone(z[:, label]), rtol=1e-5, atol=1e-5)
+        fresh = build(num_labels=3)
+        fresh.load_state_dict(repair.state_dict())
+        assert torch.equal(fresh(z), got)
+        with pytest.raises(ValueError, match="num_labels=3 labels in dimension 1"):
+            repair(torch.randn(4, 2))
+    pair = torch.tensor([0.01, 0.02, 0.03]), torch.tensor([0.1, 0.2, 0.3])
+    assert_close(TemperatureScaling(pair, num_labels=3).flip_rates, torch.stack(pair))
+
+
+# --- from a histogram -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 8, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_histogram_is_enough(scale, dtype):
+    from sklearn.isotonic import IsotonicRegression
+
+    z, y = overconfident(6, 100_000, temperature=1.5)
+    z = (scale * z).to(dtype)
+    histogram = CalibrationHistogram()
+    histogram.update(z, y)
+    raw = TemperatureScaling(bias=True).fit(z, y)
+    cells = TemperatureScaling(bias=True).fit(histogram)
+    assert float(cells.temperature) == pytest.approx(float(raw.temperature), rel=0.01)
+    label = y.numpy()
+    for ours, want in (
+        (cells(z.double()), ref.bce(raw(z.double()).numpy(), label).mean()),
+        (
+            IsotonicCalibration().fit(histogram)(z.double()),
+            ref.log_score(IsotonicRegression().fit(z.double(), label).predict(z.double()), label),
+        ),
+    ):
+        assert ref.bce(ours.numpy(), label).mean() == pytest.approx(want, rel=1e-3)
+
+
+def test_the_line_on_a_small_set_is_exact_and_on_a_large_one_gathered():
+    z, y = overconfident(2, 1_200_000)
+    whole = TemperatureScaling(bias=True).fit(z, y)
+    histogram = CalibrationHistogram()
+    histogram.update(z, y)
+    cells = TemperatureScaling(bias=True).fit(histogram)
+    assert float(whole.temperature) == pytest.approx(float(cells.temperature), rel=2e-3)
+    from scipy.optimize import minimize
+
+    best = minimize(
+        lambda t: ref.bce(z.numpy()[::10] * t[0] + t[1], y.numpy()[::10]).mean(), [0.3, 0.0]
+    )
+    some = TemperatureScaling(bias=True).fit(z[::10], y[::10])
+    assert 1 / float(some.temperature) == pytest.approx(best.x[0], rel=1e-4)
+    gathered = posthoc._gathered(z[::10], y[::10])
+    a, _ = measures.affine(gathered)
+    assert a == pytest.approx(best.x[0], rel=1e-4)
+    assert int(gathered.count.sum()) == 120_000
+    assert int(gathered.positive.sum()) == int(y[::10].sum())
+
+
+def test_lines_equal_probcal():
+    probcal = pytest.importorskip("probcal")
+    z, y = overconfident(8, 50_000)
+    z = z + 0.5
+    p = torch.sigmoid(z).numpy()
+    for ours, theirs in (
+        (TemperatureScaling(bias=True), probcal.PlattCalibrator()),
+        (TemperatureScaling(), probcal.TemperatureCalibrator()),
+    ):
+        want = theirs.fit(p, y.numpy().astype(int)).predict_proba(p)
+        np.testing.assert_allclose(torch.sigmoid(ours.fit(z, y)(z)).numpy(), want, atol=1e-4)
+
+
+def test_numpy_arrays_fit():
+    z, y = overconfident(0, 2000)
+    for build in (TemperatureScaling, IsotonicCalibration):
+        one, two = build().fit(z, y), build().fit(z.numpy(), y.numpy())
+        assert torch.equal(one(z), two(z))
+
+
+def test_fits_tell_what_they_gained_and_warn_of_what_they_lost():
+    z, y = overconfident(0, 4000)
+    scaling = TemperatureScaling()
+    assert scaling.nll is None
+    scaling.fit(z, y)
+    before, after = scaling.nll
+    assert before == pytest.approx(ref.bce(z.numpy(), y.numpy()).mean())
+    assert after == pytest.approx(ref.bce(scaling(z).numpy(), y.numpy()).mean(), rel=1e-6)
+    assert repr(scaling).endswith(f"nll={before:.4f} -> {after:.4f})")
+    with pytest.warns(
+        UserWarning, match="worse that it is fitted to: NLL .* its flip rate"
+    ) as seen:
+        TemperatureScaling(0.4).fit(z / 3, y)
+    assert seen[0].filename == __file__
+    scaling.reset_parameters()
+    assert scaling.nll is None
+
+
+# --- the curve --------------------------------------------------------------------------------
+
+
+@given(seeds, st.integers(5, 200))
+def test_the_curve_goes_through_the_blocks_and_rises(seed, n):
+    rng = np.random.default_rng(seed)
+    z, y = rng.normal(0, 2, n), rng.integers(0, 2, n)
+    y[:2] = (0, 1)
+    histogram = CalibrationHistogram()
+    histogram.update(torch.from_numpy(z), torch.from_numpy(y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a few points may lie better as they are
+        repair = IsotonicCalibration().double().fit(histogram)
+    x = torch.linspace(-30, 30, 4001, dtype=torch.float64)
+    x = torch.cat((torch.tensor([-math.inf, -1e30]).double(), x, torch.tensor([1e30, math.inf])))
+    got = repair(x)
+    assert got.isfinite().all()
+    assert (got.diff() >= 0).all()
+    # At each fitted logit the share of its block; of the end blocks, half a count in n + 1.
+    fitted, cell = ref.isotonic(z, y), place(torch.from_numpy(z)).numpy()
+    values, counts = np.unique(fitted, return_counts=True)
+    if len(values) == 1:
+        fitted[:] = (y.sum() + 0.5) / (n + 1)
+    else:
+        if values[0] == 0:
+            fitted[fitted == 0] = min(0.5 / (counts[0] + 1), values[1])
+        if values[-1] == 1:
+            fitted[fitted == 1] = max((counts[-1] + 0.5) / (counts[-1] + 1), values[-2])
+    if len(np.unique(cell)) == n:  # else ties that the reference does not have
+        np.testing.assert_allclose(
+            repair.table[torch.from_numpy(cell)].numpy(), np.log(fitted / (1 - fitted)), rtol=1e-6
+        )
+
+
+def place(z):
+    """index of each logit's cell in the table"""
+    grid = _tally.grid(10_000)
+    at = grid.coordinate(z.abs(), torch.sigmoid(-z.abs())).long()
+    return torch.where(z >= 0, grid.size + at, grid.size - 1 - at)
+
+
+def test_a_curve_without_a_fit_leaves_logits_as_they_are():
+    x = torch.cat((torch.linspace(-9, 9, 1001), torch.linspace(-700, 700, 1001))).double()
+    got = IsotonicCalibration().double()(x)
+    assert ((got - x).abs() <= torch.where(x.abs() < 50, 0.07, 0.201)).all()
+    assert ((got - x)[x.abs() < 4].abs() < 3.1e-3).all()
+
+
+def test_the_ends_do_not_cost_more_than_they_must():
+    """A network that is never wrong on the fitted data may be on fresh ones."""
+    truth = 3 * torch.randn(3000, dtype=torch.float64)
+    y = torch.rand(3000) < torch.sigmoid(truth)
+    fresh = 3 * torch.randn(50_000, dtype=torch.float64)
+    label = torch.rand(50_000) < torch.sigmoid(fresh)
+    repair = IsotonicCalibration().double().fit(truth, y)
+    best = ref.bce(fresh.numpy(), label.numpy()).mean()
+    assert ref.bce(repair(fresh).numpy(), label.numpy()).mean() < 1.05 * best
+
+
+# --- shipping ---------------------------------------------------------------------------------
+
+
+REPAIRS = [
+    lambda: TemperatureScaling(0.1, bias=True),
+    lambda: TemperatureScaling((0.05, 0.1), num_labels=3),
+    lambda: IsotonicCalibration(),
+    lambda: IsotonicCalibration(num_labels=3),
+]
+
+
+@pytest.mark.parametrize("build", REPAIRS, ids=range(len(REPAIRS)))
+def test_compile_and_export_of_each_repair(build):
+    repair = build()
+    truth = torch.randn(500, 3)
+    repair.fit(2 * truth, torch.rand(500, 3) < torch.sigmoid(truth))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), repair).eval()
+    x = torch.randn(5, 4)
+    with torch.no_grad():
+        want = model(x)
+        assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), want)
+        batch = torch.export.Dim("batch")
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
+        more = torch.randn(9, 4)
+        assert_close(exported(more), model(more))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("build", REPAIRS, ids=range(len(REPAIRS)))
+def test_onnxruntime_answers_the_same(build, tmp_path):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    repair = build()
+    truth = torch.randn(500, 3)
+    repair.fit(2 * truth, torch.rand(500, 3) < torch.sigmoid(truth))
+    x = torch.cat((4 * torch.randn(20, 3), torch.tensor([[math.nan, math.inf, -math.inf]])))
+    torch.onnx.export(repair, (x,), str(tmp_path / "repair.onnx"), dynamo=False, input_names=["x"])
+    session = runtime.InferenceSession(tmp_path / "repair.onnx")
+    got = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+    assert_close(got, repair(x), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+def filled(z, y, **options):
+    histogram = CalibrationHistogram(**options)
+    histogram.update(torch.as_tensor(z), torch.as_tensor(y))
+    return histogram
+
+
+def spoilt():
+    histogram = filled(Z, Y)
+    histogram._state.doubts.fill_(math.nan)
+    return histogram
+
+
+BAD = [
+    (
+        (CalibrationHistogram(),),
+        ValueError,
+        "`histogram` to hold an element to fit to, but got none",
+    ),
+    ((filled(Z, [1, 1]),), ValueError, "`histogram` to hold both classes, but got only 1"),
+    ((spoilt(),), ValueError, "finite counts and sums, but got nan"),
+    ((CalibrationHistogram(2),), ValueError, "num_labels=None, but got num_labels=2; build both"),
+    ((filled(Z, Y), Y), TypeError, "`target` to be None beside a CalibrationHistogram"),
+    ((Z,), TypeError, r"`target` to be the labels of the logits, but got None; pass `fit\(logits"),
+    ((Z, Y.float() * 0.5 + 300), ValueError, r"`target` to be in \[0, 1\], but got 300"),
+    ((Z * math.nan, Y), ValueError, "`logits` to be finite, but got inf or nan"),
+]
+
+
+@pytest.mark.parametrize("build", [TemperatureScaling, IsotonicCalibration])
+@pytest.mark.parametrize(("arguments", "kind", "text"), BAD, ids=range(len(BAD)))
+def test_bad_data_of_either_repair_are_refused(build, arguments, kind, text):
+    repair = build()
+    before = {name: part.clone() for name, part in repair.state_dict().items()}
+    with pytest.raises(kind, match=text):
+        repair.fit(*arguments)
+    for name, part in repair.state_dict().items():
+        assert torch.equal(part, before[name])
+
+
+def test_a_curve_needs_the_fine_cells_and_a_meta_histogram_has_none():
+    with pytest.raises(ValueError, match="num_cells=10000, but got num_cells=100; build it"):
+        IsotonicCalibration().fit(filled(Z, Y, num_cells=100))
+    histogram = CalibrationHistogram()
+    histogram.update(torch.empty(3, device="meta"), torch.empty(3, device="meta"))
+    with pytest.raises(ValueError, match="`histogram` to hold values, but got one on device meta"):
+        IsotonicCalibration().fit(histogram)
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [
+        ((0.5, 0.5), r"sum to less than 1, .* but got \(0.5, 0.5\); it is `criterion.flip_rates`"),
+        ((0.1, 0.1, 0.1), r"a number or a pair \(g0, g1\), but got 3 values"),
+        ((0.1, -0.1), r"`flip_rate` to be in \[0, 1\], but got -0.1"),
+        (0.5, "be below 1/2, where labels still say something, but got 0.5"),
+    ],
+)
+def test_bad_pairs_are_refused(rate, text):
+    with pytest.raises(ValueError, match=text):
+        TemperatureScaling(rate)
+
+
+def test_one_flip_rate_is_read_where_there_is_one():
+    assert float(TemperatureScaling(0.1).flip_rate) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="differ: read `flip_rates`"):
+        _ = TemperatureScaling((0.1, 0.2)).flip_rate
+
+
+def test_logits_that_are_all_alike_have_a_documented_answer():
+    z, y = torch.full((8,), 0.7), torch.tensor([0, 1, 1, 1, 1, 1, 0, 1])
+    for data in ((z, y), (filled(z, y),)):
+        scaling = TemperatureScaling(bias=True).fit(*data)
+        assert scaling.temperature == 1
+        assert float(scaling(z)[0]) == pytest.approx(math.log(3), rel=1e-4)
+        assert float(IsotonicCalibration().fit(*data)(z)[0]) == pytest.approx(
+            math.log(6.5 / 2.5), rel=1e-4
+        )
+
+
+def test_probabilities_taken_for_logits_warn():
+    p, y = torch.rand(3000), torch.rand(3000) < 0.5
+    for build in (TemperatureScaling, IsotonicCalibration):
+        with pytest.warns(UserWarning, match=r"All logits of this fit lie in \[0, 1\]") as seen:
+            build().fit(p, y)
+        assert len(seen) == 1
+        assert seen[0].filename == __file__
+        with pytest.warns(UserWarning, match=r"All logits that this histogram has seen lie in"):
+            build().fit(filled(p, y))
