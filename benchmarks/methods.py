@@ -78,9 +78,9 @@ class Carried(AdaptivePerturbation):
     """``feedback`` whose budget carries over below 0 as well, so that it can wind up."""
 
     def step(self, accuracy: Any, confidence: Any = None, *, group: Any = None) -> None:
-        below = self.epoch.budget.clamp(max=0)
+        below = self.budget.clamp(max=0)
         super().step(accuracy, confidence, group=group)
-        self.hold({"budget": (self.epoch.budget + below).clamp(min=-0.45)})
+        self.hold({"budget": (self.budget + below).clamp(min=-0.45)})
 
 
 class Replay(AdaptivePerturbation):

@@ -125,6 +125,7 @@ def test_imports_go_downward():
         "_fused",
         "functional",
         "loss",
+        "levels",
         "adaptive",
         "_tally",
         "measures",

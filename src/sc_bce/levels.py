@@ -231,7 +231,12 @@ class Levels(nn.Module):
     alpha: Tensor
     visited: Tensor
     sample_accuracy: Tensor
-    epoch: Epoch
+    steps: Tensor
+    accuracy: Tensor
+    best_accuracy: Tensor
+    budget: Tensor
+    difficulty: Tensor
+    climbs: Tensor
     counts: Tensor
     fresh: Tensor
     setting: Tensor
@@ -281,18 +286,18 @@ class Levels(nn.Module):
 
     def held(self) -> dict[str, Tensor]:
         """Every tensor of the state, by name."""
-        others = ("visited", "counts", "fresh", "setting")
-        named = {name: getattr(self, name) for name in others}
-        return {**self.columns, **named, **self.epoch._asdict()}
+        others = ("visited", "counts", "fresh", "setting", *Epoch._fields)
+        return {**self.columns, **{name: getattr(self, name) for name in others}}
 
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace tensors of the state."""
-        epoch = {name: tensors[name] for name in Epoch._fields if name in tensors}
-        if epoch:
-            old = self.epoch._asdict() if hasattr(self, "epoch") else {}
-            self.epoch = Epoch(**{**old, **epoch})
-        for name in tensors.keys() - epoch.keys():
-            setattr(self, name, tensors[name])
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
+
+    @property
+    def epoch(self) -> Epoch:
+        """What the last step set."""
+        return Epoch(*(getattr(self, name) for name in Epoch._fields))
 
     def grow(self, rows: int) -> None:
         """Add rows that were never trained."""
