@@ -390,7 +390,7 @@ def test_compile_does_not_repeat_by_size():
     for alpha in (lambda n: 0.1, lambda n: torch.rand(n) / 2, lambda n: torch.rand(n, 3) < 0.1):
         count = torch._dynamo.testing.CompileCounter()
         compiled = torch.compile(sc_bce_with_logits, fullgraph=True, backend=count, dynamic=True)
-        for size in (3, 1366, 4096, 90_000):
+        for size in (8, 1366, 4096, 90_000):
             compiled(torch.randn(size, 3), torch.rand(size, 3), alpha(size))
             compiled(torch.randn(size, 3), torch.rand(size, 3), alpha(size), beta=1.0)
         assert count.frame_count <= 2  # one for each beta
