@@ -108,7 +108,7 @@ def test_state_dict_has_torchs_keys_and_loads_both_ways():
     theirs = nn.BCEWithLogitsLoss(**weights)
     ours = SCBCEWithLogitsLoss(**weights, alpha=0.1, sampling="sample", generator=torch.Generator())
     assert list(ours.state_dict()) == list(theirs.state_dict()) == ["weight", "pos_weight"]
-    fresh = SCBCEWithLogitsLoss(weight=torch.zeros(3), pos_weight=torch.zeros(3), alpha=0.1)
+    fresh = SCBCEWithLogitsLoss(weight=torch.zeros(3), pos_weight=torch.ones(3), alpha=0.1)
     fresh.load_state_dict(theirs.state_dict())
     same(fresh.weight, weights["weight"])
     theirs.load_state_dict(fresh.state_dict())

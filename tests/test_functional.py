@@ -1,4 +1,5 @@
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import FLOATS, MASKS, batches, betas, levels, pairs, seeds
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from sc_bce import perturb_target, sc_bce_with_logits
+from sc_bce import _fused, perturb_target, sc_bce_with_logits
 
 REDUCTIONS = ("none", "mean", "sum")
 # Everything holds on both paths.
@@ -383,6 +385,38 @@ def test_compile_does_not_repeat_when_alpha_changes():
     assert count.frame_count == 1
 
 
+def test_compile_does_not_repeat_by_size():
+    """Nor does an alpha of another size, or one of bools."""
+    for alpha in (lambda n: 0.1, lambda n: torch.rand(n) / 2, lambda n: torch.rand(n, 3) < 0.1):
+        count = torch._dynamo.testing.CompileCounter()
+        compiled = torch.compile(sc_bce_with_logits, fullgraph=True, backend=count, dynamic=True)
+        for size in (8, 1366, 4096, 90_000):
+            compiled(torch.randn(size, 3), torch.rand(size, 3), alpha(size))
+            compiled(torch.randn(size, 3), torch.rand(size, 3), alpha(size), beta=1.0)
+        assert count.frame_count <= 2  # one for each beta
+
+
+@pytest.mark.parametrize("mask", [torch.float32, torch.bool, torch.int64])
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_a_dynamic_batch(mask, strict):
+    class Loss(torch.nn.Module):
+        def forward(self, x, y, alpha):
+            loss = sc_bce_with_logits(x, y, alpha, prior=0.2)
+            return loss, sc_bce_with_logits(x, y, 0.1), perturb_target(y, alpha, 1.0)
+
+    n = torch.export.Dim("n", min=2, max=1 << 20)
+    arguments = (torch.randn(8, 3), torch.randint(0, 2, (8, 3)).to(mask), torch.rand(8) / 2)
+    exported = torch.export.export(
+        Loss(), arguments, dynamic_shapes=({0: n}, {0: n}, {0: n}), strict=strict
+    )
+    for size in (2, 8, 1366, 90_000):
+        x, y = torch.randn(size, 3), torch.randint(0, 2, (size, 3)).to(mask)
+        alpha = torch.rand(size) / 2
+        with mock.patch.object(_fused, "_BLOCK", 1 << 20):
+            want = Loss()(x, y, alpha)
+        assert_close(exported.module()(x, y, alpha), want)
+
+
 def test_export_equals_eager():
     class Loss(torch.nn.Module):
         def forward(self, x, y, alpha):
@@ -394,8 +428,6 @@ def test_export_equals_eager():
 
 
 def test_meta_and_fake_tensors():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.empty(3, 2, device="meta", dtype=dtype)
         y = torch.empty(3, 2, device="meta", dtype=torch.int64)
@@ -405,6 +437,29 @@ def test_meta_and_fake_tensors():
     with FakeTensorMode():
         loss = sc_bce_with_logits(torch.randn(3, 2), torch.ones(3, 2, dtype=torch.long), 0.1)
         assert (loss.shape, loss.dtype) == ((), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "name", ["_len_torch_dispatch_stack", "_get_tracing_state", "_are_functorch_transforms_active"]
+)
+@pytest.mark.parametrize("mask", [torch.float32, torch.bool, torch.int64])
+def test_without_torchs_private_names_the_result_is_the_same(name, mask, monkeypatch):
+    x, y = torch.randn(5, 3, requires_grad=True), torch.randint(0, 2, (5, 3)).to(mask)
+    alpha = torch.rand(5) / 2
+
+    def run():
+        loss = sc_bce_with_logits(x, y, alpha, 1.0, prior=0.1)
+        return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+    want = run()
+    monkeypatch.delattr(torch._C, name)
+    with mock.patch.object(_fused._Sweep, "apply", wraps=_fused._Sweep.apply) as taken:
+        got = run()
+    assert not taken.called
+    assert_close(got, want)
+    if mask == torch.int64:
+        with pytest.raises(ValueError, match="got the value 255"):
+            sc_bce_with_logits(x, y * 0 + 255, alpha)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, "per sample"])
@@ -452,9 +507,36 @@ ERRORS = [
     (dict(alpha=0.1, beta=2.1), ValueError, r"`beta` to be in \[0, 2\], but got 2.1"),
     (dict(beta=math.nan), ValueError, r"`beta` to be in \[0, 2\], but got nan"),
     (dict(alpha=0.6, beta=2.0), ValueError, r"alpha \* beta = 0.6 \* 2.0 > 1; lower one"),
+    (
+        dict(alpha=torch.full((4,), 1.5)),
+        ValueError,
+        r"`alpha` to be in \[0, 1\], but got the value 1",
+    ),
+    (dict(alpha=torch.tensor(-0.1)), ValueError, r"in \[0, 1\], but got the value -0.1; the third"),
+    (
+        dict(alpha=torch.tensor([[0.5, 20.0]])),  # a weight as the third argument
+        ValueError,
+        r"got the value 20; the third argument is alpha; pass a weight as `weight=`",
+    ),
+    (
+        dict(alpha=0.1, target=Y * 255),
+        ValueError,
+        r"`target` to be in \[0, 1\], but got the value 25",
+    ),
+    (
+        dict(alpha=0.1, target=2 * Y - 3),
+        ValueError,
+        r"got the value -1; .* labels -1 and 1 `target",
+    ),
+    (
+        dict(alpha=0.1, target=Y * 7, ignore_index=255),
+        ValueError,
+        r"in \[0, 1\] \(besides ignore_index=255\), but got the value 7",
+    ),
     (dict(alpha=torch.ones(1)), ValueError, r"4 values, one per sample .* got shape \(1,\)"),
     (dict(alpha=torch.ones(2)), ValueError, r"broadcasts to \(4, 2\), but got shape \(2,\)"),
     (dict(alpha=torch.ones(4, 3)), ValueError, r"`alpha` .* but got shape \(4, 3\)"),
+    (dict(alpha=0.1, beta="2"), TypeError, r"`beta` to be a number in \[0, 2\] or a Tensor, but"),
     (dict(alpha=0.1, beta=torch.ones(3)), ValueError, r"`beta` .* but got shape \(3,\)"),
     (dict(alpha=0.1, reduction="avg"), ValueError, r"'none', 'mean', 'sum', but got 'avg'"),
     (dict(alpha=0.1, ignore_index="void"), TypeError, r"`ignore_index` to be an int or None"),
@@ -500,6 +582,35 @@ def test_perturb_target_refuses_an_integer_dtype():
         perturb_target(Y, 0.1, dtype=torch.int64)
     with pytest.raises(TypeError, match=r"floating-point torch.dtype, but got 'float32'"):
         perturb_target(Y, 0.1, dtype="float32")
+
+
+def test_a_tensor_alpha_is_looked_at_only_where_it_can_be_read():
+    x, y = torch.zeros(3, 2), torch.ones(3, 2)
+    wrong = torch.tensor([0.0, 0.5, 7.0])
+    inside = torch.func.vmap(sc_bce_with_logits)(x, y, wrong)
+    want = ref.sc_bce(x.numpy(), y.numpy(), wrong.numpy()[:, None], 2.0, reduction="none")
+    close(inside, want.mean(1), rtol=1e-6)
+    compiled = torch.compile(sc_bce_with_logits, fullgraph=True, backend="aot_eager")
+    close(compiled(x, y, wrong), want.mean(), rtol=1e-6)
+    assert sc_bce_with_logits(x[0], y[0], torch.ones(2, dtype=torch.uint8)).isfinite()
+    # nan is no probability, and shows.
+    assert sc_bce_with_logits(x, y, torch.tensor(torch.nan)).isnan()
+
+
+def test_labels_that_are_nan_are_torchs_to_carry_through():
+    x, y = torch.zeros(3, 2), torch.ones(3, 2)
+    y[1, 1] = torch.nan
+    assert sc_bce_with_logits(x, y, 0.1).isnan()
+    ignored = sc_bce_with_logits(x, torch.where(y.isnan(), 255.0, y), 0.1, ignore_index=255)
+    assert_close(ignored, sc_bce_with_logits(torch.zeros(5), torch.ones(5), 0.1))
+
+
+def test_many_floats_are_not_looked_at_where_it_would_cost_a_pass():
+    """With a weight, which the fused sweep has none of; the modules look at their first batches."""
+    x, y = torch.zeros(5000), torch.full((5000,), 3.0)
+    assert sc_bce_with_logits(x, y, 0.1, weight=torch.ones(())).isfinite()
+    with pytest.raises(ValueError, match="got the value 3"):
+        sc_bce_with_logits(x[:4096], y[:4096], 0.1, weight=torch.ones(()))
 
 
 def test_input_that_is_no_tensor_is_refused_at_alpha_zero_too():

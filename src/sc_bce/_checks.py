@@ -55,13 +55,12 @@ def number(name: str, value: object, low: float, high: float, *, tensor: str = "
 
     `tensor`: how to pass one, where a Tensor is welcome too.
     """
-    if isinstance(value, Real) and low <= value <= high:  # type: ignore[operator]
-        return
-    interval = f"[{low:g}, {high:g}]"
+    # The interval is written only where it is shown: compile can't write a symbolic number.
     if not isinstance(value, Real):
-        wanted = f"be a number in {interval}{' or a Tensor' if tensor else ''}"
+        wanted = f"be a number in [{low:g}, {high:g}]{' or a Tensor' if tensor else ''}"
         raise TypeError(sentence(name, wanted, describe(value), tensor))
-    raise ValueError(sentence(name, f"be in {interval}", value))
+    if not low <= value <= high:  # type: ignore[operator]
+        raise ValueError(sentence(name, f"be in [{low:g}, {high:g}]", value))
 
 
 def inside(name: str, value: object, low: float, high: float, *, tensor: str = "") -> None:
