@@ -201,6 +201,7 @@ def mean_by_row(rows: Tensor, valid: Tensor) -> ByRow:
 
 # -- the table
 
+HEAD = 16  # bytes of a seed and a rank, before a generator's state
 NEVER, BEFORE, SINCE = 0, 1, 2  # when a row was last trained: relative to the last step
 
 
@@ -216,7 +217,11 @@ class Levels(nn.Module):
     alpha: Tensor
     visited: Tensor
     sample_accuracy: Tensor
-    epoch: Epoch
+    steps: Tensor
+    accuracy: Tensor
+    best_accuracy: Tensor
+    budget: Tensor
+    difficulty: Tensor
     counts: Tensor
     fresh: Tensor
     setting: Tensor
@@ -258,6 +263,10 @@ class Levels(nn.Module):
         return self._setting[1] > 0
 
     @property
+    def epoch(self) -> Epoch:
+        return Epoch(*(getattr(self, name) for name in Epoch._fields))
+
+    @property
     def columns(self) -> dict[str, Tensor]:
         """What is averaged between processes, by name."""
         names = ("alpha", "sample_accuracy") if self.focused else ("alpha",)
@@ -265,18 +274,13 @@ class Levels(nn.Module):
 
     def held(self) -> dict[str, Tensor]:
         """Every tensor of the state, by name."""
-        others = ("visited", "counts", "fresh", "setting")
-        named = {name: getattr(self, name) for name in others}
-        return {**self.columns, **named, **self.epoch._asdict()}
+        others = ("visited", "counts", "fresh", "setting", *Epoch._fields)
+        return {**self.columns, **{name: getattr(self, name) for name in others}}
 
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace tensors of the state."""
-        epoch = {name: tensors[name] for name in Epoch._fields if name in tensors}
-        if epoch:
-            old = self.epoch._asdict() if hasattr(self, "epoch") else {}
-            self.epoch = Epoch(**{**old, **epoch})
-        for name in tensors.keys() - epoch.keys():
-            setattr(self, name, tensors[name])
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor)
 
     def grow(self, rows: int) -> None:
         """Add rows that were never trained."""
@@ -357,7 +361,7 @@ class Levels(nn.Module):
         like = found.get("alpha", self.alpha) if assign else self.alpha
         self.hold(
             {
-                name: value.detach().to(like.device, getattr(self, name, value).dtype, copy=True)
+                name: value.detach().to(like.device, getattr(self, name).dtype, copy=True)
                 for name, value in found.items()
             }
         )
@@ -452,9 +456,9 @@ def unpack(saved: Tensor, generator: torch.Generator) -> None:
     elif len(saved) == len(generator.get_state()):  # version 0.1, within an epoch
         generator.set_state(saved.clone())
     else:
-        seed, served = (int(value) for value in saved[:16].clone().view(torch.uint64))
+        seed, served = (int(value) for value in saved[:HEAD].clone().view(torch.uint64))
         if served == rank(None):
             # A copy, since set_state reads a view from the start of its storage.
-            generator.set_state(saved[16:].clone())
+            generator.set_state(saved[HEAD:].clone())
         else:
             generator.manual_seed((seed - served + rank(None)) % 2**64)
