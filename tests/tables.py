@@ -22,7 +22,7 @@ def moving(num_samples=6, accuracy=0.9, confidence=0.95, **options):
     return criterion
 
 
-def trained(criterion, batches=3, labels=3, seed=0):
+def trained(criterion, batches=1, labels=3, seed=0):
     """After some batches of over-confident logits, ones and zeros."""
     rows = len(criterion.alpha)
     generator = torch.Generator().manual_seed(seed)

@@ -609,14 +609,22 @@ class AdaptivePerturbation(Levels):
                 other = f"objective={_OBJECTIVES[int(objective)]!r}"
                 remedy = "build the criterion with that objective"
                 return _loaded(f"objective={self.objective!r}", other, remedy)
-            if focus != float(self.setting.new_tensor(self.focus)) and not self.setting.is_meta:
+            if focus != torch.tensor(self.focus, dtype=torch.float32, device="cpu").item():
                 remedy = "build the criterion with that focus"
                 return _loaded(f"focus={self.focus:g}", f"focus={focus:g}", remedy)
-        for name, own in self._saved().items():
+        buffers = {name: own for name, own in self._buffers.items() if own is not None}
+        for name, own in {**self.held(), **buffers}.items():
             value = saved.get(name)
-            if name != "generator" and isinstance(value, Tensor) and value.shape != own.shape:
+            if isinstance(value, Tensor) and value.shape != own.shape:
                 shapes = f"`{name}` of shape {tuple(own.shape)}", f"shape {tuple(value.shape)}"
                 return _loaded(*shapes, "build both criteria with the same arguments")
+        if self.generator is not None and "generator" in saved:
+            size = self.generator.get_state().numel()
+            if saved["generator"].shape[-1] not in (size, size + levels.HEAD):
+                return _loaded(
+                    f"a generator on {self.generator.device}", "the state of one on another device",
+                    "give the criterion a generator like the one that it was trained with",
+                )  # fmt: skip
         return self._too_high(saved)
 
     def _too_high(self, saved: Mapping[str, Tensor]) -> str | None:

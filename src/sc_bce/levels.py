@@ -216,6 +216,7 @@ def mean_by_row(rows: Tensor, valid: Tensor) -> ByRow:
 
 # -- the table
 
+HEAD = 16  # bytes of a seed and a rank, before a generator's state
 NEVER, BEFORE, SINCE = 0, 1, 2  # when a row was last trained: relative to the last step
 
 
@@ -378,7 +379,7 @@ class Levels(nn.Module):
         like = found.get("alpha", self.alpha) if assign else self.alpha
         self.hold(
             {
-                name: value.detach().to(like.device, getattr(self, name, value).dtype, copy=True)
+                name: value.detach().to(like.device, getattr(self, name).dtype, copy=True)
                 for name, value in found.items()
             }
         )
@@ -474,9 +475,9 @@ def unpack(saved: Tensor, generator: torch.Generator) -> None:
     elif len(saved) == len(generator.get_state()):  # version 0.1, within an epoch
         generator.set_state(saved.clone())
     else:
-        seed, served = (int(value) for value in saved[:16].clone().view(torch.uint64))
+        seed, served = (int(value) for value in saved[:HEAD].clone().view(torch.uint64))
         if served == rank(None):
             # A copy, since set_state reads a view from the start of its storage.
-            generator.set_state(saved[16:].clone())
+            generator.set_state(saved[HEAD:].clone())
         else:
             generator.manual_seed((seed - served + rank(None)) % 2**64)
