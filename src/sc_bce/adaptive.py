@@ -222,6 +222,7 @@ class AdaptivePerturbation(Levels):
         self.observes = isinstance(prior, str)
         if not isinstance(prior, str):
             _batch.hold_prior(self, prior)
+        self._given = prior.detach().clone().float() if isinstance(prior, Tensor) else None
         self._batches = 0  # of training in this process
         self._trained = 0  # samples since the last step, in this process
         self._warned: set[str] = set()
@@ -414,6 +415,8 @@ class AdaptivePerturbation(Levels):
         if self.observes:
             rate = levels.base_rate(self.counts)
             self.prior = rate if self.num_labels is not None else rate.reshape(())
+        elif self._given is not None:  # whatever became of the buffer: cast, or never filled
+            self.prior = self._given.to(self.alpha.device)
         self._kappa = levels.cost(self.beta, self.prior, self.counts)
         self._cap = levels.cap(self.beta, self.prior)
         if not self.epoch.steps.is_meta:
@@ -500,9 +503,11 @@ class AdaptivePerturbation(Levels):
         moved = self.visited == levels.SINCE
         trained = int(levels.reduced(torch.tensor(self._trained, device=moved.device), group))
         if levels.world_size(group) > 1:
+            # What no batch has moved is the same on all ranks.
             columns, moved = levels.merged(
-                self.columns, moved, lambda total: dist.all_reduce(total, group=group)
-            )
+                self.columns if self._follows else {}, moved,
+                lambda total: dist.all_reduce(total, group=group),
+            )  # fmt: skip
             self.hold(columns)
         touched = int(moved.sum())
         rows = len(self.alpha)
