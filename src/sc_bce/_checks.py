@@ -19,6 +19,10 @@ from torch import Tensor
 # Where a frame is never the user's: this package, and torch.
 _INNER = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
 
+TRAINED_IN_EVAL = (
+    "a backward pass reached a loss that {} computed in evaluation mode, where it is plain BCE; "
+    "call `criterion.train()` before training, as you call `model.train()`"
+)
 LARGE = 1e15  # of a step size or a weight: products stay finite in float32
 
 
@@ -41,13 +45,6 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER):
         frame, depth = frame.f_back, depth + 1
     warnings.warn(message, stacklevel=depth)
-
-
-def warn_of_eval(kind: str) -> None:
-    warn(
-        f"a backward pass reached a loss that {kind} computed in evaluation mode, where it is "
-        "plain BCE; call `criterion.train()` before training, as you call `model.train()`"
-    )
 
 
 def number(name: str, value: object, low: float, high: float, *, tensor: str = "") -> None:

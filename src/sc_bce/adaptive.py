@@ -186,12 +186,8 @@ class AdaptivePerturbation(Levels):
         generator: torch.Generator | None = None,
     ) -> None:
         beta, labels = _require_target(beta, prior, num_labels)
-        _require_rule(objective, lr, penalty, warmup, solver, focus, reference_accuracy)
-        if num_samples is not None:
-            _checks.positive_int("num_samples", num_samples)
-        elif focus > 0:
-            remedy = "give each sample its own with `num_samples=len(dataset)`"
-            raise ValueError(sentence("focus", "be 0 where one level is shared", focus, remedy))
+        _require_rule(objective, lr, penalty, warmup, solver, reference_accuracy)
+        _require_rows(num_samples, focus)
         _checks.sampling(sampling)
         _checks.tensor_or_none("weight", weight, f"pass `torch.tensor({weight})`")
         _checks.tensor_or_none("pos_weight", pos_weight, f"pass `torch.tensor({pos_weight})`")
@@ -239,12 +235,12 @@ class AdaptivePerturbation(Levels):
     @property
     def doubt(self) -> Tensor:
         """Mean of kappa alpha over the rows trained so far, 0-d: what the levels cost."""
-        return self._kappa * self._mean_level(self.visited != levels.NEVER)
+        return self._kappa * self.mean_level(self.trained)
 
     @property
     def flip_rates(self) -> tuple[Tensor, Tensor]:
         """Mean flip rates (g0, g1) over the rows trained so far: 0-d, or one per label."""
-        strength = self.beta * self._mean_level(self.visited != levels.NEVER)
+        strength = self.beta * self.mean_level(self.trained)
         prior = torch.as_tensor(self.prior, dtype=torch.float32, device=strength.device)
         return strength * prior, strength * (1 - prior)
 
@@ -265,12 +261,15 @@ class AdaptivePerturbation(Levels):
         if not self._past_warmup:
             loss = self._plain(input, target)
         else:
+            prior = self._prior_for(input)
             alpha = self.alpha.index_select(0, rows).reshape(input.shape[:1])
             if self.sampling != "expected":
                 alpha = _batch.bernoulli(alpha, input, self.sampling, self.generator)
+            if alpha.dim() == 1:
+                alpha = alpha.reshape(-1, *(1 for _ in input.shape[1:]))
             loss, seen = perturbed_loss_and_observed(
-                batch, self._towards_prior(alpha, batch), self.weight, self.pos_weight,
-                self.reduction, update and self._follows, self._counted(batch) if update else None,
+                batch, Perturbation(alpha, self.beta, prior), self.weight, self.pos_weight,
+                self.reduction, update and self._follows, _counted(prior) if update else None,
             )  # fmt: skip
         if update:
             self._observe(rows, batch, seen)
@@ -317,7 +316,10 @@ class AdaptivePerturbation(Levels):
     def _prepare(self, input: Tensor, target: Tensor, index: Tensor | None) -> tuple[Tensor, Batch]:
         """The row of each sample, on the table's device, and the batch."""
         _batch.logits(input)
-        rows = self._rows(input, index)
+        shared = self.num_samples is None
+        if shared and index is not None:
+            self._warn("index")
+        rows = _rows_of(index, input, self.alpha, shared)
         eager = not torch.compiler.is_compiling()
         every = eager and self._batches < _FIRST
         batch = _batch.prepare(input, target, self.ignore_index, every)
@@ -328,34 +330,6 @@ class AdaptivePerturbation(Levels):
             self._batches += 1
         return rows, batch
 
-    def _rows(self, input: Tensor, index: Tensor | None) -> Tensor:
-        if input.device != self.alpha.device:
-            wanted = f"be on the table's device {self.alpha.device}"
-            remedy = f"move the criterion with `criterion.to({str(input.device)!r})`"
-            raise ValueError(sentence("input", wanted, input.device, remedy))
-        samples = input.shape[0] if input.dim() else 1
-        if self.num_samples is None:
-            if index is not None:
-                self._warn_once(
-                    "index",
-                    "the criterion was built with num_samples=None, one level for all samples, so "
-                    "`index` is not used; pass num_samples=len(dataset) to give each its own",
-                )
-            return torch.zeros(samples, dtype=torch.int64, device=self.alpha.device)
-        rows = _require_index(index, input.shape[:1], self.num_samples).reshape(samples)
-        # Only towards an accelerator: what comes from one is read on arrival.
-        rows = rows.to(self.alpha.device, non_blocking=rows.device.type == "cpu")
-        if torch.compiler.is_compiling():
-            # Inductor reads a negative index from the end; beyond it, the bounds check finds it.
-            rows = torch.where(rows < 0, self.num_samples, rows)
-        return rows
-
-    def _towards_prior(self, alpha: Tensor, batch: Batch) -> Perturbation:
-        """Levels ready to broadcast; their shapes are known to be right."""
-        if alpha.dim() == 1:
-            alpha = alpha.reshape(-1, *(1 for _ in batch.input.shape[1:]))
-        return Perturbation(alpha, self.beta, self._prior_for(batch.input))
-
     def _prior_for(self, input: Tensor) -> float | Tensor:
         """The prior, broadcasting to the batch."""
         prior = self.prior
@@ -365,45 +339,28 @@ class AdaptivePerturbation(Levels):
 
     @torch.no_grad()
     def _observe(self, rows: Tensor, batch: Batch, seen: Observed | None) -> None:
-        """Count the labels, and move the rows; where nothing valid and finite was seen, hold."""
+        """Count the labels of a batch, and move its rows."""
         if not torch.compiler.is_compiling():
             self._trained += len(rows)
-            self._warn_without_step()
+            if self._steps == 0 and _is_late(self._trained, self._batches, self):
+                self._warn("step")
         if seen is None:
-            prior, count = self._prior_for(batch.input), self._counted(batch)
-            seen = observed(batch, prior, self.weight, self._follows, count)
+            prior = self._prior_for(batch.input)
+            seen = observed(batch, prior, self.weight, self._follows, _counted(prior))
         if seen.labels is not None:
             self.fresh += seen.labels
         if seen.slopes is None:
             self.visited.index_fill_(0, rows, levels.SINCE)
             return
-        by_row = levels.mean_by_row(rows, seen.slopes.isfinite())
-        moves, rule, budget = by_row.any, self._rule, self.epoch.budget
-        if self.focus > 0:
-            hits = by_row.mean(_batch.sample_accuracies(batch))
-            old = self.sample_accuracy.index_select(0, rows)
-            recent = torch.where(moves, levels.remembered(old, hits), old)
-            self.sample_accuracy.index_copy_(0, rows, recent)
-            budget = levels.shared_out(rule, budget, recent, self.epoch.difficulty)
+        climb = None
         if self._climbs:
-            old, gradient = self.alpha.index_select(0, rows), self.beta * by_row.mean(seen.slopes)
-            new = levels.climb(rule, old, gradient, budget, self.epoch, self._kappa, self._cap)
-            self.alpha.index_copy_(0, rows, torch.where(moves, new, old))
-        before = self.visited.index_select(0, rows)
-        self.visited.index_copy_(0, rows, torch.where(moves, levels.SINCE, before))
-
-    def _counted(self, batch: Batch) -> tuple[int, ...] | None:
-        """What labels are counted for: a shape that broadcasts to the batch; None at 1/2."""
-        prior = self._prior_for(batch.input)
-        if isinstance(prior, Tensor):
-            return tuple(prior.shape)
-        return () if prior != 0.5 else None
+            climb = levels.Climb(self._rule, self.beta, self._kappa, self._cap)
+        hits = _batch.sample_accuracies(batch) if self.focus > 0 else None
+        self.observe(rows, seen.slopes, hits, self.focus, climb)
 
     @property
     def _rule(self) -> Rule:
-        return Rule(
-            self.objective, self.lr, self.penalty, self.solver, self.focus, self.reference_accuracy
-        )
+        return Rule(self.objective, self.lr, self.penalty, self.solver, self.reference_accuracy)
 
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
         super().hold(tensors)
@@ -465,189 +422,167 @@ class AdaptivePerturbation(Levels):
         moved = self._merge(group)
         counts = self.counts + levels.reduced(self.fresh, group)
         self.hold({"counts": counts, "fresh": torch.zeros_like(self.fresh)})
-        highest = float(self._cap)
-        self.hold({"alpha": self.alpha.clamp(max=highest)})
-        past = self._steps + 1 >= max(self.warmup, 1)
-        # One level for all, set here, where its best guide was measured.
-        shared = self.objective == "feedback" and self.focus == 0 and reading.slope is not None
-        if self.objective == "feedback" and not shared and self.pos_weight is not None:
-            self._warn_once(
-                "pos_weight",
-                "pos_weight shifts every probability, and the gap between confidence and accuracy "
-                "with it, so the levels move against the shift; pass `step(histogram)` with "
-                "focus=0, whose calibration slope does not see it",
-            )
+        self.hold({"alpha": self.alpha.clamp(max=self._cap)})
+        # One level for all, set here, if its best guide was measured.
+        slope = reading.slope if self.objective == "feedback" and self.focus == 0 else None
+        if self.objective == "feedback" and slope is None and self.pos_weight is not None:
+            self._warn("pos_weight")
         doubt = None
-        if past and not shared and bool(moved.any()):
-            doubt = float(self._kappa * self._mean_level(moved))
-        if past and shared:
-            level = float(self._mean_level(self.visited != levels.NEVER))
-            level = levels.shared_level(level, reading.slope or 0.0, self.beta, highest)
-            self.hold({"alpha": torch.full_like(self.alpha, level)})
+        if self._steps + 1 >= max(self.warmup, 1):
+            if slope is not None:
+                level = float(self.mean_level(self.trained))
+                level = levels.shared_level(level, slope, self.beta, float(self._cap))
+                self.hold({"alpha": torch.full_like(self.alpha, level)})
+            elif bool(moved.any()):
+                doubt = float(self._kappa * self.mean_level(moved))
+        highest = float(self._kappa * self._cap)
         epoch = levels.next_epoch(
-            self._rule, self.epoch, reading.accuracy, reading.confidence, doubt,
-            float(self._kappa * self._cap),
-        )  # fmt: skip
-        epoch = epoch._replace(climbs=torch.full_like(epoch.climbs, not shared))
-        if self.focus > 0:
-            difficulty = levels.mean_difficulty(
-                self._rule, self.sample_accuracy, self.visited != levels.NEVER
-            )
-            epoch = epoch if difficulty is None else epoch._replace(difficulty=difficulty)
+            self._rule, self.epoch, reading.accuracy, reading.confidence, doubt, highest
+        )
+        epoch = epoch._replace(climbs=torch.full_like(epoch.climbs, slope is None))
+        if self.focus > 0 and bool(self.trained.any()):
+            mean = levels.mean_difficulty(self.focus, self.sample_accuracy, self.trained)
+            epoch = epoch._replace(difficulty=mean)
         if self.generator is not None:
             levels.reseed(self.generator, self.alpha.device, group)
         self.hold(epoch._asdict())
 
     def _merge(self, group: dist.ProcessGroup | None) -> Tensor:
         """Merge the tables of the processes; returns the rows that any of them moved."""
-        moved = self.visited == levels.SINCE
-        trained = int(levels.reduced(torch.tensor(self._trained, device=moved.device), group))
-        if levels.world_size(group) > 1:
-            # What no batch has moved is the same on all ranks.
-            columns, moved = levels.merged(
-                self.columns if self._follows else {}, moved,
-                lambda total: dist.all_reduce(total, group=group),
-            )  # fmt: skip
-            self.hold(columns)
-        touched = int(moved.sum())
-        rows = len(self.alpha)
+        count = torch.tensor(self._trained, device=self.alpha.device)
+        # What no batch has moved is the same on all ranks.
+        moved = self.merge(self.columns if self._follows else {}, group)
+        rows, touched = len(self.alpha), int(moved.sum())
+        trained, self._trained = int(levels.reduced(count, group)), 0
         if self.num_samples is not None and trained >= rows > 2 * touched:
-            self._warn_once(
-                "position",
-                f"since the last step the criterion saw {trained} samples but only {touched} of "
-                f"its {rows} rows; pass the index of each sample in the dataset, as "
-                "IndexedDataset yields it, not its position in the batch",
-            )
+            self._warn("position", trained=trained, touched=touched, rows=rows)
         if self._steps > 0 and 0 < 10 * trained < rows:
-            self._warn_once(
-                "often",
-                f"step() was called again after {trained} samples, of {rows} in the table; call it "
-                "once per epoch, not per batch",
-            )
-        before = torch.where(self.visited == levels.NEVER, levels.NEVER, levels.BEFORE)
-        self.visited = torch.where(moved, levels.BEFORE, before).to(torch.uint8)
-        self._trained = 0
+            self._warn("often", trained=trained, rows=rows)
         return moved
 
-    def _mean_level(self, rows: Tensor) -> Tensor:
-        return torch.where(rows, self.alpha, 0.0).sum() / rows.sum().clamp(min=1)
-
-    def resize(self, num_samples: int) -> None:
-        """Grow the table to ``num_samples`` rows; new samples start at level 0.
-
-        Raises:
-            ValueError: fewer rows than now, or a module with one shared level.
-            TypeError: ``num_samples`` is not an int.
-        """
-        _checks.positive_int("num_samples", num_samples)
-        num_samples = int(num_samples)
-        if self.num_samples is None or num_samples < self.num_samples:
-            raise ValueError(
-                sentence(
-                    "num_samples", f"be at least the table's {self.num_samples}", num_samples,
-                    "build a new module for other samples",
-                )
-            )  # fmt: skip
-        self.grow(num_samples)
-        self.num_samples = num_samples
-
-    def _warn_without_step(self) -> None:
-        if self._steps > 0:
-            return
-        if self.num_samples is None:
-            late = self._batches > _PATIENCE
-        else:
-            share = -(-self.num_samples // levels.world_size(None))  # rounded up, as samplers pad
-            late = self._trained > max(self.warmup, 1) * share
-        if late:
-            self._warn_once(
-                "step",
-                "AdaptivePerturbation has trained past its warm-up, but step() was never called, "
-                "so the levels don't move and the loss is plain BCE; call "
-                "`criterion.step(histogram)` after each epoch",
-            )
-
-    def _warn_of_eval(self) -> None:
-        if "eval" not in self._warned:
-            self._warned.add("eval")
-            _checks.warn_of_eval(type(self).__name__)
-
-    def _warn_once(self, name: str, message: str) -> None:
+    def _warn(self, name: str, **facts: object) -> None:
+        """Say once what looks like a mistake."""
         if name not in self._warned and not torch.compiler.is_compiling():
             self._warned.add(name)
-            _checks.warn(message)
+            _checks.warn(_WARNINGS[name].format(**facts))
+
+    def _warn_of_eval(self) -> None:
+        self._warn("eval")
 
     def extra_repr(self) -> str:
-        prior = "prior='observed'" if self.observes else _batch.shown_prior(self.prior)
-        shown = [
-            f"num_samples={self.num_samples}, beta={self.beta}, {prior}",
-            f"objective={self.objective!r}, lr={self.lr}, penalty={self.penalty}",
-            f"warmup={self.warmup}, solver={self.solver!r}, focus={self.focus}",
-            f"sampling={self.sampling!r}",
-        ]
-        for name in ("num_labels", "reference_accuracy", "ignore_index"):
-            if getattr(self, name) is not None:
-                shown.append(f"{name}={getattr(self, name)}")
-        shown.append(f"reduction={self.reduction!r}")
-        if not self.alpha.is_meta:
-            positive = float(self.alpha.count_nonzero()) / len(self.alpha)
-            shown.append(f"mean_alpha={float(self.alpha.mean()):.4g}, above_zero={positive:.0%}")
-            if not self._past_warmup:
-                shown.append(f"warming up {self._steps}/{max(self.warmup, 1)}")
-        return ", ".join(shown)
+        return ", ".join(_shown(self))
 
     def refusal(self, saved: Mapping[str, Tensor]) -> str | None:
-        """Why a saved state is not one of this table, in a sentence."""
-        alpha, setting = saved.get("alpha"), saved.get("setting")
-        if isinstance(alpha, Tensor) and alpha.shape != self.alpha.shape:
-            return _loaded(
-                f"num_samples={self.num_samples}", f"{alpha.numel()} levels",
-                "build the criterion with that number, load, then `resize`",
-            )  # fmt: skip
-        focused = "sample_accuracy" in saved
-        if isinstance(alpha, Tensor) and focused != self.focused:
-            other = "focus above 0" if focused else "focus=0"
-            return _loaded(f"focus={self.focus:g}", other, "build the criterion with that focus")
-        if isinstance(setting, Tensor) and not setting.is_meta:
-            objective, focus = (float(value) for value in setting)
-            if objective != self._setting[0]:
-                other = f"objective={_OBJECTIVES[int(objective)]!r}"
-                remedy = "build the criterion with that objective"
-                return _loaded(f"objective={self.objective!r}", other, remedy)
-            if focus != torch.tensor(self.focus, dtype=torch.float32, device="cpu").item():
-                remedy = "build the criterion with that focus"
-                return _loaded(f"focus={self.focus:g}", f"focus={focus:g}", remedy)
-        buffers = {name: own for name, own in self._buffers.items() if own is not None}
-        for name, own in {**self.held(), **buffers}.items():
-            value = saved.get(name)
-            if isinstance(value, Tensor) and value.shape != own.shape:
-                shapes = f"`{name}` of shape {tuple(own.shape)}", f"shape {tuple(value.shape)}"
-                return _loaded(*shapes, "build both criteria with the same arguments")
-        if self.generator is not None and "generator" in saved:
-            size = self.generator.get_state().numel()
-            if saved["generator"].shape[-1] not in (size, size + levels.HEAD):
-                return _loaded(
-                    f"a generator on {self.generator.device}", "the state of one on another device",
-                    "give the criterion a generator like the one that it was trained with",
-                )  # fmt: skip
-        return self._too_high(saved)
+        return _refusal(self, saved)
 
-    def _too_high(self, saved: Mapping[str, Tensor]) -> str | None:
-        alpha = saved.get("alpha")
-        if alpha is None or alpha.is_meta or not alpha.numel():
-            return None
-        high = self._cap
-        if self.observes and "counts" in saved:
-            rate = levels.base_rate(saved["counts"])
-            high = levels.cap(self.beta, rate)
-        highest = float(alpha.max())
-        if not highest <= float(high) + 1e-6 or float(alpha.min()) < 0:
+
+def _counted(prior: float | Tensor) -> tuple[int, ...] | None:
+    """What labels are counted for: a shape that broadcasts to the batch; None at 1/2."""
+    if isinstance(prior, Tensor):
+        return tuple(prior.shape)
+    return () if prior != 0.5 else None
+
+
+_WARNINGS = {
+    "step": "AdaptivePerturbation has trained past its warm-up, but step() was never called, so "
+    "the levels don't move and the loss is plain BCE; call `criterion.step(histogram)` after each "
+    "epoch",
+    "index": "the criterion was built with num_samples=None, one level for all samples, so `index` "
+    "is not used; pass num_samples=len(dataset) to give each its own",
+    "position": "since the last step the criterion saw {trained} samples but only {touched} of its "
+    "{rows} rows; pass the index of each sample in the dataset, as IndexedDataset yields it, not "
+    "its position in the batch",
+    "often": "step() was called again after {trained} samples, of {rows} in the table; call it "
+    "once per epoch, not per batch",
+    "pos_weight": "pos_weight shifts every probability, and the gap between confidence and "
+    "accuracy with it, so the levels move against the shift; pass `step(histogram)` with focus=0, "
+    "whose calibration slope does not see it",
+    "eval": _checks.TRAINED_IN_EVAL.format("AdaptivePerturbation"),
+}
+
+
+def _is_late(trained: int, batches: int, own: AdaptivePerturbation) -> bool:
+    """Whether a step should have been called by now."""
+    if own.num_samples is None:
+        return batches > _PATIENCE
+    share = -(-own.num_samples // levels.world_size(None))  # rounded up, as samplers pad
+    return trained > max(own.warmup, 1) * share
+
+
+def _shown(own: AdaptivePerturbation) -> list[str]:
+    """The configuration and the state, for repr."""
+    prior = "prior='observed'" if own.observes else _batch.shown_prior(own.prior)
+    shown = [
+        f"num_samples={own.num_samples}, beta={own.beta}, {prior}",
+        f"objective={own.objective!r}, lr={own.lr}, penalty={own.penalty}",
+        f"warmup={own.warmup}, solver={own.solver!r}, focus={own.focus}",
+        f"sampling={own.sampling!r}",
+    ]
+    for name in ("num_labels", "reference_accuracy", "ignore_index"):
+        if getattr(own, name) is not None:
+            shown.append(f"{name}={getattr(own, name)}")
+    shown.append(f"reduction={own.reduction!r}")
+    if not own.alpha.is_meta:
+        positive = float(own.alpha.count_nonzero()) / len(own.alpha)
+        shown.append(f"mean_alpha={float(own.alpha.mean()):.4g}, above_zero={positive:.0%}")
+        if not own._past_warmup:
+            shown.append(f"warming up {own._steps}/{max(own.warmup, 1)}")
+    return shown
+
+
+def _refusal(own: AdaptivePerturbation, saved: Mapping[str, Tensor]) -> str | None:
+    """Why a saved state is not one of this table, in a sentence."""
+    alpha, setting = saved.get("alpha"), saved.get("setting")
+    if isinstance(alpha, Tensor) and alpha.shape != own.alpha.shape:
+        return _loaded(
+            f"num_samples={own.num_samples}", f"{alpha.numel()} levels",
+            "build the criterion with that number, load, then `resize`",
+        )  # fmt: skip
+    focused = "sample_accuracy" in saved
+    if isinstance(alpha, Tensor) and focused != own.focused:
+        other = "focus above 0" if focused else "focus=0"
+        return _loaded(f"focus={own.focus:g}", other, "build the criterion with that focus")
+    if isinstance(setting, Tensor) and not setting.is_meta:
+        objective, focus = (float(value) for value in setting)
+        if objective != own._setting[0]:
+            other = f"objective={_OBJECTIVES[int(objective)]!r}"
+            remedy = "build the criterion with that objective"
+            return _loaded(f"objective={own.objective!r}", other, remedy)
+        if focus != torch.tensor(own.focus, dtype=torch.float32, device="cpu").item():
+            remedy = "build the criterion with that focus"
+            return _loaded(f"focus={own.focus:g}", f"focus={focus:g}", remedy)
+    buffers = {name: buffer for name, buffer in own._buffers.items() if buffer is not None}
+    for name, tensor in {**own.held(), **buffers}.items():
+        value = saved.get(name)
+        if isinstance(value, Tensor) and value.shape != tensor.shape:
+            shapes = f"`{name}` of shape {tuple(tensor.shape)}", f"shape {tuple(value.shape)}"
+            return _loaded(*shapes, "build both criteria with the same arguments")
+    if own.generator is not None and "generator" in saved:
+        size = own.generator.get_state().numel()
+        if saved["generator"].shape[-1] not in (size, size + levels.HEAD):
             return _loaded(
-                f"levels in [0, {float(high):.4g}], the cap at beta={self.beta:g}",
-                f"a level of {highest:.4g}",
-                "build the criterion with the beta and prior that it was trained with",
-            )
+                f"a generator on {own.generator.device}", "the state of one on another device",
+                "give the criterion a generator like the one that it was trained with",
+            )  # fmt: skip
+    return _too_high(own, saved)
+
+
+def _too_high(own: AdaptivePerturbation, saved: Mapping[str, Tensor]) -> str | None:
+    alpha = saved.get("alpha")
+    if alpha is None or alpha.is_meta or not alpha.numel():
         return None
+    high = own._cap
+    if own.observes and "counts" in saved:
+        rate = levels.base_rate(saved["counts"])
+        high = levels.cap(own.beta, rate)
+    highest = float(alpha.max())
+    if not highest <= float(high) + 1e-6 or float(alpha.min()) < 0:
+        return _loaded(
+            f"levels in [0, {float(high):.4g}], the cap at beta={own.beta:g}",
+            f"a level of {highest:.4g}",
+            "build the criterion with the beta and prior that it was trained with",
+        )
+    return None
 
 
 def _loaded(own: str, saved: str, remedy: str) -> str:
@@ -683,7 +618,6 @@ def _require_rule(
     penalty: object,
     warmup: object,
     solver: object,
-    focus: object,
     reference_accuracy: object,
 ) -> None:
     _checks.choice("objective", objective, _OBJECTIVES)
@@ -691,9 +625,35 @@ def _require_rule(
     _checks.number("penalty", penalty, 0.0, _checks.LARGE)
     _checks.natural("warmup", warmup)
     _checks.choice("solver", solver, ("proximal", "explicit"))
-    _checks.number("focus", focus, 0.0, _checks.LARGE)
     if reference_accuracy is not None:
         _checks.number("reference_accuracy", reference_accuracy, 0.0, 1.0)
+
+
+def _require_rows(num_samples: int | None, focus: float) -> None:
+    _checks.number("focus", focus, 0.0, _checks.LARGE)
+    if num_samples is not None:
+        _checks.positive_int("num_samples", num_samples)
+    elif focus > 0:
+        remedy = "give each sample its own with `num_samples=len(dataset)`"
+        raise ValueError(sentence("focus", "be 0 where one level is shared", focus, remedy))
+
+
+def _rows_of(index: Tensor | None, input: Tensor, table: Tensor, shared: bool) -> Tensor:
+    """The row of each sample, on the table's device."""
+    if input.device != table.device:
+        wanted = f"be on the table's device {table.device}"
+        remedy = f"move the criterion with `criterion.to({str(input.device)!r})`"
+        raise ValueError(sentence("input", wanted, input.device, remedy))
+    samples = input.shape[0] if input.dim() else 1
+    if shared:
+        return torch.zeros(samples, dtype=torch.int64, device=table.device)
+    rows = _require_index(index, input.shape[:1], len(table)).reshape(samples)
+    # Only towards an accelerator: what comes from one is read on arrival.
+    rows = rows.to(table.device, non_blocking=rows.device.type == "cpu")
+    if torch.compiler.is_compiling():
+        # Inductor reads a negative index from the end; beyond it, the bounds check finds it.
+        rows = torch.where(rows < 0, len(table), rows)
+    return rows
 
 
 def _require_index(index: object, shape: torch.Size, num_samples: int) -> Tensor:

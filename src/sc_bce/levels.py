@@ -14,9 +14,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import _checks
 from ._batch import FRACTION
+from ._checks import sentence
 
-__all__ = ["Epoch", "Levels", "Rule", "cap", "climb", "mean_by_row", "merged", "next_epoch"]
+__all__ = [
+    "Climb",
+    "Epoch",
+    "Levels",
+    "Rule",
+    "cap",
+    "climbed",
+    "mean_by_row",
+    "merged",
+    "next_epoch",
+]
 
 Table = TypeVar("Table", bound="Levels")
 
@@ -40,8 +52,16 @@ class Rule(NamedTuple):
     lr: float
     penalty: float
     solver: str
-    focus: float
     reference_accuracy: float | None
+
+
+class Climb(NamedTuple):
+    """All that moves a level with a batch, beside the batch."""
+
+    rule: Rule
+    beta: float
+    kappa: float | Tensor
+    cap: float | Tensor
 
 
 class Epoch(NamedTuple):
@@ -85,22 +105,15 @@ def base_rate(counts: Tensor) -> Tensor:
     return rate.float()
 
 
-def climb(
-    rule: Rule,
-    alpha: Tensor,
-    gradient: Tensor,
-    budget: Tensor,
-    epoch: Epoch,
-    kappa: float | Tensor,
-    high: float | Tensor,
-) -> Tensor:
-    """New levels after one step along the gradient of the expected loss, in [0, `high`].
+def climbed(climb: Climb, alpha: Tensor, slope: Tensor, budget: Tensor, epoch: Epoch) -> Tensor:
+    """New levels after one step along the gradient of the expected loss, in [0, cap].
 
     The explicit solver steps by lr; every other climbs in doubt, kappa alpha, so that it climbs
     alike whatever the strength.
     """
+    rule, kappa = climb.rule, climb.kappa
     rate = rule.lr if rule.solver == "explicit" else rule.lr / kappa**2
-    new = alpha + rate * gradient
+    new = alpha + rate * (climb.beta * slope)
     if rule.objective == "max_entropy":
         reference = epoch.best_accuracy
         if rule.reference_accuracy is not None:
@@ -115,14 +128,12 @@ def climb(
         new = torch.where(new <= rest, new, rest + (new - rest) / (1 + pull))
     if isinstance(kappa, Tensor):
         new = torch.where(kappa > 0, new, alpha)
-    return new.clamp(min=0.0).clamp(max=high)
+    return new.clamp(min=0.0).clamp(max=climb.cap)
 
 
-def shared_out(rule: Rule, budget: Tensor, accuracy: Tensor, difficulty: Tensor) -> Tensor:
+def shared_out(focus: float, budget: Tensor, accuracy: Tensor, difficulty: Tensor) -> Tensor:
     """The budget of each sample: more for those that are often wrong."""
-    if rule.focus == 0:
-        return budget
-    hardness = (1 - accuracy) ** rule.focus
+    hardness = (1 - accuracy) ** focus
     # Where every sample seen is perfect, all are alike.
     weight = torch.where(difficulty > 0, hardness / difficulty, 1.0)
     return (budget * weight).clamp(max=LARGEST_BUDGET)
@@ -175,16 +186,16 @@ def shared_level(level: float, slope: float, beta: float, highest: float) -> flo
     return min(max(level, 0.0), highest)
 
 
-def mean_difficulty(rule: Rule, accuracy: Tensor, seen: Tensor) -> Tensor | None:
-    """Mean of (1 - accuracy)^focus among the samples seen; None before the first."""
+def mean_difficulty(focus: float, accuracy: Tensor, seen: Tensor) -> Tensor:
+    """Mean of (1 - accuracy)^focus among the samples seen, of which there is one."""
     total, count = 0.0, 0
     for start in range(0, len(seen), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        hardness = (1 - accuracy[rows]) ** rule.focus
+        hardness = (1 - accuracy[rows]) ** focus
         hardness = torch.where(seen[rows], hardness, 0.0)
         total += float(hardness.sum(dtype=torch.float64))
         count += int(seen[rows].sum())
-    return accuracy.new_tensor(total / count) if count else None
+    return accuracy.new_tensor(total / count)
 
 
 class ByRow(NamedTuple):
@@ -241,6 +252,7 @@ class Levels(nn.Module):
     counts: Tensor
     fresh: Tensor
     setting: Tensor
+    num_samples: int | None
     generator: torch.Generator | None = None
 
     def __init__(self, rows: int, focus: float, labels: int, objective: int) -> None:
@@ -309,6 +321,61 @@ class Levels(nn.Module):
             {name: torch.cat((v, v.new_full((extra,), start[name]))) for name, v in old.items()}
         )
         self._size = (rows, self._size[1])
+
+    @property
+    def trained(self) -> Tensor:
+        """The rows that any process has trained; of those since the last step, this one's."""
+        return self.visited != NEVER
+
+    def mean_level(self, rows: Tensor) -> Tensor:
+        return torch.where(rows, self.alpha, 0.0).sum() / rows.sum().clamp(min=1)
+
+    def observe(
+        self, rows: Tensor, slopes: Tensor, hits: Tensor | None, focus: float, climb: Climb | None
+    ) -> None:
+        """Move the rows of a batch; where nothing valid and finite was seen, hold."""
+        by_row = mean_by_row(rows, slopes.isfinite())
+        moves, budget = by_row.any, self.budget
+        if hits is not None:
+            old = self.sample_accuracy.index_select(0, rows)
+            recent = torch.where(moves, remembered(old, by_row.mean(hits)), old)
+            self.sample_accuracy.index_copy_(0, rows, recent)
+            budget = shared_out(focus, budget, recent, self.difficulty)
+        if climb is not None:
+            old = self.alpha.index_select(0, rows)
+            new = climbed(climb, old, by_row.mean(slopes), budget, self.epoch)
+            self.alpha.index_copy_(0, rows, torch.where(moves, new, old))
+        before = self.visited.index_select(0, rows)
+        self.visited.index_copy_(0, rows, torch.where(moves, SINCE, before))
+
+    def merge(self, columns: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> Tensor:
+        """Merge columns between processes; returns the rows that any of them has moved."""
+        moved = self.visited == SINCE
+        if world_size(group) > 1:
+            new, moved = merged(columns, moved, lambda total: dist.all_reduce(total, group=group))
+            self.hold(new)
+        before = torch.where(self.visited == NEVER, NEVER, BEFORE)
+        self.visited = torch.where(moved, BEFORE, before).to(torch.uint8)
+        return moved
+
+    def resize(self, num_samples: int) -> None:
+        """Grow the table to ``num_samples`` rows; new samples start at level 0.
+
+        Raises:
+            ValueError: fewer rows than now, or a module with one shared level.
+            TypeError: ``num_samples`` is not an int.
+        """
+        _checks.positive_int("num_samples", num_samples)
+        num_samples = int(num_samples)
+        if self.num_samples is None or num_samples < self.num_samples:
+            raise ValueError(
+                sentence(
+                    "num_samples", f"be at least the table's {self.num_samples}", num_samples,
+                    "build a new module for other samples",
+                )
+            )  # fmt: skip
+        self.grow(num_samples)
+        self.num_samples = num_samples
 
     def _apply(self: Table, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Table:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -245,7 +245,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     def _warn_of_eval(self) -> None:
         if not self._warned:
             self._warned = True
-            _checks.warn_of_eval(type(self).__name__)
+            _checks.warn(_checks.TRAINED_IN_EVAL.format(type(self).__name__))
 
     def extra_repr(self) -> str:
         shown = [f"alpha={self.alpha}", f"beta={self.beta}", _batch.shown_prior(self.prior)]
