@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 from tables import SETTING, assert_same, build, moving, saved, trained
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 from sc_bce import AdaptivePerturbation, CalibrationHistogram, sc_bce_with_logits
@@ -618,16 +620,234 @@ def test_the_published_setting_is_the_papers():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("sampling", ["expected", "sample", "element"])
-def test_a_training_forward_reads_no_value_off_the_cpu(objective, sampling):
+@pytest.mark.parametrize("prior", [0.5, torch.tensor([0.1, 0.2, 0.3]), "observed"], ids=str)
+def test_a_training_forward_reads_no_value_off_the_cpu(objective, sampling, prior):
     """A meta tensor has no values: any look at one, where an accelerator would wait, raises."""
-    options = dict(objective=objective, sampling=sampling, focus=2.0, ignore_index=255)
+    options = dict(
+        objective=objective, sampling=sampling, focus=2.0, ignore_index=255, beta=1.0, prior=prior
+    )  # fmt: skip
     for solver in SOLVERS:
         criterion = moving(9, solver=solver, weight=torch.ones(3), **options).to("meta")
         x = torch.empty(4, 3, device="meta", requires_grad=True)
-        y = torch.empty(4, 3, device="meta", dtype=torch.uint8)
-        loss = criterion(x, y, torch.empty(4, device="meta", dtype=torch.int64))
+        index = torch.empty(4, device="meta", dtype=torch.int64)
+        for dtype in (torch.uint8, torch.float32):
+            y = torch.empty(4, 3, device="meta", dtype=dtype)
+            criterion(x, y, index).backward()
+            assert x.grad.is_meta
+            criterion.update(x, y, index)
+            assert criterion.doubt.is_meta
+
+
+@pytest.mark.parametrize("sampling", ["expected", "sample", "element"])
+@pytest.mark.parametrize("prior", [0.5, "observed"])
+def test_traces_and_fake_tensors_draw_too(sampling, prior):
+    options = dict(sampling=sampling, prior=prior, beta=1.0, focus=1.0)
+    batch = torch.randn(4, 3, requires_grad=True), torch.rand(4, 3), torch.arange(4)
+    criterion = moving(6, **options)
+    criterion.alpha.fill_(0.3)
+    torch.manual_seed(1)
+    traced = make_fx(lambda *batch: criterion(*batch, update=False))(*batch)
+    for _ in range(2):
+        torch.manual_seed(2)
+        want = criterion(*batch, update=False)
+        torch.manual_seed(2)
+        assert_close(traced(*batch), want, rtol=0, atol=0)
+    make_fx(lambda *batch: criterion(*batch))(*batch)
+    assert criterion.visited.tolist() == [2, 2, 2, 2, 0, 0]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(one) for one in batch]
+        loss = criterion(*fake)
+        assert (loss.shape, loss.dtype) == ((), torch.float32)
+    with FakeTensorMode():
+        criterion = build(6, **options)
+        x = torch.randn(4, 3, requires_grad=True)
+        criterion(x, torch.rand(4, 3), torch.arange(4)).backward()
+        assert x.grad.shape == (4, 3)
+
+
+# --- learning apart ---------------------------------------------------------------------------
+
+SETTINGS = [
+    dict(),
+    dict(focus=1.0, objective="feedback"),
+    dict(beta=1.0, prior="observed", num_labels=3, focus=2.0),
+    dict(beta=1.0, prior=0.2, solver="explicit"),
+    dict(warmup=9, focus=1.0),
+]
+
+
+class Loop:
+    """A network, and a table after an epoch; what a plain loop does with one batch."""
+
+    def __init__(self, **options):
+        torch.manual_seed(4)
+        self.net = torch.nn.Linear(5, 3)
+        self.x, self.index = 3 * torch.randn(4, 5), torch.tensor([2, 0, 5, 2])
+        self.y = (torch.randn(4, 3) > 0).float()
+        self.criterion = build(6, **{"warmup": 1, "sampling": "expected", **options})
+        self.criterion.update(self.net(self.x), self.y, self.index)
+        self.criterion.step(0.9, 0.95)
+        self.criterion.alpha.fill_(0.1)
+
+    def loss(self, logits, **options):
+        return self.criterion(logits, self.y, self.index, **options)
+
+    def gradients(self, loss):
+        return torch.autograd.grad(loss, list(self.net.parameters()))
+
+
+@pytest.fixture(params=SETTINGS, ids=range(len(SETTINGS)))
+def loops(request):
+    """One for the plain loop, which has run, and one for what is to equal it."""
+    plain, other = Loop(**request.param), Loop(**request.param)
+    plain.loss(plain.net(plain.x))
+    return plain, other
+
+
+def assert_moved_once(plain, other):
+    assert_same(other.criterion, saved(plain.criterion))
+    assert other.criterion._trained == plain.criterion._trained == 4
+
+
+def test_update_false_is_the_same_loss_and_moves_nothing(loops):
+    plain, other = loops
+    before = saved(other.criterion)
+    logits = other.net(other.x)
+    first, second = (other.loss(logits, update=False) for _ in range(2))
+    assert_same(other.criterion, before)
+    assert other.criterion._trained == 0
+    third = other.loss(logits)  # a loss logged three times
+    assert first == second == third
+    assert_moved_once(plain, other)
+
+
+def test_update_alone_is_what_a_forward_moves(loops):
+    plain, other = loops
+    generator = other.criterion.generator = torch.Generator().manual_seed(3)
+    plain.criterion.generator = torch.Generator().manual_seed(3)
+    state = generator.get_state()
+    assert other.criterion.update(other.net(other.x), other.y, other.index) is None
+    assert_moved_once(plain, other)
+    assert torch.equal(generator.get_state(), state)  # it draws nothing
+
+
+def test_update_asks_for_no_mode(loops):
+    plain, other = loops
+    other.criterion.eval()
+    with torch.inference_mode():
+        logits = other.net(other.x)
+        other.criterion.update(logits, other.y, other.index)
+    assert_moved_once(plain, other)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_around_the_loss(loops, reentrant):
+    plain, other = loops
+    x = other.x.clone().requires_grad_()
+    kept = []
+
+    def step(x):
+        logits = other.net(x)
+        kept.append(logits.detach())
+        return other.loss(logits, update=False)
+
+    want = other.gradients(other.loss(other.net(other.x), update=False))
+    torch.utils.checkpoint.checkpoint(step, x, use_reentrant=reentrant).backward()
+    assert len(kept) == 2
+    for parameter, gradient in zip(other.net.parameters(), want, strict=True):
+        assert_close(parameter.grad, gradient, rtol=0, atol=0)
+    other.criterion.update(kept[-1], other.y, other.index)
+    assert_moved_once(plain, other)
+
+
+def test_an_lbfgs_closure(loops):
+    plain, other = loops
+    logits = other.net(other.x).detach()
+    optimizer = torch.optim.LBFGS(other.net.parameters(), max_iter=5)
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = other.loss(other.net(other.x), update=False)
         loss.backward()
-        assert x.grad.is_meta
+        calls.append(float(loss.detach()))
+        return loss
+
+    before = saved(other.criterion)
+    optimizer.step(closure)
+    assert len(calls) > 2
+    assert calls[-1] < calls[0]
+    assert_same(other.criterion, before)
+    other.criterion.update(logits, other.y, other.index)
+    assert_moved_once(plain, other)
+
+
+def test_two_forwards_of_sharpness_aware_minimisation(loops):
+    plain, other = loops
+    gradients = other.gradients(other.loss(other.net(other.x)))
+    with torch.no_grad():
+        for parameter, gradient in zip(other.net.parameters(), gradients, strict=True):
+            parameter += 0.05 * gradient
+    other.loss(other.net(other.x), update=False).backward()
+    assert_moved_once(plain, other)
+
+
+def test_several_heads_on_one_table_climb_along_their_mean_slope(loops):
+    plain, other = loops
+    heads = [plain.net(plain.x) + shift for shift in (-2.0, 0.5, 1.5)]  # whose mean it is
+    sum(other.loss(head, update=False) for head in heads).backward()
+    other.criterion.update(sum(heads) / 3, other.y, other.index)
+    assert other.criterion._trained == 4
+    assert_same(other.criterion, saved(plain.criterion), but=["alpha", "sample_accuracy"])
+    assert_close(other.criterion.alpha, plain.criterion.alpha, rtol=1e-5, atol=1e-7)
+
+
+def test_the_slope_of_the_mean_is_the_mean_of_the_slopes():
+    criterion = moving(2, accuracy=0.2, beta=1.0, sampling="expected")  # a budget out of reach
+    x, y = torch.randn(3, 2, 4), torch.tensor([[1.0], [0.0]]).expand(2, 4)
+    slopes = ((y - 0.5) * x).mean((0, 2))
+    criterion.alpha.fill_(0.5)
+    criterion.update(x.mean(0), y, torch.arange(2))
+    assert_close(criterion.alpha, 0.5 + 0.002 / 0.5**2 * slopes)
+
+
+def test_deep_supervision_moves_levels_by_the_last_output(loops):
+    plain, other = loops
+    logits = other.net(other.x)
+    for scale in (0.2, 0.5):
+        other.loss(scale * logits, update=False)
+    other.loss(logits)
+    assert_moved_once(plain, other)
+
+
+def test_a_forward_that_moves_nothing_counts_no_sample_twice():
+    """Four losses per batch are no sign of a missing step, nor of an index that is a position."""
+    criterion = build(8, warmup=1)
+    for _ in range(3):
+        for index in torch.arange(8).split(2):
+            for _ in range(4):
+                criterion(torch.zeros(2), torch.ones(2), index, update=False)
+            criterion.update(torch.zeros(2), torch.ones(2), index)
+        criterion.step(0.9)
+    few = torch.tensor([1, 4])
+    for _ in range(4):
+        criterion(torch.zeros(2), torch.ones(2), few, update=False)
+    criterion.update(torch.zeros(2), torch.ones(2), few)
+    criterion.step(0.9)
+
+
+@pytest.mark.parametrize("index", [None, torch.arange(3), torch.tensor([0, 9])], ids=str)
+def test_update_refuses_what_a_forward_refuses_and_moves_nothing(index):
+    criterion = moving(3, focus=1.0)
+    before = saved(criterion)
+    with pytest.raises((ValueError, IndexError), match="`index`"):
+        criterion.update(X, Y, index)
+    with pytest.raises(ValueError, match="mask > 0"):
+        criterion.update(X, (Y * 255).byte(), torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match="floating-point logits"):
+        criterion.update(X.long(), Y, torch.tensor([0, 1]))
+    assert_same(criterion, before)
+    assert criterion._trained == 0
 
 
 # --- compile ----------------------------------------------------------------------------------
@@ -665,6 +885,41 @@ def test_compile_does_not_repeat_over_epochs_and_batch_sizes():
         frames.append(count.frame_count)
     # One graph for the warm-up, one for after it.
     assert frames == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("prior", [0.2, torch.tensor([0.1, 0.2, 0.3]), "observed"], ids=str)
+def test_compile_follows_a_prior_without_a_repetition(prior):
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    options = dict(sampling="expected", warmup=1, beta=1.0, prior=prior, focus=1.0)
+    eager, compiled = (build(12, objective="feedback", **options) for _ in range(2))
+    call = torch.compile(compiled, fullgraph=True, backend=count)
+    frames = []
+    for epoch in range(4):
+        for _ in range(3):
+            x, y = 4 * torch.randn(4, 3), (torch.rand(4, 3) < 0.3).float()
+            index = torch.randint(0, 12, (4,))
+            assert_close(call(x, y, index), eager(x, y, index))
+        for one in (eager, compiled):
+            one.step(0.8 + 0.01 * epoch, 0.9)
+        assert_close(compiled.alpha, eager.alpha)
+        frames.append(count.frame_count)
+    assert frames == [1, 2, 2, 2]
+    assert torch.equal(compiled.counts, eager.counts)
+    assert (compiled.alpha > 0).any()
+
+
+def test_compile_of_a_forward_that_does_not_move_and_of_update():
+    eager, compiled = moving(7, sampling="expected"), moving(7, sampling="expected")
+    forward = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    update = torch.compile(compiled.update, fullgraph=True, backend="aot_eager")
+    x, y, index = 4 * torch.rand(4, 3), torch.ones(4, 3), torch.tensor([1, 6, 1, 2])
+    for _ in range(2):
+        assert_close(forward(x, y, index, update=False), eager(x, y, index, update=False))
+        assert torch.equal(compiled.alpha > 0, eager.alpha > 0)
+        update(x, y, index)
+        eager.update(x, y, index)
+        assert_close(compiled.alpha, eager.alpha)
+    assert (compiled.alpha > 0).any()
 
 
 def test_compile_inductor_refuses_an_index_out_of_range():
@@ -760,6 +1015,92 @@ def test_a_stepped_table_never_warns(monkeypatch):
         shared(torch.zeros(5), torch.ones(5))
     with pytest.warns(UserWarning, match="never called"):
         shared(torch.zeros(5), torch.ones(5))
+
+
+def test_an_index_that_is_a_position_warns_once_at_the_users_line():
+    criterion = moving(6)
+    for epoch in range(2):
+        for _ in range(3):
+            criterion(torch.zeros(2), torch.ones(2), torch.arange(2))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            criterion.step(0.9)
+        assert [one.filename for one in caught] == [__file__] * (1 - epoch)
+        text = (
+            "since the last step the criterion saw 6 samples but only 2 of its 6 rows; pass the "
+            "index of each sample in the dataset, as IndexedDataset yields it, not its position "
+            "in the batch"
+        )
+        assert all(str(one.message) == text for one in caught)
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [0, 1, 2, 0, 1], [5, 0, 3] * 4, []], ids=str)
+def test_the_rows_of_a_fold_are_no_positions(rows):
+    """Half of the rows, however often; or fewer, in an epoch cut short."""
+    criterion = moving(6)
+    for _ in range(3):
+        if rows:
+            criterion(torch.zeros(len(rows)), torch.ones(len(rows)), torch.tensor(rows))
+        criterion.eval()  # and a validation with gradients, its samples without an index
+        criterion(torch.zeros(50, requires_grad=True), torch.ones(50))
+        criterion.train()
+        with torch.no_grad():
+            criterion(torch.zeros(50), torch.ones(50))
+        criterion.step(0.9)
+
+
+def test_accumulation_and_short_epochs_never_warn():
+    criterion = build(8, warmup=2)
+    x = torch.zeros(2, requires_grad=True)
+    for epoch in range(3):
+        for index in torch.arange(8).split(2):
+            (criterion(x, torch.ones(2), index) / 4).backward()
+        if epoch == 2:
+            break
+        criterion.step(0.9)
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *batch):
+        return self.inner(*batch)
+
+
+def called_by_a_hook(criterion, *batch):
+    net = torch.nn.Sequential(torch.nn.Identity())
+    net.register_forward_hook(lambda module, given, output: criterion(output, *batch[1:]))
+    return net(batch[0])
+
+
+def checkpointed(criterion, *batch):
+    return torch.utils.checkpoint.checkpoint(criterion, *batch, use_reentrant=False)
+
+
+WAYS = {
+    "plain": lambda criterion, *batch: criterion(*batch),
+    "wrapped": lambda criterion, *batch: Wrapper(Wrapper(criterion))(*batch),
+    "hook": called_by_a_hook,
+    "checkpoint": checkpointed,
+    "update": lambda criterion, *batch: criterion.update(*batch),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_warning_names_the_users_line_whatever_lies_between(way):
+    criterion = build(2, warmup=1)
+    batch = torch.zeros(2, requires_grad=True), torch.ones(2), torch.arange(2)
+    WAYS[way](criterion, *batch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            WAYS[way](criterion, *batch)
+    assert [one.filename for one in caught] == [__file__]
+    with open(__file__) as file:
+        line = file.readlines()[caught[0].lineno - 1]
+    assert "criterion" in line or "self.inner(*batch)" in line
 
 
 def make(**options):

@@ -324,6 +324,22 @@ def test_the_rows_of_all_ranks_count_before_an_index_is_called_a_position():
     assert run(2, positions, True) == [[(text, "test_distributed.py")]] * 2
 
 
+def warned_within_ddp(rank, world):
+    model = DistributedDataParallel(Model())
+    x, y = data()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            for batch in shares(2)[0][:6].split(3):
+                model(x[batch], y[batch], batch).backward()
+    return [(os.path.basename(one.filename), str(one.message)[:60]) for one in caught]
+
+
+def test_a_warning_through_ddp_names_the_line_of_the_model():
+    text = "AdaptivePerturbation has trained past its warm-up, but step("[:60]
+    assert run(2, warned_within_ddp) == [[("test_distributed.py", text)]] * 2
+
+
 def one_dies(rank, store, out):
     connect(rank, 2, store)
     criterion = build(4, sampling="expected", warmup=1)

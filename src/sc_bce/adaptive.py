@@ -376,7 +376,7 @@ class AdaptivePerturbation(Levels):
             self.prior = self._given.to(self.alpha.device)
         self._kappa = levels.cost(self.beta, self.prior, self.counts)
         self._cap = levels.cap(self.beta, self.prior)
-        if not self.epoch.steps.is_meta:
+        if type(self.steps) is Tensor and not self.steps.is_meta:  # nor a fake one
             self._steps = int(self.epoch.steps)
             self._past_warmup = self._steps >= max(self.warmup, 1)
             self._climbs = self._past_warmup and bool(self.epoch.climbs)
