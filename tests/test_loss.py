@@ -351,6 +351,8 @@ def test_fake_tensors_can_be_drawn(sampling, make):
             loss.backward()
             assert (loss.shape, loss.dtype) == ((), torch.bfloat16)
             assert x.grad.shape == x.shape
+        # A subclass makes its random numbers itself, in float32 too.
+        assert truncated_normal(x, 0.25, None).dtype == torch.float32
 
 
 @pytest.fixture
