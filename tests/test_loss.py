@@ -408,6 +408,17 @@ def test_compile_does_not_repeat_by_size(sampling):
     assert count.frame_count == 1
 
 
+def test_compile_does_not_repeat_for_batches_seen_without_it():
+    criterion = SCBCEWithLogitsLoss(alpha=0.1)
+    count = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(criterion, fullgraph=True, backend=count)
+    x, y = torch.randn(4, 3), torch.rand(4, 3)
+    for _ in range(6):
+        compiled(x, y)
+        criterion(x, y)
+    assert count.frame_count == 1
+
+
 # --- configuration -----------------------------------------------------------------------------
 
 

@@ -226,8 +226,10 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
                 reduction=self.reduction,
             )
         # All checks come before the draw.
-        batch = _batch.prepare(input, target, self.ignore_index, every=self._looked < _FIRST)
-        if not torch.compiler.is_compiling():
+        eager = not torch.compiler.is_compiling()
+        every = eager and self._looked < _FIRST
+        batch = _batch.prepare(input, target, self.ignore_index, every)
+        if eager:
             self._looked = min(self._looked + 1, _FIRST)
         alpha: float | Tensor = self.alpha
         beta: float | Tensor | None = self.beta
