@@ -351,6 +351,8 @@ def test_fake_tensors_can_be_drawn(sampling, make):
             loss.backward()
             assert (loss.shape, loss.dtype) == ((), torch.bfloat16)
             assert x.grad.shape == x.shape
+        # A subclass makes its random numbers itself, in float32 too.
+        assert truncated_normal(x, 0.25, None).dtype == torch.float32
 
 
 @pytest.fixture
@@ -403,6 +405,17 @@ def test_compile_does_not_repeat_by_size(sampling):
     compiled = torch.compile(criterion, fullgraph=True, backend=count, dynamic=True)
     for size in (8, 4095, 4097, 100_000):
         compiled(torch.randn(size, 3), torch.rand(size, 3))
+    assert count.frame_count == 1
+
+
+def test_compile_does_not_repeat_for_batches_seen_without_it():
+    criterion = SCBCEWithLogitsLoss(alpha=0.1)
+    count = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(criterion, fullgraph=True, backend=count)
+    x, y = torch.randn(4, 3), torch.rand(4, 3)
+    for _ in range(6):
+        compiled(x, y)
+        criterion(x, y)
     assert count.frame_count == 1
 
 

@@ -229,8 +229,10 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
             misplaced = self.alpha > 0 and not self.training and not self._warned
             return _batch.on_backward(loss, self._warn_of_eval) if misplaced else loss
         # All checks come before the draw.
-        batch = _batch.prepare(input, target, self.ignore_index, every=self._looked < _FIRST)
-        if not torch.compiler.is_compiling():
+        eager = not torch.compiler.is_compiling()
+        every = eager and self._looked < _FIRST
+        batch = _batch.prepare(input, target, self.ignore_index, every)
+        if eager:
             self._looked = min(self._looked + 1, _FIRST)
         alpha: float | Tensor = self.alpha
         beta: float | Tensor | None = self.beta
