@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -193,9 +194,8 @@ class AdaptivePerturbation(Levels):
         _checks.tensor_or_none("pos_weight", pos_weight, f"pass `torch.tensor({pos_weight})`")
         _checks.reduction(reduction)
         _checks.generator(generator)
-        self._steps = 0  # what the host must know of the epoch's state
-        # What alone a compiled forward may read of it.
-        self._past_warmup = self._climbs = self._follows = False
+        # What the host must know of the state, and alone a compiled forward may read of it.
+        self._steps, self._past_warmup, self._climbs, self._follows = 0, False, False, False
         self._kappa: float | Tensor = 0.0
         self._cap: float | Tensor = 1.0
         super().__init__(int(num_samples or 1), focus, labels, _OBJECTIVES.index(objective))
@@ -219,8 +219,8 @@ class AdaptivePerturbation(Levels):
         if not isinstance(prior, str):
             _batch.hold_prior(self, prior)
         self._given = prior.detach().clone().float() if isinstance(prior, Tensor) else None
-        self._batches = 0  # of training in this process
-        self._trained = 0  # samples since the last step, in this process
+        # In this process: batches, and samples since the last step.
+        self._batches = self._trained = 0
         self._warned: set[str] = set()
         self._refresh()
 
@@ -255,7 +255,7 @@ class AdaptivePerturbation(Levels):
         if not (self.training and torch.is_grad_enabled()):
             loss = self._plain(input, target)
             misplaced = not self.training and "eval" not in self._warned
-            return _batch.on_backward(loss, self._warn_of_eval) if misplaced else loss
+            return _batch.on_backward(loss, partial(self._warn, "eval")) if misplaced else loss
         rows, batch = self._prepare(input, target, index)
         seen = None
         if not self._past_warmup:
@@ -465,9 +465,6 @@ class AdaptivePerturbation(Levels):
         if name not in self._warned and not torch.compiler.is_compiling():
             self._warned.add(name)
             _checks.warn(_WARNINGS[name].format(**facts))
-
-    def _warn_of_eval(self) -> None:
-        self._warn("eval")
 
     def extra_repr(self) -> str:
         return ", ".join(_shown(self))
