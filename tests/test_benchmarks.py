@@ -10,6 +10,7 @@ import posthoc
 import pytest
 import reference as ref
 import speed
+import tasks
 import torch
 from calibration import main
 from performance import main as performance_page
@@ -241,3 +242,79 @@ def test_the_committed_page_is_the_one_made_from_the_committed_results(page, mak
     )
     pictures = sorted(path.name for path in (tmp_path / page).iterdir())
     assert pictures == sorted(path.name for path in (committed / page).iterdir())
+
+
+# ---------------------------------------------------------------- the tasks of the defaults
+
+
+def pave(folder, counts, size=(16, 12)):
+    """Street scenes: three bands of labels 0, 3 and void, and a spot of label 10."""
+    for part, count in counts.items():
+        (folder / part / "images").mkdir(parents=True)
+        (folder / part / "labels").mkdir()
+        for i in range(count):
+            labels = np.repeat(np.array([0, 3, 11], np.uint8), size[1] // 3)[:, None]
+            labels = np.tile(labels, (1, size[0]))
+            labels[0, 0] = 10
+            shade = np.stack([labels * 20] * 3, -1)
+            Image.fromarray(shade).save(folder / part / "images" / f"{i:03}.jpg")
+            Image.fromarray(labels).save(folder / part / "labels" / f"{i:03}.png")
+    return folder
+
+
+STREETS = dict(train=3, val=2, test=2)
+
+
+def test_street_scenes_become_eleven_labels_with_void_ignored(tmp_path):
+    task = tasks.streets(pave(tmp_path, STREETS), width=16, height=12)
+    assert [len(part) for part in (task.train, task.val, task.test)] == [3, 2, 2]
+    target = task.train.target
+    assert task.train.inputs.shape == (3, 3, 12, 16)
+    assert target.shape == (3, 11, 12, 16)
+    void = target == tasks.IGNORED
+    assert void[:, :, 8:].all()
+    assert not void[:, :, :8].any()
+    assert (target[:, :, :8].sum(1) == 1).all()  # one label each
+    assert (target[:, 10].flatten(1)[:, 0] == 1).all()
+    assert (target[:, 3, 4:8] == 1).all()
+    assert task.build()(task.train.inputs).shape == (3, 11, 12, 16)
+
+
+def test_street_scenes_shrink_to_labels_not_to_means(tmp_path):
+    part = tasks.street_part(pave(tmp_path, STREETS) / "val", 8, 4)
+    assert set(part.target.unique().tolist()) == {0, 1, tasks.IGNORED}
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("pair", "has not both an image and a label image 001"),
+        ("label", "to hold one label of 0 to 11 per pixel"),
+        ("colours", "to hold one label of 0 to 11 per pixel"),
+        ("unreadable", "can't be read as an image"),
+        ("folder", "there is none"),
+    ],
+)
+def test_spoilt_street_scenes_are_refused(tmp_path, what, text):
+    folder = pave(tmp_path, STREETS)
+    label = folder / "val" / "labels" / "001.png"
+    if what == "pair":
+        label.unlink()
+    if what == "label":
+        Image.new("L", (16, 12), 12).save(label)
+    if what == "colours":
+        Image.new("RGB", (16, 12)).save(label)
+    if what == "unreadable":
+        label.write_bytes(b"no image")
+    if what == "folder":
+        folder = tmp_path / "nowhere"
+    with pytest.raises(ValueError, match=text):
+        tasks.streets(folder, 16, 12)
+
+
+def test_the_table_has_rare_labels_and_the_start_is_that_of_the_page():
+    rates = tasks.rare().train.target.float().mean(0)
+    assert 0.01 <= rates.mean() <= 0.03
+    start = tasks.start()
+    assert [len(part) for part in (start.train, start.val, start.test)] == [300, 400, 1097]
+    assert start.build()(start.val.inputs[:2]).shape == (2, 1, 8, 8)
