@@ -26,7 +26,9 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 Result = dict[str, Any]
+Runs = dict[str, dict[str, Result]]  # by "task--setting", then by seed
 
+RESULTS = Path(__file__).parent / "results" / "defaults" / "runs.json"
 PLAIN = "bce"
 FIXED = (0.05, 0.1, 0.2, 0.3, 0.4)
 CELLS, REACH = 3000, 30.0  # logits are counted in cells of 0.02, from -30 to 30
@@ -134,6 +136,7 @@ class Setting:
         climb: whether each sample climbs towards a budget, or all take the level at once.
         gain: of the signal; of "overfit" the level that a ratio of 0 would ask for.
         half: whether the prior is 1/2, or the base rate of each label.
+        look: how many validation samples the loop is shown; it is judged on all of them.
     """
 
     level: float = 0.0
@@ -145,6 +148,7 @@ class Setting:
     focus: float = 0.0
     warmup: int = 1
     cap: float = 1.0
+    look: int | None = None
 
 
 SETTINGS: dict[str, Setting] = {
@@ -167,6 +171,11 @@ SETTINGS: dict[str, Setting] = {
     "slope-0.1-half": Setting(signal="slope", gain=0.1, half=True),
     "slope-0.1-half-2": Setting(signal="slope", gain=0.05, beta=2.0, half=True),
     **{f"half-{level:g}": Setting(level, half=True) for level in (0.05, 0.1, 0.2)},
+    "gap-shared": Setting(signal="gap", gain=0.3),
+    "corrected-shared": Setting(signal="corrected_gap", gain=0.3),
+    "slope-0.1-look40": Setting(signal="slope", gain=0.1, look=40),
+    "slope-0.1-look150": Setting(signal="slope", gain=0.1, look=150),
+    "gap-focus-look40": Setting(signal="gap", climb=True, warmup=5, focus=2.0, look=40),
     "overfit-0.5": Setting(signal="overfit", gain=0.5),
     "overfit-1": Setting(signal="overfit", gain=1.0),
     "overfit-1.5": Setting(signal="overfit", gain=1.5),
@@ -296,6 +305,7 @@ def train_one(task: Task, setting: Setting, seed: int) -> Result:
     levels = Levels(setting, task.train, task.labels)
     optimizer = torch.optim.Adam(model.parameters(), lr=task.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.epochs)
+    few = _first(task.val, setting.look)
     history = []
     for _ in range(task.epochs):
         model.train()
@@ -314,7 +324,8 @@ def train_one(task: Task, setting: Setting, seed: int) -> Result:
             schedule.step()
         trained = levels.threshold()
         seen = predict(model, task.val, trained)
-        history.append(seen | levels.step(seen))
+        shown = seen if few is None else predict(model, few, trained)
+        history.append(seen | levels.step(shown))
     return {
         "epochs": history,
         "test": predict(model, task.test, trained),
@@ -323,6 +334,10 @@ def train_one(task: Task, setting: Setting, seed: int) -> Result:
         "doubt": levels.doubt,
         "seconds": time.process_time() - started,
     }
+
+
+def _first(part: Part, count: int | None) -> Part | None:
+    return None if count is None else Part(part.inputs[:count], part.target[:count])
 
 
 def masked_bce(logits: Tensor, target: Tensor) -> Tensor:
@@ -373,21 +388,37 @@ def run_all(
 # ---------------------------------------------------------------- the table
 
 
-def load(folder: Path) -> dict[tuple[str, str], dict[int, Result]]:
-    """Kept runs by task and setting."""
-    runs: dict[tuple[str, str], dict[int, Result]] = {}
+def load(folder: Path) -> Runs:
+    """Kept runs by task and setting, without what no table needs."""
+    runs: Runs = {}
     for path in sorted(folder.glob("*--*--*.json")):
         task, setting, seed = path.stem.split("--")
-        runs.setdefault((task, setting), {})[int(seed)] = json.loads(path.read_text())
+        run = json.loads(path.read_text())
+        runs.setdefault(f"{task}--{setting}", {})[seed] = {
+            "val": run["epochs"][-1],
+            "test": run["test"],
+            "best_nll": min(epoch["nll"] for epoch in run["epochs"]),
+            "levels": [epoch["level"] for epoch in run["epochs"]],
+            "seconds": run["seconds"],
+        }
     return runs
 
 
-def table(runs: dict[tuple[str, str], dict[int, Result]], test: bool = False) -> str:
+def rounded(value: Any) -> Any:
+    """Five digits of every number."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def table(runs: Runs, test: bool = False) -> str:
     """One block per task: validation (or test) figures of the last epoch, per setting."""
     lines = []
-    for task in dict.fromkeys(task for task, _ in runs):
-        rows = {s: kept for (t, s), kept in runs.items() if t == task}
-        rows = {s: rows[s] for s in (*SETTINGS, *sorted(rows)) if s in rows}
+    for task in dict.fromkeys(key.split("--")[0] for key in runs):
+        found = {name: runs.get(f"{task}--{name}", {}) for name in SETTINGS}
+        rows = {name: kept for name, kept in found.items() if kept}
         lines += ["", task, HEADER]
         lines += [_line(name, kept, rows, test) for name, kept in rows.items()]
     return "\n".join(lines)
@@ -401,7 +432,7 @@ HEADER = (
 
 
 def _line(
-    name: str, kept: dict[int, Result], rows: dict[str, dict[int, Result]], test: bool
+    name: str, kept: dict[str, Result], rows: dict[str, dict[str, Result]], test: bool
 ) -> str:
     """Means over the seeds; "to best" is against the best level of the grid on these seeds."""
     ends = {seed: _end(run, test) for seed, run in kept.items()}
@@ -413,7 +444,7 @@ def _line(
         if row.keys() >= ends.keys()
     ]
     nll = _mean([end["nll"] for end in ends.values()])
-    early = _mean([min(e["nll"] for e in run["epochs"]) for run in kept.values()])
+    early = _mean([run["best_nll"] for run in kept.values()])
     keys = ("gap", "corrected_gap", "slope", "ece", "level")
     mean = {key: _mean([end[key] for end in ends.values()]) for key in keys}
     moved = [_mean([ends[s][k] - plain[s]["f1"] for s in plain]) for k in ("f1", "f1_repaired")]
@@ -430,7 +461,7 @@ def _line(
 
 def _end(run: Result, test: bool) -> dict[str, float]:
     """The figures of the last epoch, on validation or on test data, and what the loop then had."""
-    last: dict[str, float] = run["epochs"][-1]
+    last: dict[str, float] = run["val"]
     seen: dict[str, float] = run["test"] if test else last
     loop = {"level": last["level"], "train_nll": last["train_nll"], "val_nll": last["nll"]}
     return seen | loop
@@ -452,11 +483,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=names, help="default: all that have data")
     parser.add_argument("--data", type=Path, help="folder with images/ and masks/ of equal stems")
     parser.add_argument("--streets", type=Path, help="folder with train/, val/ and test/")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "defaults")
     parser.add_argument("--test", action="store_true", help="print the figures of the test data")
-    parser.add_argument("--print", action="store_true", help="only print what is there")
+    parser.add_argument("--print", action="store_true", help="only print what results/ holds")
+    parser.add_argument("--keep", action="store_true", help="copy what --out holds into results/")
     return parser.parse_args(argv)
 
 
@@ -479,13 +511,19 @@ def load_tasks(args: argparse.Namespace) -> list[Task]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(1)
-    if not args.print:
+    if args.print:
+        runs: Runs = json.loads(RESULTS.read_text())
+    else:
         try:
             chosen = load_tasks(args)
         except ValueError as error:
             sys.exit(f"defaults.py: {error}")
         run_all(chosen, args.settings, args.seeds, args.out)
-    print(table(load(args.out), args.test))
+        runs = load(args.out)
+    if args.keep:
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(rounded(runs), separators=(",", ":")) + "\n")
+    print(table(runs, args.test))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import re
 from importlib import metadata
 from pathlib import Path
 
+import defaults
 import numpy as np
 import posthoc
 import pytest
@@ -318,3 +319,65 @@ def test_the_table_has_rare_labels_and_the_start_is_that_of_the_page():
     start = tasks.start()
     assert [len(part) for part in (start.train, start.val, start.test)] == [300, 400, 1097]
     assert start.build()(start.val.inputs[:2]).shape == (2, 1, 8, 8)
+
+
+# ---------------------------------------------------------------- the choice of the defaults
+
+
+def test_counted_logits_give_the_measures_of_the_logits():
+    rng = torch.Generator().manual_seed(0)
+    logits = 1.5 * torch.randn(20_000, generator=rng)
+    target = (torch.rand(20_000, generator=rng) < torch.sigmoid(0.5 * logits - 1)).to(torch.uint8)
+    logits, target = torch.cat([logits, torch.zeros(5)]), torch.cat([target, target[:5] * 0 + 255])
+    seen = defaults.Seen.of(logits, target)
+    x, y = logits[:-5], target[:-5].float()
+    want = torch.nn.functional.binary_cross_entropy_with_logits(x, y)
+    assert seen.nll == pytest.approx(float(want), rel=1e-6)
+    slope, intercept = seen.recalibration(free_slope=True)
+    assert slope == pytest.approx(0.5, abs=0.05)
+    assert intercept == pytest.approx(-1, abs=0.05)
+    shift = seen.recalibration(free_slope=False)[1]
+    assert float(torch.sigmoid(x + shift).mean()) == pytest.approx(float(y.mean()), abs=1e-3)
+    summary = seen.summary()
+    assert summary["accuracy"] == pytest.approx(
+        float(((x >= 0) == (y > 0)).float().mean()), abs=5e-3
+    )
+    sure = torch.sigmoid(x.abs())
+    assert summary["gap"] == pytest.approx(float(sure.mean()) - summary["accuracy"], abs=1e-3)
+
+
+def levels(**options):
+    inputs = torch.zeros(4, 1, 2, 2)
+    target = torch.tensor([1, 0, 0, 0], dtype=torch.uint8).repeat(4, 1).reshape(4, 1, 2, 2)
+    setting = defaults.Setting(signal="slope", gain=0.1, **options)
+    return defaults.Levels(setting, tasks.Part(inputs, target), 1)
+
+
+def test_the_slope_moves_the_shared_level_within_bounds():
+    held = levels()
+    assert float(held.prior) == pytest.approx(4.5 / 17)
+    for slope, want in [(1.5, 0.0), (0.5, 0.05), (-7.0, 0.15), (1.2, 0.13), (40.0, 0.03)]:
+        held.step({"slope": slope, "nll": 1.0})
+        assert held.alpha.tolist() == pytest.approx([want] * 4, abs=1e-6)
+    held.step({"slope": float("nan"), "nll": 1.0})
+    assert float(held.alpha.mean()) == pytest.approx(0.03, abs=1e-6)
+    for _ in range(99):
+        held.step({"slope": 0.0, "nll": 1.0})
+    assert float(held.alpha.max()) == pytest.approx(1 / (2 * 12.5 / 17) - 0.01, abs=1e-6)
+
+
+def test_runs_of_the_defaults_are_kept_and_resumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(defaults, "RESULTS", tmp_path / "kept" / "runs.json")
+    line = ["--tasks", "rare", "--settings", "bce", "slope-0.1", "--seeds", "0"]
+    line += ["--out", str(tmp_path / "out")]
+    defaults.main(line)
+    assert "slope-0.1" in capsys.readouterr().out
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert len(stamps) == 2
+    defaults.main([*line, "--keep"])
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    printed = capsys.readouterr().out
+    defaults.main(["--print"])
+    assert capsys.readouterr().out == printed
+    with pytest.raises(SystemExit, match="needs a folder"):
+        defaults.main(["--tasks", "streets"])
