@@ -425,8 +425,8 @@ def table(runs: Runs, test: bool = False) -> str:
 
 
 HEADER = (
-    f"{'setting':23} {'seeds':>5} {'NLL':>7} {'to best':>7} {'at best':>7} {'ECE':>6} "
-    f"{'F1 diff':>7} {'mended':>7} {'level':>5} {'gap':>6} {'corr':>6} {'slope':>5} {'over':>4} "
+    f"{'setting':23} {'seeds':>5} {'NLL':>7} {'to best':>15} {'stopped':>7} {'ECE':>6} "
+    f"{'F1 diff':>15} {'mended':>15} {'level':>5} {'gap':>6} {'corr':>6} {'slope':>5} {'over':>4} "
     f"{'mean/c':>6}  NLL (level) of each seed"
 )
 
@@ -434,29 +434,48 @@ HEADER = (
 def _line(
     name: str, kept: dict[str, Result], rows: dict[str, dict[str, Result]], test: bool
 ) -> str:
-    """Means over the seeds; "to best" is against the best level of the grid on these seeds."""
+    """Means over the seeds.
+
+    "to best" is against that level of the grid that has the best mean on these seeds, with half
+    of the paired 95 % interval; "stopped" is the NLL at its best epoch; F1 is against plain BCE,
+    "mended" with the decision moved to where the level puts a chance of 1/2.
+    """
     ends = {seed: _end(run, test) for seed, run in kept.items()}
-    plain = {seed: _end(run, test) for seed, run in rows.get(PLAIN, {}).items() if seed in ends}
-    grid = [rows[f] for f in (PLAIN, *SETTINGS) if f in rows and (f == PLAIN or "fixed" in f)]
-    best = [
-        _mean([_end(row[seed], test)["nll"] for seed in ends])
-        for row in grid
-        if row.keys() >= ends.keys()
+    column = {key: [end[key] for end in ends.values()] for key in next(iter(ends.values()))}
+    plain = [_end(run, test)["f1"] for seed, run in rows.get(PLAIN, {}).items() if seed in ends]
+    grid = [
+        [_end(row[seed], test)["nll"] for seed in ends]
+        for other, row in rows.items()
+        if (other == PLAIN or other.startswith("fixed")) and row.keys() >= ends.keys()
     ]
-    nll = _mean([end["nll"] for end in ends.values()])
+    best = min(grid, key=_mean, default=[])
     early = _mean([run["best_nll"] for run in kept.values()])
-    keys = ("gap", "corrected_gap", "slope", "ece", "level")
-    mean = {key: _mean([end[key] for end in ends.values()]) for key in keys}
-    moved = [_mean([ends[s][k] - plain[s]["f1"] for s in plain]) for k in ("f1", "f1_repaired")]
     over = _mean([1 - end["train_nll"] / end["val_nll"] for end in ends.values()])
     ratio = _mean([end["mean"] / end["base_rate"] for end in ends.values()])
     each = "  ".join(f"{end['nll']:.4f} ({end['level']:.3f})" for end in ends.values())
+    mean = {key: _mean(values) for key, values in column.items()}
     return (
-        f"{name:23} {len(kept):5} {nll:7.4f} {nll / min(best, default=math.nan) - 1:7.1%} "
-        f"{early:7.4f} {mean['ece']:6.4f} {moved[0]:+7.3f} {moved[1]:+7.3f} {mean['level']:5.3f} "
-        f"{mean['gap']:+6.3f} {mean['corrected_gap']:+6.3f} {mean['slope']:5.2f} {over:4.2f} "
-        f"{ratio:6.2f}  {each}"
+        f"{name:23} {len(kept):5} {mean['nll']:7.4f} {_paired(column['nll'], best, True)} "
+        f"{early:7.4f} {mean['ece']:6.4f} {_paired(column['f1'], plain)} "
+        f"{_paired(column['f1_repaired'], plain)} {mean['level']:5.3f} {mean['gap']:+6.3f} "
+        f"{mean['corrected_gap']:+6.3f} {mean['slope']:5.2f} {over:4.2f} {ratio:6.2f}  {each}"
     )
+
+
+def _paired(mine: list[float], other: list[float], relative: bool = False) -> str:
+    """Mean difference and half of its 95 % interval over the seeds."""
+    from scipy.stats import t
+
+    if len(mine) != len(other):
+        return f"{'':15}"
+    unit = _mean(other) / 100 if relative else 1.0
+    moved = [(a - b) / unit for a, b in zip(mine, other, strict=True)]
+    middle, digits = _mean(moved), 1 if relative else 3
+    if len(moved) == 1 or mine == other:
+        return f"{middle:+6.{digits}f}{'%' if relative else '':9}"
+    spread = math.sqrt(sum((m - middle) ** 2 for m in moved) / (len(moved) - 1) / len(moved))
+    half = float(t.ppf(0.975, len(moved) - 1)) * spread
+    return f"{middle:+6.{digits}f}{'%' if relative else ' '} ±{half:6.{digits}f}"
 
 
 def _end(run: Result, test: bool) -> dict[str, float]:
