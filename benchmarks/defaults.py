@@ -136,6 +136,9 @@ class Setting:
         climb: whether each sample climbs towards a budget, or all take the level at once.
         gain: of the signal; of "overfit" the level that a ratio of 0 would ask for.
         half: whether the prior is 1/2, or the base rate of each label.
+        lead: how much of a change of the signal is passed on at once.
+        pos_weight: as in torch; its logarithm is taken off the logits before they are measured,
+            which moves no slope.
         look: how many validation samples the loop is shown; it is judged on all of them.
     """
 
@@ -149,6 +152,8 @@ class Setting:
     warmup: int = 1
     cap: float = 1.0
     look: int | None = None
+    lead: float = 0.0
+    pos_weight: float = 1.0
 
 
 SETTINGS: dict[str, Setting] = {
@@ -173,6 +178,10 @@ SETTINGS: dict[str, Setting] = {
     **{f"half-{level:g}": Setting(level, half=True) for level in (0.05, 0.1, 0.2)},
     "gap-shared": Setting(signal="gap", gain=0.3),
     "corrected-shared": Setting(signal="corrected_gap", gain=0.3),
+    "slope-0.1-lead": Setting(signal="slope", gain=0.1, lead=0.5),
+    "slope-0.1-lead-0.2": Setting(signal="slope", gain=0.1, lead=0.2),
+    "bce-pos50": Setting(pos_weight=50.0),
+    "slope-0.1-pos50": Setting(signal="slope", gain=0.1, pos_weight=50.0),
     "slope-0.1-look40": Setting(signal="slope", gain=0.1, look=40),
     "slope-0.1-look150": Setting(signal="slope", gain=0.1, look=150),
     "gap-focus-look40": Setting(signal="gap", climb=True, warmup=5, focus=2.0, look=40),
@@ -198,7 +207,7 @@ class Levels:
             self.cap = 1.0
         self.alpha = torch.full((len(train),), min(setting.level, self.cap))
         self.accuracy = torch.full((len(train),), 0.5)
-        self.budget = 0.0
+        self.budget, self.error = 0.0, 0.0
         self.steps = 0
         self.log_loss, self.elements = 0.0, 0
 
@@ -258,10 +267,13 @@ class Levels:
         return {"train_nll": train_nll, "level": float(self.alpha.mean())}
 
     def _wanted(self, level: float, train_nll: float, seen: dict[str, float]) -> float:
-        gain = self.setting.gain
-        if self.setting.signal == "overfit":
+        setting, gain = self.setting, self.setting.gain
+        if setting.signal == "overfit":
             return level / 2 + gain / 2 * max(0.0, 1 - train_nll / seen["nll"])
-        return level + gain * self._error(seen) / self.doubt
+        error = self._error(seen) / self.doubt
+        lead = setting.lead * (max(error, 0.0) - self.error)
+        self.error = max(error, 0.0)
+        return level + gain * error + lead
 
     def _error(self, seen: dict[str, float]) -> float:
         """How much doubt is missing, by the signal; a slope says it in units of the level."""
@@ -315,7 +327,7 @@ def train_one(task: Task, setting: Setting, seed: int) -> Result:
                 flip = torch.rand(len(index), 1, 1, 1, generator=order) < 0.5
                 image, target = (torch.where(flip, x.flip(-1), x) for x in (image, target))
             logits = model(image)
-            loss = masked_bce(logits, levels.target(index, target, draws))
+            loss = masked_bce(logits, levels.target(index, target, draws), setting.pos_weight)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
@@ -323,12 +335,12 @@ def train_one(task: Task, setting: Setting, seed: int) -> Result:
         if task.cosine:
             schedule.step()
         trained = levels.threshold()
-        seen = predict(model, task.val, trained)
-        shown = seen if few is None else predict(model, few, trained)
+        seen = predict(model, task.val, trained, setting.pos_weight)
+        shown = seen if few is None else predict(model, few, trained, setting.pos_weight)
         history.append(seen | levels.step(shown))
     return {
         "epochs": history,
-        "test": predict(model, task.test, trained),
+        "test": predict(model, task.test, trained, setting.pos_weight),
         "level_std": float(levels.alpha.std(correction=0)),
         "prior": levels.prior.flatten().tolist(),
         "doubt": levels.doubt,
@@ -340,20 +352,24 @@ def _first(part: Part, count: int | None) -> Part | None:
     return None if count is None else Part(part.inputs[:count], part.target[:count])
 
 
-def masked_bce(logits: Tensor, target: Tensor) -> Tensor:
+def masked_bce(logits: Tensor, target: Tensor, pos_weight: float) -> Tensor:
     """Mean binary cross entropy of the elements that are not ignored."""
     valid = target != IGNORED
     loss = F.binary_cross_entropy_with_logits(
-        logits, torch.where(valid, target, 0.0), reduction="none"
+        logits,
+        torch.where(valid, target, 0.0),
+        reduction="none",
+        pos_weight=None if pos_weight == 1 else torch.tensor(pos_weight),
     )
     return (loss * valid).sum() / valid.sum()
 
 
 @torch.no_grad()
-def predict(model: nn.Module, part: Part, threshold: Tensor) -> dict[str, float]:
+def predict(model: nn.Module, part: Part, threshold: Tensor, pos_weight: float) -> dict[str, float]:
     """All measures, and F1 of the decision that the levels trained in (their mean) ask for."""
     model.eval()
     logits = torch.cat([model(batch) for batch in torch.split(part.inputs, 64)])
+    logits -= math.log(pos_weight)
     valid = part.target != IGNORED
     said, true = (logits >= threshold) & valid, part.target == 1
     hits, total = float((said & true).sum()), float(said.sum() + true.sum())
