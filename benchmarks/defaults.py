@@ -421,12 +421,12 @@ def load(folder: Path) -> Runs:
 
 
 def rounded(value: Any) -> Any:
-    """Five digits of every number."""
+    """Four digits of every number."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [rounded(item) for item in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def table(runs: Runs, test: bool = False) -> str:
@@ -555,9 +555,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(f"defaults.py: {error}")
         run_all(chosen, args.settings, args.seeds, args.out)
         runs = load(args.out)
+    runs = rounded(runs)
     if args.keep:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(rounded(runs), separators=(",", ":")) + "\n")
+        RESULTS.write_text(json.dumps(runs, separators=(",", ":")) + "\n")
     print(table(runs, args.test))
 
 
