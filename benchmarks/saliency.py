@@ -208,7 +208,7 @@ def folder_data(folder: Path, size: int, ood: int, seed: int = 0) -> SaliencyDat
     Out of distribution are close crops of scikit-learn's photographs: foliage, roof tiles, water
     and petals without any whole object.
     """
-    images, masks = _files(folder / "images"), _files(folder / "masks")
+    images, masks = files_of(folder / "images"), files_of(folder / "masks")
     _check_stems(folder, images, masks)
     pairs = [_load_pair(images[stem], masks[stem], size) for stem in sorted(images)]
     parts = [_cut(np.stack(arrays)) for arrays in zip(*pairs, strict=True)]
@@ -220,11 +220,11 @@ def folder_data(folder: Path, size: int, ood: int, seed: int = 0) -> SaliencyDat
 
 def folder_ood(folder: Path, size: int) -> Split:
     """Every image of ``folder``, taken as showing no object at all."""
-    files = _files(folder)
-    return _empty([_resized(_open(path, "RGB"), size) for _, path in sorted(files.items())])
+    files = files_of(folder)
+    return _empty([_resized(open_image(path, "RGB"), size) for _, path in sorted(files.items())])
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def files_of(folder: Path) -> dict[str, Path]:
     """The PNG and JPEG files of a folder by stem."""
     if not folder.is_dir():
         raise ValueError(f"Expected a folder {folder}, but there is none: fix the path")
@@ -250,7 +250,7 @@ def _check_stems(folder: Path, images: dict[str, Path], masks: dict[str, Path]) 
         raise ValueError(f"Expected at least 20 images in {folder / 'images'}, got {len(images)}")
 
 
-def _open(path: Path, mode: str) -> Image.Image:
+def open_image(path: Path, mode: str) -> Image.Image:
     """The decoded image, turned upright as its camera says."""
     try:
         with Image.open(path) as image:
@@ -266,7 +266,7 @@ def _resized(image: Image.Image, size: int) -> Pixels:
 
 
 def _load_pair(image_path: Path, mask_path: Path, size: int) -> tuple[Pixels, Pixels]:
-    image, mask = _open(image_path, "RGB"), _open(mask_path, "L")
+    image, mask = open_image(image_path, "RGB"), open_image(mask_path, "L")
     if image.size != mask.size:
         raise ValueError(
             f"{image_path} has {image.width} x {image.height} pixels but {mask_path} has "
@@ -318,19 +318,19 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 class SmallUNet(nn.Module):
     """A U-Net of three scales, under 200,000 parameters at width 16."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, labels: int = 1) -> None:
         super().__init__()
         self.fine = _block(3, width)
         self.middle = _block(width, 2 * width)
         self.coarse = _block(2 * width, 4 * width)
         self.up_middle = _block(6 * width, 2 * width)
         self.up_fine = _block(3 * width, width)
-        self.head = nn.Conv2d(width, 1, 1)
+        self.head = nn.Conv2d(width, labels, 1)
         self.down = nn.MaxPool2d(2)
         self.up = nn.Upsample(scale_factor=2)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, 1, H, W); H and W must be multiples of 4."""
+        """Logits (N, labels, H, W); H and W must be multiples of 4."""
         fine = self.fine(images.contiguous(memory_format=torch.channels_last))  # quicker on a CPU
         middle = self.middle(self.down(fine))
         coarse = self.coarse(self.down(middle))

@@ -5,11 +5,13 @@ import re
 from importlib import metadata
 from pathlib import Path
 
+import defaults
 import numpy as np
 import posthoc
 import pytest
 import reference as ref
 import speed
+import tasks
 import torch
 from calibration import main
 from performance import main as performance_page
@@ -259,3 +261,141 @@ def test_the_committed_page_is_the_one_made_from_the_committed_results(page, mak
     )
     pictures = sorted(path.name for path in (tmp_path / page).iterdir())
     assert pictures == sorted(path.name for path in (committed / page).iterdir())
+
+
+# ---------------------------------------------------------------- the tasks of the defaults
+
+
+def pave(folder, counts, size=(16, 12)):
+    """Street scenes: three bands of labels 0, 3 and void, and a spot of label 10."""
+    for part, count in counts.items():
+        (folder / part / "images").mkdir(parents=True)
+        (folder / part / "labels").mkdir()
+        for i in range(count):
+            labels = np.repeat(np.array([0, 3, 11], np.uint8), size[1] // 3)[:, None]
+            labels = np.tile(labels, (1, size[0]))
+            labels[0, 0] = 10
+            shade = np.stack([labels * 20] * 3, -1)
+            Image.fromarray(shade).save(folder / part / "images" / f"{i:03}.jpg")
+            Image.fromarray(labels).save(folder / part / "labels" / f"{i:03}.png")
+    return folder
+
+
+STREETS = dict(train=3, val=2, test=2)
+
+
+def test_street_scenes_become_eleven_labels_with_void_ignored(tmp_path):
+    task = tasks.streets(pave(tmp_path, STREETS), width=16, height=12)
+    assert [len(part) for part in (task.train, task.val, task.test)] == [3, 2, 2]
+    target = task.train.target
+    assert task.train.inputs.shape == (3, 3, 12, 16)
+    assert target.shape == (3, 11, 12, 16)
+    void = target == tasks.IGNORED
+    assert void[:, :, 8:].all()
+    assert not void[:, :, :8].any()
+    assert (target[:, :, :8].sum(1) == 1).all()  # one label each
+    assert (target[:, 10].flatten(1)[:, 0] == 1).all()
+    assert (target[:, 3, 4:8] == 1).all()
+    assert task.build()(task.train.inputs).shape == (3, 11, 12, 16)
+
+
+def test_street_scenes_shrink_to_labels_not_to_means(tmp_path):
+    part = tasks.street_part(pave(tmp_path, STREETS) / "val", 8, 4)
+    assert set(part.target.unique().tolist()) == {0, 1, tasks.IGNORED}
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("pair", "has not both an image and a label image 001"),
+        ("label", "to hold one label of 0 to 11 per pixel"),
+        ("colours", "to hold one label of 0 to 11 per pixel"),
+        ("unreadable", "can't be read as an image"),
+        ("folder", "there is none"),
+    ],
+)
+def test_spoilt_street_scenes_are_refused(tmp_path, what, text):
+    folder = pave(tmp_path, STREETS)
+    label = folder / "val" / "labels" / "001.png"
+    if what == "pair":
+        label.unlink()
+    if what == "label":
+        Image.new("L", (16, 12), 12).save(label)
+    if what == "colours":
+        Image.new("RGB", (16, 12)).save(label)
+    if what == "unreadable":
+        label.write_bytes(b"no image")
+    if what == "folder":
+        folder = tmp_path / "nowhere"
+    with pytest.raises(ValueError, match=text):
+        tasks.streets(folder, 16, 12)
+
+
+def test_the_table_has_rare_labels_and_the_start_is_that_of_the_page():
+    rates = tasks.rare().train.target.float().mean(0)
+    assert 0.01 <= rates.mean() <= 0.03
+    start = tasks.start()
+    assert [len(part) for part in (start.train, start.val, start.test)] == [300, 400, 1097]
+    assert start.build()(start.val.inputs[:2]).shape == (2, 1, 8, 8)
+
+
+# ---------------------------------------------------------------- the choice of the defaults
+
+
+def test_counted_logits_give_the_measures_of_the_logits():
+    rng = torch.Generator().manual_seed(0)
+    logits = 1.5 * torch.randn(20_000, generator=rng)
+    target = (torch.rand(20_000, generator=rng) < torch.sigmoid(0.5 * logits - 1)).to(torch.uint8)
+    logits, target = torch.cat([logits, torch.zeros(5)]), torch.cat([target, target[:5] * 0 + 255])
+    seen = defaults.Seen.of(logits, target)
+    x, y = logits[:-5], target[:-5].float()
+    want = torch.nn.functional.binary_cross_entropy_with_logits(x, y)
+    assert seen.nll == pytest.approx(float(want), rel=1e-6)
+    slope, intercept = seen.recalibration(free_slope=True)
+    assert slope == pytest.approx(0.5, abs=0.05)
+    assert intercept == pytest.approx(-1, abs=0.05)
+    shift = seen.recalibration(free_slope=False)[1]
+    assert float(torch.sigmoid(x + shift).mean()) == pytest.approx(float(y.mean()), abs=1e-3)
+    summary = seen.summary()
+    assert summary["accuracy"] == pytest.approx(
+        float(((x >= 0) == (y > 0)).float().mean()), abs=5e-3
+    )
+    sure = torch.sigmoid(x.abs())
+    assert summary["gap"] == pytest.approx(float(sure.mean()) - summary["accuracy"], abs=1e-3)
+
+
+def levels(**options):
+    inputs = torch.zeros(4, 1, 2, 2)
+    target = torch.tensor([1, 0, 0, 0], dtype=torch.uint8).repeat(4, 1).reshape(4, 1, 2, 2)
+    setting = defaults.Setting(signal="slope", gain=0.1, **options)
+    return defaults.Levels(setting, tasks.Part(inputs, target), 1)
+
+
+def test_the_slope_moves_the_shared_level_within_bounds():
+    held = levels()
+    assert float(held.prior) == pytest.approx(4.5 / 17)
+    for slope, want in [(1.5, 0.0), (0.5, 0.05), (-7.0, 0.15), (1.2, 0.13), (40.0, 0.03)]:
+        held.step({"slope": slope, "nll": 1.0})
+        assert held.alpha.tolist() == pytest.approx([want] * 4, abs=1e-6)
+    held.step({"slope": float("nan"), "nll": 1.0})
+    assert float(held.alpha.mean()) == pytest.approx(0.03, abs=1e-6)
+    for _ in range(99):
+        held.step({"slope": 0.0, "nll": 1.0})
+    assert float(held.alpha.max()) == pytest.approx(1 / (2 * 12.5 / 17) - 0.01, abs=1e-6)
+
+
+def test_runs_of_the_defaults_are_kept_and_resumed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(defaults, "RESULTS", tmp_path / "kept" / "runs.json")
+    line = ["--tasks", "rare", "--settings", "bce", "slope-0.1", "--seeds", "0"]
+    line += ["--out", str(tmp_path / "out")]
+    defaults.main(line)
+    assert "slope-0.1" in capsys.readouterr().out
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert len(stamps) == 2
+    defaults.main([*line, "--keep"])
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    printed = capsys.readouterr().out
+    defaults.main(["--print"])
+    assert capsys.readouterr().out == printed
+    with pytest.raises(SystemExit, match="needs a folder"):
+        defaults.main(["--tasks", "streets"])

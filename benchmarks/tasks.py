@@ -1,0 +1,194 @@
+"""The tasks that the defaults are chosen on, each small enough for one thread.
+
+Digits and photographs are those of ``calibration.py``. Street scenes bring eleven labels of very
+different base rates, a table of rare labels is the case of most multi-label users, and the last
+task is the one of the page that gets a user started. No task needs a download but for the two
+that are given a folder.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from saliency import (
+    Pixels,
+    SaliencyData,
+    SmallUNet,
+    Split,
+    digit_scenes,
+    files_of,
+    folder_data,
+    open_image,
+    to_tensors,
+)
+from torch import Generator, Tensor, nn
+
+IGNORED = 255  # target of the elements that count for nothing
+STREET_LABELS = 11
+STREET_PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Inputs (N, *), float32, and targets, bytes: 0, 1 and ``IGNORED``."""
+
+    inputs: Tensor
+    target: Tensor
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data, network and training of one task; only the loss is left to choose.
+
+    Args:
+        labels: how many labels dimension 1 holds that have base rates of their own.
+        cosine: whether the learning rate falls to 0 along a cosine.
+        mirror: whether training samples are mirrored at random.
+    """
+
+    name: str
+    train: Part
+    val: Part
+    test: Part
+    build: Callable[[], nn.Module]
+    epochs: int
+    batch: int
+    lr: float
+    labels: int = 1
+    cosine: bool = True
+    mirror: bool = False
+
+
+# ---------------------------------------------------------------- one label
+
+
+def _parts(data: SaliencyData) -> tuple[Part, Part, Part]:
+    return _part(data.train), _part(data.val), _part(data.test)
+
+
+def _part(split: Split) -> Part:
+    images, masks = to_tensors(split)
+    return Part(images, masks.to(torch.uint8))
+
+
+def digits() -> Task:
+    """Digits over photographs, the quick setting of the study."""
+    data = digit_scenes(32, train=40, val=40, test=120, ood=1)
+    return Task("digits", *_parts(data), lambda: SmallUNet(8), 120, batch=10, lr=5e-3)
+
+
+def photographs(folder: Path) -> Task:
+    """A folder of images and masks, the setting of the study."""
+    data = folder_data(folder, 48, ood=1)
+    parts = _parts(data)
+    return Task("photographs", *parts, lambda: SmallUNet(8), 40, batch=16, lr=2e-3, mirror=True)
+
+
+def start() -> Task:
+    """Denoising of digits by a small dense network, as on the page that gets a user started."""
+    from sklearn.datasets import load_digits
+
+    rng = Generator().manual_seed(0)
+    clean = torch.tensor(load_digits().images).float()[:, None] / 16
+    noisy = clean + 0.5 * torch.randn(clean.shape, generator=rng)
+    ink, order = (clean > 0.5).to(torch.uint8), torch.randperm(len(clean), generator=rng)
+    train, val, test = (
+        Part(noisy[i], ink[i]) for i in torch.split(order, [300, 400, len(order) - 700])
+    )
+    return Task("start", train, val, test, _dense_network, 30, batch=20, lr=2e-3, cosine=False)
+
+
+def _dense_network() -> nn.Module:
+    layers = nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64), nn.Unflatten(1, (1, 8, 8))
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+# ---------------------------------------------------------------- several labels
+
+
+def rare() -> Task:
+    """Eight labels of a table, each with 2 % positives that ten features tell a little about."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(10, 8)) / np.sqrt(10)
+    train, val, test = (_rare_part(count, weights, rng) for count in (1500, 1500, 4000))
+    return Task(
+        "rare", train, val, test, _table_network, 25, batch=32, lr=2e-3, labels=8, cosine=False
+    )
+
+
+def _rare_part(count: int, weights: NDArray[np.float64], rng: np.random.Generator) -> Part:
+    features = rng.normal(size=(count, len(weights)))
+    # the bias at which the mean over scores of this spread is about 2 %
+    chance = 1 / (1 + np.exp(4.8 - 1.5 * features @ weights))
+    target = torch.from_numpy(rng.random(chance.shape) < chance).to(torch.uint8)
+    return Part(torch.from_numpy(features).float(), target)
+
+
+def _table_network() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)
+    )
+
+
+def streets(folder: Path, width: int = 80, height: int = 60) -> Task:
+    """Street scenes (CamVid): ``folder/PART/images/NAME.jpg`` and ``folder/PART/labels/NAME.png``.
+
+    PART is train, val or test. A label image holds 0 to 10, and 11 where it says nothing. Each
+    label is a yes or no of its own, so the target is (N, 11, H, W).
+    """
+    train, val, test = (street_part(folder / part, width, height) for part in STREET_PARTS)
+    return Task(
+        "streets",
+        train,
+        val,
+        test,
+        lambda: SmallUNet(8, STREET_LABELS),
+        epochs=40,
+        batch=16,
+        lr=2e-3,
+        labels=STREET_LABELS,
+        mirror=True,
+    )
+
+
+def street_part(folder: Path, width: int, height: int) -> Part:
+    """One part of the street scenes at ``width`` x ``height`` pixels."""
+    images, labels = files_of(folder / "images"), files_of(folder / "labels")
+    for stem in sorted(images.keys() ^ labels.keys()):
+        raise ValueError(f"{folder} has not both an image and a label image {stem}: add or remove")
+    size = width, height
+    pictures = [_resized(open_image(images[s], "RGB"), size, smooth=True) for s in sorted(images)]
+    maps = [_resized(_label_map(labels[stem]), size, smooth=False) for stem in sorted(images)]
+    seen = Split(np.stack(pictures), np.stack(maps))
+    return Part(to_tensors(seen)[0], label_planes(torch.from_numpy(seen.masks)))
+
+
+def _resized(image: Image.Image, size: tuple[int, int], smooth: bool) -> Pixels:
+    """Colours are averaged; of a map each new pixel takes the label in its middle."""
+    way = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    return np.asarray(image.resize(size, way))
+
+
+def _label_map(path: Path) -> Image.Image:
+    """The labels of one image, palette images too: their indices, not their colours."""
+    try:
+        with Image.open(path) as image:
+            labels = np.asarray(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as an image ({error})") from error
+    if labels.ndim != 2 or labels.max() > STREET_LABELS:
+        raise ValueError(f"Expected {path} to hold one label of 0 to {STREET_LABELS} per pixel")
+    return Image.fromarray(labels.astype(np.uint8))
+
+
+def label_planes(maps: Tensor) -> Tensor:
+    """(N, H, W) labels as (N, 11, H, W) of 0 and 1, ``IGNORED`` where nothing is said."""
+    planes = (maps[:, None] == torch.arange(STREET_LABELS).view(-1, 1, 1)).to(torch.uint8)
+    return planes.masked_fill_(maps[:, None] >= STREET_LABELS, IGNORED)
