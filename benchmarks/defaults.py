@@ -25,11 +25,14 @@ from tasks import IGNORED, Part, Task
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from sc_bce import AdaptivePerturbation, CalibrationHistogram
+
 Result = dict[str, Any]
 Runs = dict[str, dict[str, Result]]  # by "task--setting", then by seed
 
 RESULTS = Path(__file__).parent / "results" / "defaults" / "runs.json"
 PLAIN = "bce"
+DEFAULT = "default"  # the package's own loss, as it is built without arguments
 FIXED = (0.05, 0.1, 0.2, 0.3, 0.4)
 CELLS, REACH = 3000, 30.0  # logits are counted in cells of 0.02, from -30 to 30
 LR, PENALTY = 0.002, 2000.0  # of the climb
@@ -158,6 +161,7 @@ class Setting:
 
 SETTINGS: dict[str, Setting] = {
     PLAIN: Setting(),
+    DEFAULT: Setting(signal="slope", gain=0.1),
     **{f"fixed-{level:g}": Setting(level) for level in FIXED},
     "gap": Setting(signal="gap", climb=True, warmup=5),
     "gap-focus": Setting(signal="gap", climb=True, warmup=5, focus=2.0),
@@ -210,6 +214,9 @@ class Levels:
         self.budget, self.error = 0.0, 0.0
         self.steps = 0
         self.log_loss, self.elements = 0.0, 0
+
+    def loss(self, index: Tensor, logits: Tensor, target: Tensor, draws: Generator) -> Tensor:
+        return masked_bce(logits, self.target(index, target, draws), self.setting.pos_weight)
 
     def target(self, index: Tensor, target: Tensor, draws: Generator) -> Tensor:
         """The perturbed labels of a batch; what is ignored keeps its value."""
@@ -286,6 +293,38 @@ class Levels:
             self.alpha = (level * self.weights()).clamp(0, self.cap)
 
 
+class Packaged(Levels):
+    """`AdaptivePerturbation(num_samples)` and `step(histogram)`, as a user has them."""
+
+    def __init__(self, setting: Setting, task: Task, model: nn.Module, draws: Generator) -> None:
+        super().__init__(setting, task.train, task.labels)
+        self.criterion = AdaptivePerturbation(
+            len(task.train),
+            num_labels=task.labels if task.labels > 1 else None,
+            ignore_index=IGNORED,
+            generator=draws,
+        )
+        self.model, self.val = model, task.val
+
+    def loss(self, index: Tensor, logits: Tensor, target: Tensor, draws: Generator) -> Tensor:
+        loss: Tensor = self.criterion(logits, target, index)
+        return loss
+
+    @torch.no_grad()
+    def step(self, seen: dict[str, float]) -> dict[str, float]:
+        labels = self.criterion.num_labels
+        histogram = CalibrationHistogram(labels)
+        for inputs, target in zip(
+            torch.split(self.val.inputs, 64), torch.split(self.val.target, 64), strict=True
+        ):
+            histogram.update(self.model(inputs), target, ignore_index=IGNORED)
+        self.criterion.step(histogram)
+        self.alpha = self.criterion.alpha
+        train_nll = self.log_loss / max(self.elements, 1)
+        self.log_loss, self.elements = 0.0, 0
+        return {"train_nll": train_nll, "level": float(self.alpha.mean())}
+
+
 def _prior(target: Tensor, labels: int, half: bool) -> Tensor:
     """1/2, or (N+ + 1/2) / (N + 1) of the training labels, in the shape that broadcasts."""
     if half:
@@ -315,6 +354,8 @@ def train_one(task: Task, setting: Setting, seed: int) -> Result:
     model = task.build()
     order, draws = Generator().manual_seed(seed), Generator().manual_seed(seed + 1_000_000)
     levels = Levels(setting, task.train, task.labels)
+    if setting is SETTINGS[DEFAULT]:
+        levels = Packaged(setting, task, model, draws)
     optimizer = torch.optim.Adam(model.parameters(), lr=task.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.epochs)
     few = _first(task.val, setting.look)
@@ -327,7 +368,7 @@ def train_one(task: Task, setting: Setting, seed: int) -> Result:
                 flip = torch.rand(len(index), 1, 1, 1, generator=order) < 0.5
                 image, target = (torch.where(flip, x.flip(-1), x) for x in (image, target))
             logits = model(image)
-            loss = masked_bce(logits, levels.target(index, target, draws), setting.pos_weight)
+            loss = levels.loss(index, logits, target, draws)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
