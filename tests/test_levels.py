@@ -18,15 +18,13 @@ SOLVERS = ("proximal", "explicit")
 priors = st.floats(0.02, 0.98)
 
 
-def rule(
-    objective="calibration", lr=0.002, penalty=2000.0, solver="proximal", focus=0.0, reference=None
-):
-    return Rule(objective, lr, penalty, solver, focus, reference)
+def rule(objective="calibration", lr=0.002, penalty=2000.0, solver="proximal", reference=None):
+    return Rule(objective, lr, penalty, solver, reference)
 
 
 def epoch(steps=1, accuracy=0.9, best=0.9, budget=0.1, difficulty=1.0):
     single = (torch.tensor(value) for value in (accuracy, best, budget, difficulty))
-    return Epoch(torch.tensor(steps), *single)
+    return Epoch(torch.tensor(steps), *single, torch.tensor(True))
 
 
 def one(value):
@@ -36,9 +34,8 @@ def one(value):
 def climb(alpha, gradient, budget, kappa, high, accuracy=0.9, best=0.9, **options):
     """The level after one step, in float64."""
     state = epoch(accuracy=accuracy, best=best)
-    new = levels.climb(
-        rule(**options), one(alpha), one(gradient), one(budget), state, kappa, high
-    )  # fmt: skip
+    moves = levels.Climb(rule(**options), 1.0, kappa, high)
+    new = levels.climbed(moves, one(alpha), one(gradient), one(budget), state)
     assert new.shape == (1,)
     return float(new)
 
@@ -214,10 +211,9 @@ def test_numbers_and_tensors_climb_alike_and_stay_inside(seed, objective, solver
     alpha, gain = torch.from_numpy(rng.random(9)) * 0.49, torch.from_numpy(rng.normal(0, 99, 9))
     budget, kappa = torch.from_numpy(rng.uniform(-0.45, 0.45, 9)), 0.75
     given_rule = rule(objective=objective, solver=solver)
-    new = levels.climb(given_rule, alpha, gain, budget, epoch(), kappa, 0.49)
-    same = levels.climb(
-        given_rule, alpha, gain, budget, epoch(), torch.tensor(kappa), torch.tensor(0.49).double()
-    )  # fmt: skip
+    numbers = levels.Climb(given_rule, 1.0, kappa, 0.49)
+    tensors = levels.Climb(given_rule, 1.0, torch.tensor(kappa), torch.tensor(0.49).double())
+    new, same = (levels.climbed(m, alpha, gain, budget, epoch()) for m in (numbers, tensors))
     assert_close(same, new, atol=1e-7, rtol=0)
     assert new.min() >= 0
     assert new.max() <= 0.49
@@ -230,33 +226,30 @@ def test_numbers_and_tensors_climb_alike_and_stay_inside(seed, objective, solver
 def test_a_budget_is_shared_out_by_difficulty_and_clipped(seed, focus, budget):
     accuracy = torch.from_numpy(np.random.default_rng(seed).random(7))
     hardness = (1 - accuracy) ** focus
-    shares = levels.shared_out(
-        rule(focus=focus), torch.tensor(budget), accuracy, hardness.mean()
-    )  # fmt: skip
+    shares = levels.shared_out(focus, torch.tensor(budget), accuracy, hardness.mean())
     want = [min(budget * float(h / hardness.mean()), 0.45) for h in hardness]
     assert shares.tolist() == pytest.approx(want)
     if max(want) < 0.45:
         assert float(shares.mean()) == pytest.approx(budget)
 
 
-def test_a_budget_is_whole_without_focus_and_equal_where_all_are_perfect():
+def test_a_budget_is_equal_where_all_are_perfect():
     budget, perfect = torch.tensor(0.3), torch.ones(3)
-    assert levels.shared_out(rule(), budget, perfect, torch.tensor(0.0)) is budget
-    shares = levels.shared_out(rule(focus=2.0), budget, perfect, torch.tensor(0.0))
+    shares = levels.shared_out(2.0, budget, perfect, torch.tensor(0.0))
     assert shares.tolist() == pytest.approx([0.3] * 3)
     # The hardest of many: .3 * (1 / .1), held at .45.
-    hard = levels.shared_out(rule(focus=1.0), budget, torch.tensor([0.0]), torch.tensor(0.1))
+    hard = levels.shared_out(1.0, budget, torch.tensor([0.0]), torch.tensor(0.1))
     assert hard.tolist() == pytest.approx([0.45])
 
 
 def test_the_next_epoch_of_calibration_and_max_entropy():
     after = levels.next_epoch(rule(), epoch(3, 0.9, 0.92, 0.1, 0.7), 0.85, None, 0.2, 0.49)
     assert after.steps.dtype == torch.int64
-    assert [float(value) for value in after] == pytest.approx([4, 0.85, 0.92, 0.15, 0.7])
+    assert [float(value) for value in after] == pytest.approx([4, 0.85, 0.92, 0.15, 0.7, 1])
     after = levels.next_epoch(
         rule(objective="max_entropy"), epoch(3, 0.9, 0.92, 0.1, 0.7), 0.95, 0.99, 0.2, 0.49
     )  # fmt: skip
-    assert [float(value) for value in after] == pytest.approx([4, 0.95, 0.95, 0.1, 0.7])
+    assert [float(value) for value in after] == pytest.approx([4, 0.95, 0.95, 0.1, 0.7, 1])
 
 
 @pytest.mark.parametrize(
@@ -282,15 +275,32 @@ def test_the_next_budget_of_feedback(budget, doubt, gap, highest, want):
     assert float(after.budget) == pytest.approx(want)
 
 
+@pytest.mark.parametrize(
+    ("level", "slope", "beta", "want"),
+    [
+        (0.1, 0.5, 1.0, 0.15),  # over-confident: 0.1 (1 - a) of strength more
+        (0.1, 0.5, 2.0, 0.125),
+        (0.1, 1.3, 1.0, 0.07),
+        (0.1, 9.0, 1.0, 0.0),  # at most 0.1 of strength less
+        (0.3, 9.0, 1.0, 0.2),
+        (0.1, -4.0, 1.0, 0.2),  # nor more
+        (0.45, 0.2, 1.0, 0.49),
+        (0.1, math.nan, 1.0, 0.1),  # one class, or nothing: hold
+        (0.3, math.inf, 1.0, 0.2),  # what a threshold separates could not be too sure
+    ],
+)
+def test_the_shared_level_follows_the_slope(level, slope, beta, want):
+    assert levels.shared_level(level, slope, beta, 0.49) == pytest.approx(want)
+
+
 def test_difficulty_is_a_mean_over_the_samples_seen(monkeypatch):
     accuracy = torch.tensor([0.0, 0.5, 0.9, 1.0, 0.2])
     seen = torch.tensor([True, True, False, True, True])
     for chunk in (1 << 24, 2, 1):
         monkeypatch.setattr(levels, "_CHUNK", chunk)
-        got = levels.mean_difficulty(rule(focus=2.0), accuracy, seen)
+        got = levels.mean_difficulty(2.0, accuracy, seen)
         assert float(got) == pytest.approx((1 + 0.25 + 0 + 0.64) / 4)
         assert got.dtype == torch.float32
-        assert levels.mean_difficulty(rule(focus=2.0), accuracy, seen & False) is None
 
 
 def test_an_accuracy_is_remembered():

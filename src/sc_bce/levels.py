@@ -181,7 +181,7 @@ def shared_level(level: float, slope: float, beta: float, highest: float) -> flo
     Below 1 the logits are too large, and the strength grows; above 1 it falls. A slope that
     could not be fitted says nothing.
     """
-    if math.isfinite(slope):
+    if not math.isnan(slope):
         level += GAIN * min(max(1 - slope, -1.0), 1.0) / beta
     return min(max(level, 0.0), highest)
 
