@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import connect, leave
 from saliency import SmallUNet, digit_scenes, to_tensors
-from test_distributed import connect, leave
 from test_docs import ROOT, blocks
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
