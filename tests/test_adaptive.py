@@ -317,6 +317,36 @@ def test_ignored_samples_keep_their_level():
     assert criterion.visited.tolist() == [0, 0, 2]
 
 
+@pytest.mark.parametrize("focus", [0.0, 1.0])
+def test_a_row_trained_stays_trained_whatever_it_meets_later(focus):
+    criterion = moving(3, ignore_index=255, focus=focus)
+    x, y = torch.full((2, 4), 5.0), torch.ones(2, 4)
+    index = torch.tensor([0, 2])
+    criterion(x, y, index)
+    for void in (x * math.nan, x):
+        criterion(void, torch.full((2, 4), 255.0), index)
+        assert criterion.visited.tolist() == [2, 0, 2]
+        criterion.step(0.9)
+        assert criterion.visited.tolist() == [1, 0, 1]
+        criterion(void, torch.full((2, 4), 255.0), index)
+        assert criterion.visited.tolist() == [1, 0, 1]
+        criterion.visited.copy_(torch.tensor([2, 0, 2]))
+    criterion.step(0.9)
+    criterion.step(0.9)
+    assert criterion.visited.tolist() == [1, 0, 1]
+    assert float(criterion.doubt) == pytest.approx(float(criterion.alpha[[0, 2]].mean()))
+
+
+def test_one_half_is_positive_in_logit_and_label():
+    criterion = build(4, beta=1.0, prior=torch.tensor([0.25]), focus=1.0, warmup=1)
+    x = torch.tensor([[0.0], [0.0], [-1.0], [1.0]])
+    y = torch.tensor([[1.0], [0.0], [0.5], [0.5]])
+    criterion(x, y, torch.arange(4))
+    right = [0.55, 0.45, 0.45, 0.55]
+    assert criterion.sample_accuracy.tolist() == pytest.approx(right)
+    assert criterion.fresh.flatten().tolist() == [4, 2 << 20, 3]
+
+
 def test_scalars_and_empty_batches():
     criterion = moving(2, sampling="expected")
     criterion(torch.tensor(5.0), torch.tensor(1.0), torch.tensor(1))

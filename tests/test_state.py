@@ -186,6 +186,7 @@ def test_every_key_of_the_state_is_found_by_name():
     assert set(listed) - {"pos_weight"} == set(whole().state_dict())
     # DistributedDataParallel asks its root for all buffers, and overwrites what it finds.
     assert [name for name, _ in model.named_buffers()] == ["criterion.pos_weight"]
+    assert [name for name, _ in model["criterion"].named_buffers()] == ["pos_weight"]
 
 
 @pytest.mark.parametrize("assign", [False, True])
