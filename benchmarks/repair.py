@@ -209,6 +209,8 @@ def choices(seed: int, answers: dict[str, Pair]) -> list[dict[str, Any]]:
 
 def cost(pixels: int, raw: bool) -> dict[str, Any]:
     """Time and peak memory of one fit, in a process of its own; pixels come in millions."""
+    from sklearn.isotonic import IsotonicRegression
+
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     step = min(pixels, 10**6)
@@ -225,8 +227,6 @@ def cost(pixels: int, raw: bool) -> dict[str, Any]:
         seconds += time.perf_counter() - started
     started = time.perf_counter()
     if raw:
-        from sklearn.isotonic import IsotonicRegression
-
         x, label = (np.concatenate(part) for part in zip(*kept, strict=True))
         IsotonicRegression(out_of_bounds="clip").fit(x, label)
     else:
