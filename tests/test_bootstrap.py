@@ -69,7 +69,7 @@ def test_intervals_cover_on_400_repetitions(scale):
     shares = covered(400, scale)
     print(scale, shares)
     assert shares.pop("nll, pixels") < 0.75
-    assert 0.92 <= shares.pop("ece, paired")  # its draws are lifted too: it covers more
+    assert shares.pop("ece, paired") >= 0.92  # its draws are lifted too: it covers more
     assert all(0.92 <= share <= 0.98 for share in shares.values()), shares
 
 

@@ -664,6 +664,9 @@ def test_plus_works_from_either_side_and_changes_nothing():
     assert total is not one
     for histogram, count in ((total, 30), (one, 10), (two, 20), (0 + one, 10)):
         assert histogram.reliability(1).count.item() == count
+    # What a sum returns is a histogram of its own, also the sum of one.
+    sum([one]).merge(two)
+    assert one.reliability(1).count.item() == 10
     with pytest.raises(TypeError, match="unsupported operand"):
         1 + one
 

@@ -289,7 +289,7 @@ def test_half_precision_is_computed_in_float32():
 def test_labels_apart_keep_the_dtype_and_precision_of_the_input():
     """A (C,) temperature in float64 would lift float32 logits to float64, a 0-d one would not."""
     scaling = TemperatureScaling(num_labels=2).double()
-    scaling.temperature.copy_(torch.tensor([1 / 3, 3.0]))
+    scaling.temperature.copy_(torch.tensor([1 / 3, 3.0], dtype=torch.float64))
     x = torch.randn(50, 2)
     want = x / torch.tensor([1 / 3, 3.0], dtype=torch.float64).float()
     assert torch.equal(scaling(x), want)
