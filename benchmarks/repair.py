@@ -20,6 +20,7 @@ import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -304,7 +305,8 @@ def main() -> None:
     if "costs" in chosen:
         result["costs"] = costs()
         show_costs(result["costs"])
-    result["versions"] = {"torch": torch.__version__}
+    result["versions"] = {name: metadata.version(name) for name in ("torch", "scikit-learn")}
+    result["threads"] = 1
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
