@@ -20,6 +20,7 @@ import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,8 @@ def choices(seed: int, answers: dict[str, Pair]) -> list[dict[str, Any]]:
 
 def cost(pixels: int, raw: bool) -> dict[str, Any]:
     """Time and peak memory of one fit, in a process of its own; pixels come in millions."""
+    from sklearn.isotonic import IsotonicRegression
+
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     step = min(pixels, 10**6)
@@ -225,8 +228,6 @@ def cost(pixels: int, raw: bool) -> dict[str, Any]:
         seconds += time.perf_counter() - started
     started = time.perf_counter()
     if raw:
-        from sklearn.isotonic import IsotonicRegression
-
         x, label = (np.concatenate(part) for part in zip(*kept, strict=True))
         IsotonicRegression(out_of_bounds="clip").fit(x, label)
     else:
@@ -304,7 +305,8 @@ def main() -> None:
     if "costs" in chosen:
         result["costs"] = costs()
         show_costs(result["costs"])
-    result["versions"] = {"torch": torch.__version__}
+    result["versions"] = {name: metadata.version(name) for name in ("torch", "scikit-learn")}
+    result["threads"] = 1
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import posthoc
 import pytest
 import reference as ref
+import repair
 import speed
 import tasks
 import torch
@@ -20,6 +21,8 @@ from saliency import SmallUNet, digit_scenes, folder_data, folder_ood
 from study import main as study_page
 
 COUNTS = dict(train=12, val=6, test=8, ood=5)
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_scenes_are_real_exact_and_repeatable():
@@ -208,6 +211,47 @@ def test_the_fits_of_the_study_agree_with_scikit_learn():
     ours = 1 / (1 + np.exp(-posthoc.isotonic(logits, masks, 0.0)(logits).ravel()))
     assert np.abs(ours - curve).mean() < 1e-3
     assert np.quantile(np.abs(ours - curve), 0.99) < 0.02
+
+
+# --- repair ------------------------------------------------------------------------------------
+
+
+def test_a_repair_from_cells_is_that_from_raw_values(capsys):
+    torch.manual_seed(0)
+    z = 2 * torch.randn(40, 1, 16, 16)
+    y = torch.rand(z.shape) < torch.sigmoid(z / 2)
+    answers = {"val": (2 * z[:20], y[:20]), "test": (2 * z[20:], y[20:])}
+    rows = repair.bounds(0, answers)
+    assert [row["logits"] for row in rows] == ["x 1", "x 2", "x 4", "x 8", "x 32", "bfloat16",
+                                               "float16"]  # fmt: skip
+    for row in rows:
+        for kind in ("affine val", "affine test", "temperature"):
+            assert row[kind][0] == pytest.approx(row[kind][1], rel=1e-3)
+        assert row["isotonic val"][0] == pytest.approx(row["isotonic val"][1], rel=0.01)
+    repair.show_bounds(rows)
+    rows = [repair.cost(1000, raw) for raw in (False, True)]
+    assert [row["pixels"] for row in rows] == [1000, 1000]
+    repair.show_costs(rows)
+    assert "worst relative difference, temperature" in capsys.readouterr().out
+
+
+def test_the_kept_bounds_are_met_and_told():
+    kept = json.loads((ROOT / "benchmarks/results/repair.json").read_text("utf-8"))
+    for row in kept["bounds"]:
+        for kind, limit in (("isotonic", 1e-3), ("affine", 1e-3)):
+            for part in ("val", "test"):
+                ours, raw = row[f"{kind} {part}"]
+                assert abs(ours / raw - 1) < limit
+        ours, raw = row["temperature"]
+        assert abs(ours / raw - 1) < 0.01
+    page = (ROOT / "docs" / "guide.md").read_text("utf-8")
+    for name, title in (("temperature", "temperature"), ("affine", "temperature and bias"),
+                        ("steps, half a count", "isotonic")):  # fmt: skip
+        means = []
+        for images in (2, 5, 10, 20, 40, 640):
+            each = [row["nll"][name] for row in kept["choices"] if row["images"] == images]
+            means.append(f"{np.mean(each):.4f}".lstrip("0"))
+        assert f"| {title} | {' | '.join(means)} |" in page
 
 
 # --- speed -------------------------------------------------------------------------------------

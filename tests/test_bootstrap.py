@@ -68,13 +68,14 @@ def covered(repeats, scale, number=100, pixels=100, resamples=400):
 def test_intervals_cover_on_400_repetitions(scale):
     shares = covered(400, scale)
     print(scale, shares)
-    assert shares.pop("nll, pixels") < 0.6
+    assert shares.pop("nll, pixels") < 0.75
+    assert shares.pop("ece, paired") >= 0.92  # its draws are lifted too: it covers more
     assert all(0.92 <= share <= 0.98 for share in shares.values()), shares
 
 
 def test_intervals_cover_and_those_over_pixels_do_not():
     shares = covered(25, 1.6, number=60, pixels=60, resamples=200)
-    assert shares.pop("nll, pixels") < 0.7
+    assert shares.pop("nll, pixels") < 0.8
     assert all(share >= 0.84 for share in shares.values()), shares
 
 

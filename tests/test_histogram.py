@@ -558,11 +558,13 @@ def test_a_cells_logit_is_the_mean_of_its_elements(seed, scale, dtype):
     assert (logit.diff() > 0).all()
     assert logit.isfinite().all()
     # One after the other, elements in order fill the cells in order: each lies near its cell.
-    order = z.double().sort().values.clamp(-745, 745)
-    near = torch.repeat_interleave(logit.clamp(-745, 745), cells.count[filled].long())
+    order = z.double().sort().values.clamp(-744, 744)
+    near = torch.repeat_interleave(logit.clamp(-744, 744), cells.count[filled].long())
     # Below a logit of 7.1 a cell is 1e-4 of probability wide, beyond it 1/20, then 0.4 of logit.
     slope = torch.sigmoid(order) * torch.sigmoid(-order)
-    width = torch.where(order.abs() < 7, 1.1e-4 / slope, torch.where(order.abs() < 50, 0.06, 0.41))
+    width = torch.where(
+        order.abs() < 7.2, 1.1e-4 / slope, torch.where(order.abs() < 50, 0.06, 0.41)
+    )
     assert ((near - order).abs() <= width).all()
 
 
@@ -573,7 +575,7 @@ def test_saturated_logits_are_told_apart_where_doubts_are_not(dtype):
     histogram.update(torch.tensor([100.0, 200.0, 400.0, 700.0, 1e30]).to(dtype), torch.ones(5))
     cells = histogram.cells()
     got = cells.logit[cells.count > 0]
-    want = torch.tensor([100.0, 200.0, 400.0, 700.0, 745.0]).double()
+    want = torch.tensor([100.0, 200.0, 400.0, 700.0, 745.8]).double()
     assert_close(got, want, atol=0.25, rtol=0)
     assert float(histogram.ece()) == pytest.approx(0, abs=1e-30)
 
@@ -662,6 +664,9 @@ def test_plus_works_from_either_side_and_changes_nothing():
     assert total is not one
     for histogram, count in ((total, 30), (one, 10), (two, 20), (0 + one, 10)):
         assert histogram.reliability(1).count.item() == count
+    # What a sum returns is a histogram of its own, also the sum of one.
+    sum([one]).merge(two)
+    assert one.reliability(1).count.item() == 10
     with pytest.raises(TypeError, match="unsupported operand"):
         1 + one
 

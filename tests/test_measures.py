@@ -201,7 +201,7 @@ def test_decomposition_of_nothing_and_of_an_unknown_score():
 def test_the_sweep_goes_on_to_the_finest_bins():
     """Accuracy that rises from each element to the next: one bin for each, and a known ECE."""
     conf = np.array([0.55, 0.65, 0.75, 0.85, 0.95])
-    y = np.array([0, 0, 1, 1, 1])
+    y = np.array([0, 1, 1, 1, 1])
     histogram = CalibrationHistogram()
     histogram.update(torch.from_numpy(conf), torch.from_numpy(y), from_logits=False)
     assert float(histogram.sweep_ece()) == pytest.approx(ref.sweep(conf, y))

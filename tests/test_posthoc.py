@@ -212,10 +212,23 @@ def test_a_flip_rate_of_none_is_found(g):
     target = torch.rand(len(truth)) < torch.sigmoid(truth)
     logits = torch.logit((1 - 2 * g) * torch.sigmoid(2 * truth) + g)
     scaling = TemperatureScaling(None).fit(logits, target)
-    assert float(scaling.flip_rate) == pytest.approx(g, abs=0.0101)
+    assert scaling.flip_rates.tolist() == pytest.approx([g, g], abs=0.0101)
     assert float(scaling.temperature) == pytest.approx(2.0, abs=0.2)
-    again = TemperatureScaling(float(scaling.flip_rate)).fit(logits, target)
-    assert_close(scaling(logits), again(logits), rtol=1e-5, atol=1e-5)
+    again = TemperatureScaling(tuple(scaling.flip_rates)).fit(logits, target)
+    assert_close(scaling(logits), again(logits), rtol=1e-3, atol=1e-3)
+
+
+def test_a_pair_of_flip_rates_is_found():
+    truth = 2.5 * torch.randn(200_000, dtype=torch.float64) - 1
+    target = torch.rand(len(truth)) < torch.sigmoid(truth)
+    logits = torch.logit(0.8 * torch.sigmoid(1.5 * truth) + 0.02)
+    histogram = CalibrationHistogram()
+    histogram.update(logits, target)
+    scaling = TemperatureScaling(None, bias=True).fit(histogram)
+    assert scaling.flip_rates.tolist() == pytest.approx([0.02, 0.18], abs=0.01)
+    assert float(scaling.temperature) == pytest.approx(1.5, abs=0.1)
+    assert float(scaling.bias) == pytest.approx(0, abs=0.1)
+    assert repr(scaling).startswith("TemperatureScaling(flip_rate=(0.0")
 
 
 def test_a_fitted_flip_rate_has_no_higher_loss_than_any_given_one():
@@ -276,7 +289,7 @@ def test_half_precision_is_computed_in_float32():
 def test_labels_apart_keep_the_dtype_and_precision_of_the_input():
     """A (C,) temperature in float64 would lift float32 logits to float64, a 0-d one would not."""
     scaling = TemperatureScaling(num_labels=2).double()
-    scaling.temperature.copy_(torch.tensor([1 / 3, 3.0]))
+    scaling.temperature.copy_(torch.tensor([1 / 3, 3.0], dtype=torch.float64))
     x = torch.randn(50, 2)
     want = x / torch.tensor([1 / 3, 3.0], dtype=torch.float64).float()
     assert torch.equal(scaling(x), want)

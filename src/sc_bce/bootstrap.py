@@ -26,7 +26,7 @@ class Interval(NamedTuple):
     low: float
     """lower end; 0 of a measure that can't be told from 0"""
     high: float
-    """upper end; a one-sided bound where the lower end is 0"""
+    """upper end"""
 
 
 class ImageHistograms:
@@ -41,9 +41,9 @@ class ImageHistograms:
         a = (1 - \mathrm{level}) / 2,
 
     with the quantiles :math:`q` of the draws. Special case: an error that is 0 at best (ECE and its
-    kin) has no two-sided interval near 0, since noise alone lifts it. Where thrice the draws'
-    standard deviation, their lift taken off, reaches 0, the lower end is 0 and the upper end
-    :math:`q_{\mathrm{level}}`, a cautious bound.
+    kin) has no lower end near 0, since noise alone lifts it. Where thrice the draws' standard
+    deviation, their lift taken off, reaches 0, the lower end is 0, and only the upper one says
+    something.
 
     Args:
         num_cells: cells over [0, 1] of each image's histogram, an even number: equal-width bins
@@ -286,8 +286,7 @@ class ImageHistograms:
 
 
 def _interval(value: float, draws: Tensor, level: float, paired: bool) -> Interval:
-    unlifted = 2 * value - float(draws.mean())
-    if not paired and bool((draws >= 0).all()) and unlifted <= 3 * float(draws.std()):
-        return Interval(value, 0.0, float(draws.quantile(level)))
     low, high = (float(draws.quantile((1 + sign * level) / 2)) for sign in (-1, 1))
-    return Interval(value, low, high)
+    unlifted = 2 * value - float(draws.mean())
+    near_zero = bool((draws >= 0).all()) and unlifted <= 3 * float(draws.std())
+    return Interval(value, 0.0 if near_zero and not paired else low, high)

@@ -370,21 +370,7 @@ class CalibrationHistogram:
     def cells_by_label(self) -> list[Cells]:
         """:meth:`cells` as a list, of one without ``num_labels``."""
         self._suspect()
-        counts, doubts = self._state.counts.cpu(), self._state.doubts.cpu()
-        count = counts.sum(2).double()
-        low, middle = self._grid.logits()
-        mean = doubts / count
-        size = torch.log1p(-mean) - torch.log(mean)
-        # The mean doubt of a cell lies inside it, but for the rounding of doubts below 1e-38.
-        above = torch.cat((low[1:], low.new_tensor([torch.inf])))
-        good = size.isfinite() & (size >= low - 0.1) & (size <= above + 0.1)
-        size = torch.where(good, size, middle)
-        positive = counts[:, :, 1].double()
-        spoilt = torch.where(doubts.isnan(), torch.nan, 0.0)
-        columns = (torch.stack((-size[:, 0], size[:, 1]), 1), count + spoilt, positive + spoilt)
-        # From the surest negative to the surest positive.
-        rows = (torch.cat((part[:, 0].flip(-1), part[:, 1]), -1).unbind() for part in columns)
-        return [Cells(*row) for row in zip(*rows, strict=True)]
+        return _cells_of(self._state, self._grid)
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -411,19 +397,7 @@ class CalibrationHistogram:
     def _equal_width(self, num_bins: int, kind: str) -> Bins:
         _checks.positive_int("num_bins", num_bins)
         cells = self._bins(kind)
-        # The bin of a cell's centre: in integers where the cells are even over the probability.
-        cell = self._grid.half + torch.arange(self._grid.size)
-        if kind == "positive_class":
-            low = (2 * (self.num_cells - 1 - cell) + 1) * num_bins // (2 * self.num_cells)
-        high = (2 * cell + 1) * num_bins // (2 * self.num_cells)
-        outer = torch.arange(self._grid.size) >= self._grid.inner
-        doubt = torch.sigmoid(-self._grid.logits()[1])
-        high = torch.where(outer, num_bins - 1 - (doubt * num_bins).long(), high)
-        index = high
-        if kind == "positive_class":
-            low = torch.where(outer, (doubt * num_bins).long(), low)
-            index = torch.cat((low.flip(0), high))
-        index = index.to(cells.count.device)
+        index = _bin_of_cells(self._grid, num_bins, kind).to(cells.count.device)
         return measures.into_bins(cells, index, num_bins)
 
     def _each(self, of: Callable[[Cells], float]) -> Tensor:
@@ -446,14 +420,7 @@ class CalibrationHistogram:
         if self._looked or not self._only_logits:
             return
         self._looked = True
-        count = self._state.counts.sum((0, 2))
-        low, _ = self._grid.logits()
-        # Logits of an untrained network may lie in [0, 1] too, but not all over it.
-        parts = (count[1, (low > at) & (low <= to)] for at, to in ((-1, 0.25), (0.75, 1)))
-        wide = torch.stack([part.sum() for part in parts]).amin() > 0
-        inside = count[1, low <= 1].sum() == count.sum()
-        flag = inside & wide & (count.sum() >= _SUSPECT)
-        if _tally.readable(flag):
+        if _tally.readable(_like_probabilities(self._state.counts, self._grid)):
             self._only_logits = False
             warn(
                 "All logits that this histogram has seen lie in [0, 1], as if they were "
@@ -464,6 +431,49 @@ class CalibrationHistogram:
         labels = "" if self.num_labels is None else f"num_labels={self.num_labels}, "
         count = "" if self._state.counts.is_meta else f", count={int(self._state.counts.sum())}"
         return f"{type(self).__name__}({labels}num_cells={self.num_cells}{count})"
+
+
+def _cells_of(state: _tally.Counted, grid: _tally.Grid) -> list[Cells]:
+    """Logit, elements and positives of each cell, label by label."""
+    counts, doubts = state.counts.cpu(), state.doubts.cpu()
+    count = counts.sum(2).double()
+    low, middle = grid.logits()
+    mean = doubts / count
+    size = torch.log1p(-mean) - torch.log(mean)
+    # The mean doubt of a cell lies inside it, but for the rounding of doubts below 1e-38.
+    above = torch.cat((low[1:], low.new_tensor([torch.inf])))
+    good = size.isfinite() & (size >= low - 0.1) & (size <= above + 0.1)
+    size = torch.where(good, size, middle)
+    positive = counts[:, :, 1].double()
+    spoilt = torch.where(doubts.isnan(), torch.nan, 0.0)
+    columns = (torch.stack((-size[:, 0], size[:, 1]), 1), count + spoilt, positive + spoilt)
+    # From the surest negative to the surest positive.
+    rows = (torch.cat((part[:, 0].flip(-1), part[:, 1]), -1).unbind() for part in columns)
+    return [Cells(*row) for row in zip(*rows, strict=True)]
+
+
+def _bin_of_cells(grid: _tally.Grid, num_bins: int, kind: str) -> Tensor:
+    """The bin that each cell's centre lies in: in integers where cells are even in p."""
+    cell, num_cells = torch.arange(grid.size), 2 * grid.half
+    outer = cell >= grid.inner
+    tail = (torch.sigmoid(-grid.logits()[1]) * num_bins).long()
+    high = (2 * (grid.half + cell) + 1) * num_bins // (2 * num_cells)
+    high = torch.where(outer, num_bins - 1 - tail, high)
+    if kind == "top_label":
+        return high
+    low = (2 * (grid.half - 1 - cell) + 1) * num_bins // (2 * num_cells)
+    return torch.cat((torch.where(outer, tail, low).flip(0), high))
+
+
+def _like_probabilities(counts: Tensor, grid: _tally.Grid) -> Tensor:
+    """Whether what came as logits lies all over [0, 1] and nowhere else, as a 0-d tensor."""
+    count = counts.sum((0, 2))
+    low, _ = grid.logits()
+    # Logits of an untrained network may lie in [0, 1] too, but not all over it.
+    parts = (count[1, (low > at) & (low <= to)] for at, to in ((-1, 0.25), (0.75, 1)))
+    wide = torch.stack([part.sum() for part in parts]).amin() > 0
+    inside = count[1, low <= 1].sum() == count.sum()
+    return inside & wide & (count.sum() >= _SUSPECT)
 
 
 def by_label(value: Tensor, num_labels: int | None, name: str) -> Tensor:

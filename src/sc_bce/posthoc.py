@@ -19,6 +19,7 @@ Repair = TypeVar("Repair", bound="_Repair")
 
 _CELLS = 10_000  # of the histogram that a repair is fitted to
 _MANY = 1_000_000  # elements from which raw logits are gathered into cells first
+_MANY_TIMES = 10_000  # where flip rates are searched for
 _CLIP = 1e-3  # of the rarer class's base rate: what a removed flip leaves at least
 _SLOPES = (1e-3, 1e3)  # of 1 / temperature: separable data would ask for an infinite one
 _COARSE = (0.0, 0.002, 0.01, 0.03, 0.08, 0.17, 0.3)  # flip rates that a search begins with
@@ -75,6 +76,7 @@ class _Repair(nn.Module):
         return self
 
     _if_worse = ""
+    _gather_from = _MANY
 
     def _fit(self, cells: list[Cells]) -> None:
         raise NotImplementedError
@@ -150,7 +152,7 @@ class _Repair(nn.Module):
         validation_data(z, y)
         cells = (
             _gathered(z, y)
-            if len(z) > _MANY
+            if len(z) > self._gather_from
             else Cells(z.double(), torch.ones_like(z, dtype=torch.float64), y.double())
         )
         cells = Cells(*(part.cpu() for part in cells))
@@ -246,6 +248,8 @@ class TemperatureScaling(_Repair):
         super().__init__(num_labels)
         self.fit_flip_rates = flip_rate is None
         self.fit_bias = bool(bias)
+        # A search looks at the data some hundred times.
+        self._gather_from = _MANY_TIMES if self.fit_flip_rates else _MANY
         self._given = _flip_rates(0.0 if flip_rate is None else flip_rate, self.num_labels)
         shape = () if self.num_labels is None else (self.num_labels,)
         self.register_buffer("flip_rates", torch.empty(2, *shape))
