@@ -199,7 +199,7 @@ def sc_bce_with_logits(
         >>> sc_bce_with_logits(input, target, alpha=torch.tensor([0.0, 0.1, 0.2]))
         tensor(0.3714)
         >>> sc_bce_with_logits(input, target, alpha=0.1, beta=1.0, prior=0.02)
-        tensor(0.3835)
+        tensor(0.3871)
     """
     beta = _batch.require_numbers(alpha, beta, prior)
     ignore_index = _checks.ignore_index(ignore_index)
