@@ -199,6 +199,11 @@ def test_low_precision_smooths_both_labels_alike(dtype):
     # In bfloat16 1 - 0.0005 is 1: the gradient there would be -0.5 against 0.4995.
     sc_bce_with_logits(x, torch.tensor([1, 0]), 0.001, 1.0, reduction="sum").backward()
     assert x.grad[0] == -x.grad[1]
+    # A gradient in float32 would show it.
+    x = torch.zeros(2, requires_grad=True)
+    y = torch.tensor([1.0, 0.0], dtype=dtype)
+    sc_bce_with_logits(x, y, 0.001, 1.0, reduction="sum").backward()
+    assert_close(x.grad, torch.tensor([-0.4995, 0.4995]))
     q = perturb_target(torch.tensor([1.0, 0.0], dtype=dtype), 0.001, 1.0)
     assert q.dtype == torch.float32
     assert_close(q, torch.tensor([0.9995, 0.0005]))
