@@ -455,7 +455,7 @@ def load(folder: Path) -> Runs:
             "val": run["epochs"][-1],
             "test": run["test"],
             "best_nll": min(epoch["nll"] for epoch in run["epochs"]),
-            "levels": [epoch["level"] for epoch in run["epochs"]],
+            "highest_level": max(epoch["level"] for epoch in run["epochs"]),
             "seconds": run["seconds"],
         }
     return runs

@@ -28,6 +28,11 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    # Tables of many tests have one and are stepped with numbers; pytest.warns sees it all the same.
+    config.addinivalue_line("filterwarnings", "ignore:pos_weight shifts every probability")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
-from sc_bce import AdaptivePerturbation, CalibrationHistogram, sc_bce_with_logits
+from sc_bce import AdaptivePerturbation, sc_bce_with_logits
 
 # Tests that train more than an epoch's samples before they step.
 unstepped = pytest.mark.filterwarnings("ignore:AdaptivePerturbation has trained past its warm-up")
@@ -1270,9 +1270,18 @@ def test_bad_measurements_are_refused_and_nothing_moves(arguments, kind, text):
     assert_same(criterion, before)
 
 
+class Measured:
+    """What a step needs of a histogram: two methods, and no slope."""
+
+    def accuracy(self):
+        return torch.tensor(2 / 3)
+
+    def confidence(self):
+        return torch.tensor(0.85)
+
+
 def test_step_takes_numbers_0d_tensors_and_a_histogram_and_returns_nothing():
-    histogram = CalibrationHistogram()
-    histogram.update(torch.tensor([2.0, -1.0, 3.0]), torch.tensor([1, 0, 0]))
+    histogram = Measured()
     apart, whole = (moving(3, objective="feedback") for _ in range(2))
     assert apart.step(histogram.accuracy(), histogram.confidence()) is None
     assert whole.step(histogram) is None

@@ -49,8 +49,9 @@ def sums(
     one likes.
     """
     x, y = batch.input, batch.target
-    # Whether it is readable comes before its size, which a compiled graph would be bound to.
-    if batch.valid is not None or not readable(x) or x.numel() < _MIN_ELEMENTS or not _fit(x, y):
+    if batch.valid is not None or torch.compiler.is_compiling():  # a graph is bound to no size
+        return None
+    if x.numel() < _MIN_ELEMENTS or not readable(x) or not _fit(x, y):
         return None
     if any(_is_dual(value) for value in (x, y, *given.tensors)):
         return None
