@@ -598,8 +598,12 @@ def _require_target(
         if num_labels is not None and labels != num_labels:
             got = f"{labels} values"
             raise ValueError(sentence("prior", f"have num_labels={num_labels} values", got))
+        if prior.numel() and _batch.readable(prior) and not prior.is_complex():
+            # A drawn label stays in [0, 1].
+            high = 1 / float(torch.maximum(prior, 1 - prior).max().clamp(max=1))
     elif isinstance(prior, str):
         _checks.choice("prior", prior, ("observed",))
+        high = 1.0
     else:
         _checks.inside("prior", prior, 0.0, 1.0, tensor="pass `torch.as_tensor(prior)`")
         high = own = 1 / max(prior, 1 - prior)
