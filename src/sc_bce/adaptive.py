@@ -419,14 +419,12 @@ class AdaptivePerturbation(Levels):
             >>> criterion.step(histogram)
         """
         reading = _agreed(_reading(accuracy, confidence, self.objective), group)
-        moved = self._merge(group)
+        moved, trained = self._merge(group)
         counts = self.counts + levels.reduced(self.fresh, group)
         self.hold({"counts": counts, "fresh": torch.zeros_like(self.fresh)})
         self.hold({"alpha": self.alpha.clamp(max=self._cap)})
         # One level for all, set here, if its best guide was measured.
         slope = reading.slope if self.objective == "feedback" and self.focus == 0 else None
-        if self.objective == "feedback" and slope is None and self.pos_weight is not None:
-            self._warn("pos_weight")
         doubt = None
         if self._steps + 1 >= max(self.warmup, 1):
             if slope is not None:
@@ -446,19 +444,26 @@ class AdaptivePerturbation(Levels):
         if self.generator is not None:
             levels.reseed(self.generator, self.alpha.device, group)
         self.hold(epoch._asdict())
+        # Last: a warning may be an error.
+        gap = self.objective == "feedback" and slope is None
+        self._warn_of_step(trained, int(moved.sum()), gap)
 
-    def _merge(self, group: dist.ProcessGroup | None) -> Tensor:
-        """Merge the tables of the processes; returns the rows that any of them moved."""
-        count = torch.tensor(self._trained, device=self.alpha.device)
+    def _merge(self, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
+        """Merge the tables of the processes; the rows that any moved, and the samples of all."""
+        trained = torch.tensor(self._trained, device=self.alpha.device)
+        self._trained = 0
         # What no batch has moved is the same on all ranks.
         moved = self.merge(self.columns if self._follows else {}, group)
-        rows, touched = len(self.alpha), int(moved.sum())
-        trained, self._trained = int(levels.reduced(count, group)), 0
+        return moved, int(levels.reduced(trained, group))
+
+    def _warn_of_step(self, trained: int, touched: int, gap: bool) -> None:
+        rows = len(self.alpha)
         if self.num_samples is not None and trained >= rows > 2 * touched:
             self._warn("position", trained=trained, touched=touched, rows=rows)
-        if self._steps > 0 and 0 < 10 * trained < rows:
+        if self._steps > 1 and 0 < 10 * trained < rows:
             self._warn("often", trained=trained, rows=rows)
-        return moved
+        if gap and self.pos_weight is not None:
+            self._warn("pos_weight")
 
     def _warn(self, name: str, **facts: object) -> None:
         """Say once what looks like a mistake."""
