@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -446,7 +446,9 @@ class AdaptivePerturbation(Levels):
         self.hold(epoch._asdict())
         # Last: a warning may be an error.
         gap = self.objective == "feedback" and slope is None
-        self._warn_of_step(trained, int(moved.sum()), gap)
+        facts = {"trained": trained, "touched": int(moved.sum()), "rows": len(moved)}
+        for name in _mistakes(self, gap=gap, **facts):
+            self._warn(name, **facts)
 
     def _merge(self, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
         """Merge the tables of the processes; the rows that any moved, and the samples of all."""
@@ -455,15 +457,6 @@ class AdaptivePerturbation(Levels):
         # What no batch has moved is the same on all ranks.
         moved = self.merge(self.columns if self._follows else {}, group)
         return moved, int(levels.reduced(trained, group))
-
-    def _warn_of_step(self, trained: int, touched: int, gap: bool) -> None:
-        rows = len(self.alpha)
-        if self.num_samples is not None and trained >= rows > 2 * touched:
-            self._warn("position", trained=trained, touched=touched, rows=rows)
-        if self._steps > 1 and 0 < 10 * trained < rows:
-            self._warn("often", trained=trained, rows=rows)
-        if gap and self.pos_weight is not None:
-            self._warn("pos_weight")
 
     def _warn(self, name: str, **facts: object) -> None:
         """Say once what looks like a mistake."""
@@ -501,6 +494,18 @@ _WARNINGS = {
     "whose calibration slope does not see it",
     "eval": _checks.TRAINED_IN_EVAL.format("AdaptivePerturbation"),
 }
+
+
+def _mistakes(
+    own: AdaptivePerturbation, trained: int, touched: int, rows: int, gap: bool
+) -> Iterator[str]:
+    """What a step makes of the samples and rows since the last one."""
+    if own.num_samples is not None and trained >= rows > 2 * touched:
+        yield "position"
+    if int(own.steps) > 1 and 0 < 10 * trained < rows:
+        yield "often"
+    if gap and own.pos_weight is not None:
+        yield "pos_weight"
 
 
 def _is_late(trained: int, batches: int, own: AdaptivePerturbation) -> bool:
