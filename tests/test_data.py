@@ -11,9 +11,10 @@ from torch.utils.data import (
     RandomSampler,
     Subset,
     TensorDataset,
+    random_split,
 )
 
-from sc_bce import IndexedDataset
+from sc_bce import AdaptivePerturbation, IndexedDataset
 
 Pair = namedtuple("Pair", ["image", "mask"])
 ITEMS = {
@@ -171,3 +172,20 @@ def test_errors():
 def test_tensor_data_set():
     data = TensorDataset(torch.arange(4.0), torch.arange(4))
     assert [item[-1] for item in IndexedDataset(data)] == [0, 1, 2, 3]
+
+
+def test_an_indexed_dataset_is_not_indexed_twice():
+    once = IndexedDataset(list(range(5)))
+    with pytest.raises(TypeError, match="an IndexedDataset, which yields its index already; pass"):
+        IndexedDataset(once)
+
+
+def test_a_subset_of_an_indexed_dataset_needs_a_row_for_each_of_the_whole():
+    whole = IndexedDataset([(torch.zeros(1), torch.zeros(1))] * 10)
+    part, _ = random_split(whole, [4, 6], torch.Generator().manual_seed(0))
+    criterion = AdaptivePerturbation(len(part))
+    x, y, index = next(iter(DataLoader(part, batch_size=4)))
+    with pytest.raises(IndexError, match=r"every sample of the indexed dataset, .*random_split"):
+        criterion(x.requires_grad_(), y, index)
+    with pytest.raises(ValueError, match=r"got None; .*remove_unused_columns=False"):
+        criterion(x, y)

@@ -18,7 +18,12 @@ from test_docs import ROOT, blocks
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from sc_bce import AdaptivePerturbation, CalibrationHistogram, IndexedDataset
+from sc_bce import (
+    AdaptivePerturbation,
+    CalibrationHistogram,
+    IndexedDataset,
+    SCBCEWithLogitsLoss,
+)
 
 REASON = "pip install sc-bce[test] for the frameworks"
 L = pytest.importorskip("lightning", reason=REASON)
@@ -56,7 +61,8 @@ class Module(L.LightningModule):
         super().__init__()
         torch.manual_seed(1)
         self.net = nn.Linear(4, 1)
-        self.criterion = AdaptivePerturbation(TRAIN, **{"warmup": 2, "focus": 1.0} | options)
+        setting = {"objective": "calibration", "prior": 0.5, "beta": 2.0, "warmup": 2, "focus": 1.0}
+        self.criterion = AdaptivePerturbation(TRAIN, **setting | options)
         self.losses = []
         self.seen = []
 
@@ -135,6 +141,22 @@ def test_each_validation_of_a_fit_is_measured_told_and_logged():
     assert module.criterion.budget != 0
 
 
+def test_a_fixed_loss_is_measured_and_steps_nothing():
+    class Fixed(Module):
+        def __init__(self):
+            super().__init__()
+            self.criterion = SCBCEWithLogitsLoss.label_smoothing(0.1)
+
+        def training_step(self, batch, batch_idx):
+            return self.criterion(self.net(batch[0]), batch[1])
+
+    run = trainer(max_epochs=1, enable_checkpointing=False)
+    run.fit(Fixed(), *data())
+    assert set(run.callback_metrics) == {"val_ece", "val_oe"}
+    want = run.callbacks[0].histogram.ece().item()
+    assert run.callback_metrics["val_ece"].item() == pytest.approx(want)
+
+
 def test_validate_alone_measures_and_tells_nothing():
     module, run = Module(), trainer()
     (logged,) = run.validate(module, data()[1], verbose=False)
@@ -169,7 +191,7 @@ class Nested(Module):
     [
         (
             lambda: Nested(nn.BCEWithLogitsLoss()), "criterion",
-            "name of an AdaptivePerturbation in the Nested, but got 'criterion', a "
+            "name of an AdaptivePerturbation or SCBCEWithLogitsLoss in the Nested, but got 'criterion', a "
             "BCEWithLogitsLoss; choose 'losses.main'",
         ),
         (lambda: Nested(None), "loss", "got 'loss', of which there is none; choose 'losses.main'"),

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import sc_bce
 
 ROOT = Path(__file__).parents[1]
@@ -36,3 +38,10 @@ def test_the_workflow_tests_what_the_package_supports():
     pythons = found(r'^ +python: \["([\d.]+)", "([\d.]+)"\]$', ".github/workflows/ci.yml")[0]
     assert found(r'^requires-python = ">=([\d.]+)"$', "pyproject.toml") == [pythons[0]]
     assert tuple(found(r"Programming Language :: Python :: (3\.\d+)", "pyproject.toml")) == pythons
+
+
+def test_plot_and_integrations_are_reached_from_the_package():
+    assert callable(sc_bce.plot.reliability_diagram)
+    assert sc_bce.integrations.__name__ == "sc_bce.integrations"
+    with pytest.raises(AttributeError, match="module 'sc_bce' has no attribute 'plots'"):
+        sc_bce.plots  # noqa: B018
