@@ -191,8 +191,8 @@ class Nested(Module):
     [
         (
             lambda: Nested(nn.BCEWithLogitsLoss()), "criterion",
-            "name of an AdaptivePerturbation or SCBCEWithLogitsLoss in the Nested, but got 'criterion', a "
-            "BCEWithLogitsLoss; choose 'losses.main'",
+            "name of an AdaptivePerturbation or SCBCEWithLogitsLoss in the Nested, but got "
+            "'criterion', a BCEWithLogitsLoss; choose 'losses.main'",
         ),
         (lambda: Nested(None), "loss", "got 'loss', of which there is none; choose 'losses.main'"),
         (
