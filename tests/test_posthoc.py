@@ -105,7 +105,7 @@ def test_it_undoes_the_flip_and_the_overconfidence():
 
 
 def test_flip_rate_comes_from_the_table():
-    criterion = AdaptivePerturbation(3)
+    criterion = AdaptivePerturbation.published(3)
     criterion.alpha.copy_(torch.tensor([0.0, 0.1, 0.2]))
     assert float(TemperatureScaling(criterion.flip_rate).flip_rate) == pytest.approx(0.1)
 

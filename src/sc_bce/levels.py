@@ -328,7 +328,9 @@ class Levels(nn.Module):
         return self.visited != NEVER
 
     def mean_level(self, rows: Tensor) -> Tensor:
-        return torch.where(rows, self.alpha, 0.0).sum() / rows.sum().clamp(min=1)
+        """Mean over these rows; over all, if there are none."""
+        rows = rows | ~rows.any()
+        return torch.where(rows, self.alpha, 0.0).sum() / rows.sum()
 
     def observe(
         self, rows: Tensor, slopes: Tensor, hits: Tensor | None, focus: float, climb: Climb | None
