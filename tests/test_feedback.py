@@ -163,3 +163,17 @@ def test_the_readme_task_gains_on_five_seeds():
         exec(code.replace("manual_seed(0)", f"manual_seed({seed})"), names)
         assert names["adaptive"].nll() < names["plain"].nll()
         assert names["adaptive"].ece() < names["plain"].ece()
+
+
+def test_flip_rates_have_one_value_for_each_label():
+    rates = torch.tensor([0.1, 0.3])
+    fixed = SCBCEWithLogitsLoss.moderation(0.2, prior=rates[:, None, None])
+    for got, want in zip(fixed.flip_rates, (0.2 * rates, 0.2 * (1 - rates)), strict=True):
+        assert torch.allclose(got, want)
+        assert got.shape == (2,)
+    adaptive = AdaptivePerturbation(3, prior=rates[:, None, None])
+    adaptive.alpha.fill_(0.2)
+    for got, want in zip(adaptive.flip_rates, fixed.flip_rates, strict=True):
+        assert torch.allclose(got, want)
+    with pytest.raises(ValueError, match="read `flip_rates`, a pair"):
+        _ = adaptive.flip_rate

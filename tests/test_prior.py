@@ -353,13 +353,14 @@ def test_flip_rates_are_those_of_the_target(c, share):
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1, 1)])
-def test_flip_rates_of_a_prior_per_label_have_its_shape(shape):
+def test_flip_rates_of_a_prior_per_label_are_one_per_label(shape):
     prior = torch.tensor([0.02, 0.5, 0.9]).reshape(shape)
     up, down = SCBCEWithLogitsLoss(alpha=0.1, prior=prior).flip_rates
     strength = 0.1 / torch.maximum(prior, 1 - prior)  # the largest legal strength of each label
-    assert_close(up, strength * prior)
-    assert_close(down, strength * (1 - prior))
+    assert_close(up, (strength * prior).reshape(-1))
+    assert_close(down, (strength * (1 - prior)).reshape(-1))
     up, down = SCBCEWithLogitsLoss.label_smoothing(0.1, prior=prior).flip_rates
+    prior = prior.reshape(-1)
     assert_close((up, down), (0.1 * prior, 0.1 * (1 - prior)))
 
 

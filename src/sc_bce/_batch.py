@@ -307,6 +307,13 @@ def shown_prior(prior: float | Tensor) -> str:
     return f"prior={tuple(prior.shape) if isinstance(prior, Tensor) else prior}"
 
 
+def flat(prior: float | Tensor) -> Tensor:
+    """A prior as a float32 tensor of at most one dimension."""
+    if not isinstance(prior, Tensor):  # whatever the default device
+        return torch.tensor(prior, dtype=torch.float32, device="cpu")
+    return prior.float().reshape(-1) if prior.dim() else prior.float()
+
+
 def single_flip_rate(rates: tuple[Tensor, Tensor], prior: float | Tensor) -> Tensor:
     if isinstance(prior, Tensor) or prior != 0.5:
         raise ValueError(

@@ -241,7 +241,7 @@ class AdaptivePerturbation(Levels):
     def flip_rates(self) -> tuple[Tensor, Tensor]:
         """Mean flip rates (g0, g1) over the rows trained so far: 0-d, or one per label."""
         strength = self.beta * self.mean_level(self.trained)
-        prior = torch.as_tensor(self.prior, dtype=torch.float32, device=strength.device)
+        prior = _batch.flat(self.prior).to(strength.device)
         return strength * prior, strength * (1 - prior)
 
     @property

@@ -204,10 +204,8 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     @property
     def flip_rates(self) -> tuple[Tensor, Tensor]:
-        """(g0, g1) = (s c, s (1 - c)), s = alpha beta: 0-d, or of the prior's shape."""
-        prior = self.prior
-        if not isinstance(prior, Tensor):  # whatever the default device
-            prior = torch.tensor(prior, dtype=torch.float32, device="cpu")
+        """(g0, g1) = (s c, s (1 - c)), s = alpha beta: 0-d, or one for each prior, (C,)."""
+        prior = _batch.flat(self.prior)
         beta = 1 / torch.maximum(prior, 1 - prior) if self.beta is None else self.beta
         return self.alpha * beta * prior, self.alpha * beta * (1 - prior)
 
@@ -289,7 +287,9 @@ def _require_lessons(loss: SCBCEWithLogitsLoss) -> None:
     values = (loss.prior, loss.pos_weight)
     if any(isinstance(value, Tensor) and not _batch.readable(value) for value in values):
         return
-    up, down = (rate.double() for rate in loss.flip_rates)
+    # As they broadcast to the weights.
+    shape = loss.prior.shape if isinstance(loss.prior, Tensor) else ()
+    up, down = (rate.double().reshape(shape) for rate in loss.flip_rates)
     if bool((up + down > 1 - 1e-6).any()):
         got = f"alpha * beta = {float((up + down).max()):g}, where no label is told from another"
         raise ValueError(sentence("alpha", "be below 1 / beta", got, "lower one of them"))
