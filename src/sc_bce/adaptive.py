@@ -234,12 +234,12 @@ class AdaptivePerturbation(Levels):
 
     @property
     def doubt(self) -> Tensor:
-        """Mean of kappa alpha over the rows trained so far, 0-d: what the levels cost."""
+        """Mean of kappa alpha over the rows trained so far (before any, over all): their cost."""
         return self._kappa * self.mean_level(self.trained)
 
     @property
     def flip_rates(self) -> tuple[Tensor, Tensor]:
-        """Mean flip rates (g0, g1) over the rows trained so far: 0-d, or one per label."""
+        """Mean flip rates (g0, g1) over the rows trained so far: 0-d, or one per label, (C,)."""
         strength = self.beta * self.mean_level(self.trained)
         prior = _batch.flat(self.prior).to(strength.device)
         return strength * prior, strength * (1 - prior)
