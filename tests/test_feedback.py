@@ -177,3 +177,10 @@ def test_flip_rates_have_one_value_for_each_label():
         assert torch.allclose(got, want)
     with pytest.raises(ValueError, match="read `flip_rates`, a pair"):
         _ = adaptive.flip_rate
+
+
+def test_an_empty_histogram_is_named():
+    criterion = AdaptivePerturbation(4)
+    with pytest.raises(ValueError, match=r"`histogram` to have seen an element, but got an empty"):
+        criterion.step(CalibrationHistogram())
+    assert int(criterion.steps) == 0

@@ -502,7 +502,8 @@ def _mistakes(
     """What a step makes of the samples and rows since the last one."""
     if own.num_samples is not None and trained >= rows > 2 * touched:
         yield "position"
-    if int(own.steps) > 1 and 0 < 10 * trained < rows:
+    # A process that resumed in the middle of an epoch has seen fewer samples than were touched.
+    if int(own.steps) > 1 and 0 < 10 * max(trained, touched) < rows:
         yield "often"
     if gap and own.pos_weight is not None:
         yield "pos_weight"
@@ -610,7 +611,8 @@ def _require_target(
             raise ValueError(sentence("prior", f"have num_labels={num_labels} values", got))
         if prior.numel() and _batch.readable(prior) and not prior.is_complex():
             # A drawn label stays in [0, 1].
-            high = 1 / float(torch.maximum(prior, 1 - prior).max().clamp(max=1))
+            c = prior.detach().float()
+            high = 1 / float(torch.maximum(c, 1 - c).max().clamp(max=1))
     elif isinstance(prior, str):
         _checks.choice("prior", prior, ("observed",))
         high = 1.0
@@ -720,6 +722,9 @@ def _reading(accuracy: Any, confidence: Any, objective: str) -> _Reading:
                 raise ValueError(sentence("confidence", "be None", got))
             measured = accuracy.pooled() if hasattr(accuracy, "pooled") else accuracy
             accuracy, confidence = measured.accuracy(), measured.confidence()
+            if accuracy != accuracy:
+                wanted, remedy = "have seen an element", "call `histogram.update(logits, target)`"
+                raise ValueError(sentence("histogram", wanted, "an empty one", remedy))
             slope = float(measured.slope()) if hasattr(measured, "slope") else None
         accuracy = _checks.unit_number("accuracy", accuracy)
         if confidence is not None:
