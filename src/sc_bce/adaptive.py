@@ -140,8 +140,9 @@ class AdaptivePerturbation(Levels):
         training brings it back to 1/2.
 
         What looks like a mistake is said once, as a warning: training without :meth:`step`, an
-        index that leaves most rows untouched, a :meth:`step` after every batch, and a backward
-        pass through a loss computed in evaluation mode.
+        index that leaves most rows untouched, a :meth:`step` after every batch, levels at which
+        ``pos_weight`` calls every negative positive, and a backward pass through a loss computed
+        in evaluation mode.
 
     References:
         Liu et al., ICCV 2023, arXiv 2307.13539 (ASLP: MEI and MC; ``lr`` and ``penalty`` are
@@ -492,6 +493,9 @@ _WARNINGS = {
     "pos_weight": "pos_weight shifts every probability, and the gap between confidence and "
     "accuracy with it, so the levels move against the shift; pass `step(histogram)` with focus=0, "
     "whose calibration slope does not see it",
+    "one side": "at the levels reached, pos_weight takes the answer to a sure negative or a sure "
+    "positive to the other side of 1/2; lower pos_weight, or take the base rate of the positives "
+    "as `prior`",
     "eval": _checks.TRAINED_IN_EVAL.format("AdaptivePerturbation"),
 }
 
@@ -507,6 +511,16 @@ def _mistakes(
         yield "often"
     if gap and own.pos_weight is not None:
         yield "pos_weight"
+    if own.pos_weight is not None and _one_sided(own.pos_weight, *own.flip_rates):
+        yield "one side"
+
+
+def _one_sided(pos_weight: Tensor, up: Tensor, down: Tensor) -> bool:
+    """Whether a label is called the other by who learned these flip rates, at least one above 0."""
+    w, up, down = (value.double().reshape(-1) for value in (pos_weight, up, down))
+    if len(w) != len(up) and 1 not in (len(w), len(up)):
+        return False  # they lie along different dimensions
+    return bool(((up + down > 0) & ((w * up >= 1 - up) | (w * (1 - down) <= down))).any())
 
 
 def _is_late(trained: int, batches: int, own: AdaptivePerturbation) -> bool:
