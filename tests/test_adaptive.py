@@ -100,7 +100,7 @@ def test_table_follows_the_reference(data, seed, objective, solver, focus):
         np.testing.assert_allclose(torch.as_tensor(criterion.prior), want.shown, atol=1e-6)
         strength = want.beta * want.mean_level(want.ever)
         for got, share in zip(criterion.flip_rates, (want.shown, 1 - want.shown), strict=True):
-            np.testing.assert_allclose(got, strength * share, atol=1e-5)
+            np.testing.assert_allclose(got, np.reshape(strength * share, got.shape), atol=1e-5)
     assert criterion.alpha.min() >= 0
     exact = isinstance(prior, float)
     assert criterion.alpha.max() <= np.float32(want.cap) + (0 if exact else 1e-6)
@@ -1174,7 +1174,11 @@ CONSTRUCTION = [
     (make(beta=math.nan), ValueError, "`beta` .* but got nan"),
     (make(prior=0.1, beta=1.2), ValueError, r"`beta` to be in \[0, 1.11111\], but got 1.2"),
     (make(prior=torch.tensor([0.5, 0.1]), beta=1.2), ValueError, r"`beta` to be in \[0, 1.11111\]"),
-    (make(prior="observed", beta=1.2), ValueError, r"`beta` to be in \[0, 1\], but got 1.2"),
+    (
+        make(prior="observed", beta=2.0),
+        ValueError,
+        r"be at most 1 with the observed prior, but got 2.0; .* needs `prior=0.5`",
+    ),
     (make(prior=0.0), ValueError, "`prior` to be between 0 and 1, but got 0"),
     (make(prior=1.5), ValueError, r"`prior` to be in \[0, 1\], but got 1.5"),
     (make(prior=[0.5]), TypeError, r"`prior` to be a number .* or a Tensor, but got list; pass"),

@@ -490,6 +490,11 @@ ERRORS = [
         ValueError,
         r"is defined by, but got a tensor of shape \(900,\); use moderation",
     ),
+    (
+        lambda: LOSS(alpha=0.1, prior=torch.full((2,), 0.3), pos_weight=torch.ones(3)),
+        ValueError,
+        r"`pos_weight` to broadcast with `prior` of shape \(2,\), but got shape \(3,\)$",
+    ),
     (lambda: LOSS(prior=torch.linspace(0, 2, 900)), ValueError, r"1\], but got the value 2$"),
     # What other losses call by these names.
     (

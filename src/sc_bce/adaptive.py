@@ -630,6 +630,9 @@ def _require_target(
     elif isinstance(prior, str):
         _checks.choice("prior", prior, ("observed",))
         high = 1.0
+        if isinstance(beta, (int, float)) and 1 < beta <= 2:
+            remedy = "a strength of 2, the paper's, needs `prior=0.5`"
+            raise ValueError(sentence("beta", "be at most 1 with the observed prior", beta, remedy))
     else:
         _checks.inside("prior", prior, 0.0, 1.0, tensor="pass `torch.as_tensor(prior)`")
         high = own = 1 / max(prior, 1 - prior)

@@ -303,6 +303,13 @@ def _require_lessons(loss: SCBCEWithLogitsLoss) -> None:
         got = f"alpha * beta = {float((up + down).max()):g}, where no label is told from another"
         raise ValueError(sentence("alpha", "be below 1 / beta", got, "lower one of them"))
     weight = 1.0 if loss.pos_weight is None else loss.pos_weight
+    if isinstance(weight, Tensor):
+        try:
+            torch.broadcast_shapes(weight.shape, shape)  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            got = f"shape {tuple(weight.shape)}"
+            wanted = f"broadcast with `prior` of shape {tuple(shape)}"
+            raise ValueError(sentence("pos_weight", wanted, got)) from None
     negative, positive = weight * up / (1 - up), weight * (1 - down) / down
     if bool((negative >= 1).any()):
         kind, odds = "negative", float(negative.max())
