@@ -572,6 +572,22 @@ def test_flip_rates_and_doubt_away_from_one_half():
         criterion.flip_rate  # noqa: B018
 
 
+@pytest.mark.parametrize("illegal", [math.nan, 1e9, -1e9])
+@pytest.mark.parametrize("pixels", [5000, 1 << 18])  # the reference path, and the sweep
+def test_an_illegal_label_never_spoils_the_observed_prior(illegal, pixels):
+    criterion = build(1, prior="observed", beta=1.0, num_labels=2)
+    criterion._batches = 4  # past those of which every label is looked at
+    y = torch.zeros(1, 2, pixels)
+    y[:, :, : pixels // 4] = 1
+    y[:, 0, -1] = illegal
+    criterion.step(0.9)
+    criterion(torch.zeros(1, 2, pixels), y, torch.tensor([0]))
+    positives = [pixels // 4 + (illegal > 0), pixels // 4]
+    assert criterion.fresh[1].tolist() == [count << 20 for count in positives]
+    criterion.step(0.9)
+    assert criterion.prior.tolist() == pytest.approx([0.25, 0.25], abs=1e-3)
+
+
 def test_the_observed_prior_counts_valid_labels_and_stays_fixed_between_steps():
     criterion = build(
         4, beta=1.0, prior="observed", num_labels=2, warmup=1, ignore_index=-1, sampling="expected"
@@ -1078,6 +1094,17 @@ def test_the_rows_of_a_fold_are_no_positions(rows):
         with torch.no_grad():
             criterion(torch.zeros(50), torch.ones(50))
         criterion.step(0.9)
+
+
+def test_an_epoch_resumed_before_its_end_never_warns():
+    x, index = torch.zeros(20), torch.arange(20)
+    criterion = moving(20)
+    criterion.step(0.9)
+    criterion(x, torch.ones(20), index)
+    resumed = moving(20)
+    resumed.load_state_dict(criterion.state_dict())
+    resumed(x[:1], torch.ones(1), index[:1])  # one sample is left
+    resumed.step(0.9)
 
 
 def test_accumulation_and_short_epochs_never_warn():

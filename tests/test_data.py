@@ -178,6 +178,10 @@ def test_an_indexed_dataset_is_not_indexed_twice():
     once = IndexedDataset(list(range(5)))
     with pytest.raises(TypeError, match="an IndexedDataset, which yields its index already; pass"):
         IndexedDataset(once)
+    with pytest.raises(TypeError, match=r"a Subset of an IndexedDataset, .*; build that of the"):
+        IndexedDataset(Subset(Subset(once, [0, 1]), [0]))
+    with pytest.raises(TypeError, match="a ConcatDataset of an IndexedDataset"):
+        IndexedDataset(ConcatDataset([[1, 2], once]))
 
 
 def test_a_subset_of_an_indexed_dataset_needs_a_row_for_each_of_the_whole():

@@ -203,3 +203,36 @@ def test_flip_rates_have_one_value_for_each_label():
         assert torch.allclose(got, want)
     with pytest.raises(ValueError, match="read `flip_rates`, a pair"):
         _ = adaptive.flip_rate
+
+
+def test_an_empty_histogram_is_named():
+    criterion = AdaptivePerturbation(4)
+    with pytest.raises(ValueError, match=r"`histogram` to have seen an element, but got an empty"):
+        criterion.step(CalibrationHistogram())
+    assert int(criterion.steps) == 0
+
+
+@pytest.mark.parametrize(("weight", "options", "warned"), [
+    (20.0, dict(prior=0.5), True),
+    (20.0, dict(prior=0.5, num_labels=2), True),
+    ([[[1.0]], [[20.0]]], dict(num_labels=2), True),
+    ([[[1.0]], [[3.0]]], dict(num_labels=2), False),
+    ([[[1.0]], [[20.0]]], dict(prior=torch.full((2, 1, 1), 0.5)), True),
+    (0.02, dict(), True),
+    (0.0, dict(), False),  # no level yet
+    (3.0, dict(), False),  # the odds of the negatives
+    ([1.0, 2.0, 3.0], dict(num_labels=2), False),
+])  # fmt: skip
+def test_a_level_that_pos_weight_takes_to_one_side_is_named_once(weight, options, warned):
+    criterion = AdaptivePerturbation(4, pos_weight=torch.tensor(weight), **options)
+    y = torch.tensor([1.0, 0.0, 0.0, 0.0]).reshape(4, 1, 1, 1).expand(4, 2, 1, 1)
+    if weight == [1.0, 2.0, 3.0]:
+        y = y.expand(4, 2, 1, 3)  # weights along another dimension than the prior
+    slope = 1.5 if weight == 0.0 else 0.2
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            x = torch.zeros(y.shape, requires_grad=True)
+            criterion(x, y, torch.arange(4)).backward()
+            criterion.step(over_confident(slope))
+    assert [str(one.message)[:22] for one in caught] == ["at the levels reached,"] * warned

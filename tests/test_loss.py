@@ -480,6 +480,17 @@ ERRORS = [
         ValueError,
         r"a sure negative .* odds 1.71",
     ),
+    (
+        lambda: LOSS(alpha=0.3, prior=torch.full((900,), 0.3), pos_weight=torch.full((900,), 9.0)),
+        ValueError,
+        r"prior of shape \(900,\) and pos_weight of shape \(900,\), with which",
+    ),
+    (
+        lambda: LOSS.hard_inversion(0.1, prior=torch.full((900,), 0.3)),
+        ValueError,
+        r"is defined by, but got a tensor of shape \(900,\); use moderation",
+    ),
+    (lambda: LOSS(prior=torch.linspace(0, 2, 900)), ValueError, r"1\], but got the value 2$"),
     # What other losses call by these names.
     (
         lambda: LOSS(0.1),
@@ -504,3 +515,12 @@ ERRORS = [
 def test_bad_configuration_is_refused_at_construction(make, kind, text):
     with pytest.raises(kind, match=text):
         make()
+
+
+def test_a_prior_follows_the_device_and_no_cast():
+    prior = torch.tensor([0.02, 0.3])
+    criterion = LOSS.moderation(0.2, prior=prior)
+    assert torch.equal(criterion.half().prior, prior)
+    assert criterion.to("meta").prior.is_meta
+    assert torch.equal(criterion.to_empty(device="cpu").prior, prior)
+    assert not criterion.state_dict()

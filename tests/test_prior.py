@@ -563,6 +563,13 @@ REFUSED = [
     ),
     (dict(prior=torch.full((1, 4, 2, 3, 3), 0.1)), ValueError, r"from the last dimension, but got"),
     (dict(prior=torch.full((2, 1, 1), 0.1j)), TypeError, r"`prior` to be a real Tensor, but got"),
+    (
+        dict(prior=torch.tensor([[[0.1]], [[1.5]]])),
+        ValueError,
+        r"in \[0, 1\], but got the value 1.5$",
+    ),
+    (dict(prior=torch.full((2, 1, 1), -1.0)), ValueError, r"in \[0, 1\], but got the value -1$"),
+    (dict(prior=torch.full((2, 1, 1), math.nan)), ValueError, r"1\], but got the value nan$"),
     (dict(alpha=0.1, beta=1.5, prior=0.1), ValueError, r"`beta` to be in \[0, 1.11111\]"),
     (dict(alpha=0.95, prior=0.1), ValueError, r"alpha \* beta = 0.95 \* 1.11111.* > 1"),
 ]

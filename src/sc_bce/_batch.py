@@ -242,7 +242,8 @@ def perturbation(
     Numbers have passed `require_numbers`, which says what beta is where it is None.
     """
     if isinstance(alpha, Tensor):
-        _require_probabilities(alpha)
+        remedy = "the third argument is alpha; pass a weight as `weight=`"
+        _require_probabilities("alpha", alpha, remedy)
     if isinstance(prior, Tensor):
         prior = prior_of(prior, size)
     if beta is None:
@@ -253,15 +254,16 @@ def perturbation(
     return Perturbation(_level_of("alpha", alpha, size), beta, prior)
 
 
-def _require_probabilities(alpha: Tensor) -> None:
-    """Refuse an alpha outside [0, 1] where it can be read; a draw of bools is none."""
-    if alpha.dtype == torch.bool or not alpha.numel() or not readable(alpha):
+def _require_probabilities(name: str, value: Tensor, remedy: str = "") -> None:
+    """Refuse values outside [0, 1], or nan, where they can be read."""
+    if value.dtype == torch.bool or value.is_complex() or not readable(value):
         return
-    low, high = alpha.detach().aminmax()
-    if low < 0 or high > 1:
-        got = f"the value {(low if low < 0 else high).item():g}"
-        remedy = "the third argument is alpha; pass a weight as `weight=`"
-        raise ValueError(sentence("alpha", "be in [0, 1]", got, remedy))
+    if not value.numel():
+        return
+    low, high = value.detach().aminmax()
+    if not (low >= 0 and high <= 1):
+        got = f"the value {(high if high > 1 else low).item():g}"
+        raise ValueError(sentence(name, "be in [0, 1]", got, remedy))
 
 
 def require_numbers(
@@ -273,7 +275,11 @@ def require_numbers(
     ones is free of that: a single flipped label is what sampling is.
     """
     limit = 2.0
-    if not isinstance(prior, Tensor):
+    if isinstance(prior, Tensor):
+        # One of the batch's size is like labels: looked at where that costs nothing.
+        if readable(prior) and prior.numel() <= _FEW:
+            _require_probabilities("prior", prior)
+    else:
         _checks.inside("prior", prior, 0.0, 1.0, tensor="pass `torch.as_tensor(prior)`")
         limit = 1 / max(prior, 1 - prior)
         beta = limit if beta is None else beta
@@ -298,9 +304,15 @@ def hold_prior(module: nn.Module, prior: float | Tensor) -> None:
         return
     if prior.is_complex():
         raise TypeError(sentence("prior", "be a real Tensor", prior.dtype))
-    if prior.numel() and readable(prior) and not bool(((prior >= 0) & (prior <= 1)).all()):
-        raise ValueError(sentence("prior", "be in [0, 1]", prior))
+    _require_probabilities("prior", prior)
     module.register_buffer("prior", prior.detach().clone().float(), persistent=False)
+
+
+def named(name: str, value: float | Tensor | None) -> str:
+    """What an error says of a number, or of a tensor that may be large."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return f"{name} of shape {tuple(value.shape)}"
+    return f"{name}={value.item() if isinstance(value, Tensor) else value}"
 
 
 def shown_prior(prior: float | Tensor) -> str:
@@ -316,10 +328,8 @@ def flat(prior: float | Tensor) -> Tensor:
 
 def single_flip_rate(rates: tuple[Tensor, Tensor], prior: float | Tensor) -> Tensor:
     if isinstance(prior, Tensor) or prior != 0.5:
-        raise ValueError(
-            "Expected `prior` to be 1/2, where one flip rate holds for both labels, but got "
-            f"{prior}; read `flip_rates`, a pair"
-        )
+        wanted = "be 1/2, where one flip rate holds for both labels"
+        raise ValueError(sentence("prior", wanted, prior, "read `flip_rates`, a pair"))
     return rates[0]
 
 
@@ -412,7 +422,7 @@ def label_counts(batch: Batch, shape: tuple[int, ...]) -> Tensor:
     label = target.detach() if valid is None else torch.where(valid, target.detach(), 0)
     exact = torch.float32 if target.device.type == "mps" else torch.float64
     total = label.sum(over, dtype=exact) if over else label.to(exact)
-    return torch.stack((count, (total * FRACTION).round().to(torch.int64).reshape(-1), positives))
+    return torch.stack((count, _in_fractions(total.reshape(-1), count, positives), positives))
 
 
 def row_counts(
@@ -427,7 +437,17 @@ def row_counts(
         labels = labels.sum(over) if over else labels
     total, positives = labels.reshape(2, columns, -1).sum(2)
     count = torch.full_like(positives, size.numel() // max(columns, 1))
-    return torch.stack((count, (total * FRACTION).round(), positives)).to(torch.int64)
+    return torch.stack((count, _in_fractions(total, count, positives), positives)).to(torch.int64)
+
+
+def _in_fractions(total: Tensor, count: Tensor, positives: Tensor) -> Tensor:
+    """A sum of labels in parts of 1 / FRACTION.
+
+    No sum of labels in [0, 1] is nan or outside [0, count]: illegal ones that nobody looked at
+    count as what they are at 1/2, or they would spoil the base rate for good.
+    """
+    total = torch.where((total >= 0) & (total <= count), total, positives.to(total.dtype))
+    return (total * FRACTION).round().to(torch.int64)
 
 
 def _by_sample(value: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ LARGE = 1e15  # of a step size or a weight: products stay finite in float32
 
 def sentence(name: str, expected: str, got: object, remedy: str = "") -> str:
     """What every refusal says; `expected` begins with its verb."""
+    if isinstance(got, Tensor) and got.dim() > 0:  # whose values would fill a page
+        got = f"a tensor of shape {tuple(got.shape)}"
     return f"Expected argument `{name}` to {expected}, but got {got}{remedy and '; ' + remedy}"
 
 

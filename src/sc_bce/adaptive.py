@@ -140,8 +140,9 @@ class AdaptivePerturbation(Levels):
         training brings it back to 1/2.
 
         What looks like a mistake is said once, as a warning: training without :meth:`step`, an
-        index that leaves most rows untouched, a :meth:`step` after every batch, and a backward
-        pass through a loss computed in evaluation mode.
+        index that leaves most rows untouched, a :meth:`step` after every batch, levels at which
+        ``pos_weight`` calls every negative positive, and a backward pass through a loss computed
+        in evaluation mode.
 
     References:
         Liu et al., ICCV 2023, arXiv 2307.13539 (ASLP: MEI and MC; ``lr`` and ``penalty`` are
@@ -492,6 +493,9 @@ _WARNINGS = {
     "pos_weight": "pos_weight shifts every probability, and the gap between confidence and "
     "accuracy with it, so the levels move against the shift; pass `step(histogram)` with focus=0, "
     "whose calibration slope does not see it",
+    "one side": "at the levels reached, pos_weight takes the answer to a sure negative or a sure "
+    "positive to the other side of 1/2; lower pos_weight, or take the base rate of the positives "
+    "as `prior`",
     "eval": _checks.TRAINED_IN_EVAL.format("AdaptivePerturbation"),
 }
 
@@ -502,10 +506,21 @@ def _mistakes(
     """What a step makes of the samples and rows since the last one."""
     if own.num_samples is not None and trained >= rows > 2 * touched:
         yield "position"
-    if int(own.steps) > 1 and 0 < 10 * trained < rows:
+    # A process that resumed in the middle of an epoch has seen fewer samples than were touched.
+    if int(own.steps) > 1 and 0 < 10 * max(trained, touched) < rows:
         yield "often"
     if gap and own.pos_weight is not None:
         yield "pos_weight"
+    if own.pos_weight is not None and _one_sided(own.pos_weight, *own.flip_rates):
+        yield "one side"
+
+
+def _one_sided(pos_weight: Tensor, up: Tensor, down: Tensor) -> bool:
+    """Whether a label is called the other by who learned these flip rates, at least one above 0."""
+    w, up, down = (value.double().reshape(-1) for value in (pos_weight, up, down))
+    if len(w) != len(up) and 1 not in (len(w), len(up)):
+        return False  # they lie along different dimensions
+    return bool(((up + down > 0) & ((w * up >= 1 - up) | (w * (1 - down) <= down))).any())
 
 
 def _is_late(trained: int, batches: int, own: AdaptivePerturbation) -> bool:
@@ -610,7 +625,8 @@ def _require_target(
             raise ValueError(sentence("prior", f"have num_labels={num_labels} values", got))
         if prior.numel() and _batch.readable(prior) and not prior.is_complex():
             # A drawn label stays in [0, 1].
-            high = 1 / float(torch.maximum(prior, 1 - prior).max().clamp(max=1))
+            c = prior.detach().float()
+            high = 1 / float(torch.maximum(c, 1 - c).max().clamp(max=1))
     elif isinstance(prior, str):
         _checks.choice("prior", prior, ("observed",))
         high = 1.0
@@ -720,6 +736,9 @@ def _reading(accuracy: Any, confidence: Any, objective: str) -> _Reading:
                 raise ValueError(sentence("confidence", "be None", got))
             measured = accuracy.pooled() if hasattr(accuracy, "pooled") else accuracy
             accuracy, confidence = measured.accuracy(), measured.confidence()
+            if accuracy != accuracy:
+                wanted, remedy = "have seen an element", "call `histogram.update(logits, target)`"
+                raise ValueError(sentence("histogram", wanted, "an empty one", remedy))
             slope = float(measured.slope()) if hasattr(measured, "slope") else None
         accuracy = _checks.unit_number("accuracy", accuracy)
         if confidence is not None:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from functools import cache
 from typing import Any, SupportsIndex
 
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
 from . import _checks
 
@@ -127,8 +127,11 @@ def _require_list(items: object, count: int) -> None:
 
 
 def _require_map_style(dataset: object) -> None:
-    if isinstance(dataset, IndexedDataset):
+    if _is_indexed(dataset):
         got, remedy = "an IndexedDataset, which yields its index already", "pass it on as it is"
+        if not isinstance(dataset, IndexedDataset):
+            got = f"a {type(dataset).__name__} of {got}"
+            remedy = "build that of the datasets inside, and wrap it as a whole"
         raise TypeError(_checks.sentence("dataset", "yield no index yet", got, remedy))
     complete = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if not complete or isinstance(dataset, (IterableDataset, type)):
@@ -140,6 +143,15 @@ def _require_map_style(dataset: object) -> None:
                 "there",
             )
         )  # fmt: skip
+
+
+def _is_indexed(dataset: object) -> bool:
+    """Whether an IndexedDataset lies at the bottom of torch's own wrappers."""
+    if isinstance(dataset, ConcatDataset):
+        return any(_is_indexed(part) for part in dataset.datasets)
+    if isinstance(dataset, Subset):
+        return _is_indexed(dataset.dataset)
+    return isinstance(dataset, IndexedDataset)
 
 
 def _require_new_key(key: str, names: Collection[str], field: bool = False) -> None:

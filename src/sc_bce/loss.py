@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -138,6 +139,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         # None is the largest for each element of a prior that is a tensor.
         self.beta = None if beta is None else float(beta)
         _batch.hold_prior(self, prior)
+        self._given = prior.detach().clone().float() if isinstance(prior, Tensor) else None
         self.sampling = sampling
         self.noise = float(noise)
         self.ignore_index = _checks.ignore_index(ignore_index)
@@ -213,6 +215,13 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     def flip_rate(self) -> Tensor:
         """Both flip rates where they are one, at ``prior=0.5``: alpha beta / 2."""
         return _batch.single_flip_rate(self.flip_rates, self.prior)
+
+    def _apply(self: Loss, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._given is not None and isinstance(self.prior, Tensor):
+            # The device is followed; a cast would round it, and `to_empty` leaves it unfilled.
+            self.prior = self._given.to(self.prior.device)
+        return self
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         if self.alpha == 0 or not (self.training and torch.is_grad_enabled()):
@@ -305,9 +314,9 @@ def _require_lessons(loss: SCBCEWithLogitsLoss) -> None:
     raise ValueError(
         sentence(
             "alpha", f"leave a sure {kind} on its side of 1/2",
-            f"alpha={loss.alpha:g}, beta={loss.beta}, prior={loss.prior} and "
-            f"pos_weight={loss.pos_weight}, with which its best answer has odds {odds:.3g} "
-            f"and is called {other}",
+            f"alpha={loss.alpha:g}, beta={loss.beta}, {_batch.named('prior', loss.prior)} and "
+            f"{_batch.named('pos_weight', loss.pos_weight)}, with which its best answer has odds "
+            f"{odds:.3g} and is called {other}",
             "lower alpha or pos_weight, or set `prior` to the base rate of the positives",
         )
     )  # fmt: skip
