@@ -322,6 +322,8 @@ def test_a_state_of_version_0_1_loads():
     z = torch.linspace(-4, 4, 50, dtype=torch.float64)
     want = without_flip(z.numpy(), float(np.float32(0.1))) / float(np.float32(1.7))
     np.testing.assert_allclose(scaling(z).numpy(), want, rtol=1e-6)
+    with pytest.raises(RuntimeError, match='Missing key.*"temperature"'):
+        scaling.load_state_dict({"flip_rate": torch.tensor(0.1)})
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), TemperatureScaling())
     state = model[0].state_dict(prefix="0.") | {f"1.{name}": part for name, part in old.items()}
     model.load_state_dict(state)
@@ -639,6 +641,14 @@ def test_bad_data_of_either_repair_are_refused(build, arguments, kind, text):
         repair.fit(*arguments)
     for name, part in repair.state_dict().items():
         assert torch.equal(part, before[name])
+
+
+def test_a_label_of_one_class_is_named():
+    z, y = torch.randn(50, 3), torch.rand(50, 3) < torch.tensor([0.5, 0.0, 0.5])
+    for data in ((filled(z, y, num_labels=3),), (z, y)):
+        for build in (TemperatureScaling, IsotonicCalibration):
+            with pytest.raises(ValueError, match="both classes of label 1, but got only 0; fit to"):
+                build(num_labels=3).fit(*data)
 
 
 def test_a_curve_needs_the_fine_cells_and_a_meta_histogram_has_none():

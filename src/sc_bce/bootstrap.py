@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _batch, _checks, _tally
-from .histogram import CalibrationHistogram
+from .histogram import CalibrationHistogram, holding, restored
 
 __all__ = ["ImageHistograms", "Interval"]
 
@@ -196,10 +196,7 @@ class ImageHistograms:
             ValueError: a key is missing or too many, or the number of cells differs.
         """
         images = len(state_dict["counts"]) if "counts" in state_dict else 0
-        checked = CalibrationHistogram(max(images, 1), num_cells=self.num_cells)
-        checked._state = _tally.nothing(images, _tally.grid(self.num_cells).size)
-        checked.load_state_dict(state_dict)
-        self._state = checked._state
+        self._state = restored(state_dict, _tally.nothing(images, _tally.grid(self.num_cells).size))
 
     def _append(self, new: _tally.Counted) -> None:
         parts = zip(self._state.to(new.counts.device), new, strict=True)
@@ -217,16 +214,14 @@ class ImageHistograms:
 
     def _drawn(self, weights: Tensor, flat: Tensor) -> CalibrationHistogram:
         """A histogram of as many labels as there are rows of weights over the images."""
-        drawn = CalibrationHistogram(len(weights), num_cells=self.num_cells)
         shapes = [part.shape[1:] for part in self._state]
         sizes = [shape.numel() for shape in shapes]
         parts = [
             part.reshape(len(weights), *shape)
             for part, shape in zip(torch.split(weights @ flat, sizes, 1), shapes, strict=True)
         ]
-        drawn._state = _tally.Counted(parts[0].round().to(torch.int64), *parts[1:])
-        drawn._only_logits = False
-        return drawn
+        state = _tally.Counted(parts[0].round().to(torch.int64), *parts[1:])
+        return holding(state, len(weights), self.num_cells)
 
     def _resampled(self, of: Measure, resamples: int, seed: int) -> Tensor:
         flat = self._flat()
