@@ -12,9 +12,10 @@ import torchmetrics.functional.classification as peer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import batches, seeds, shapes
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from sc_bce import CalibrationHistogram, TemperatureScaling, _tally
+from sc_bce import CalibrationHistogram, TemperatureScaling, _tally, measures
 
 KINDS = ("top_label", "positive_class")
 filled = shapes.filter(lambda shape: 0 not in shape)
@@ -906,3 +907,21 @@ def test_a_histogram_without_values_says_so():
     histogram.update(torch.empty(3, device="meta"), torch.empty(3, device="meta"))
     with pytest.raises(ValueError, match="`histogram` to hold values, but got one on device meta"):
         histogram.slope()
+
+
+@pytest.mark.parametrize("labels", [None, 2])
+def test_measures_live_where_the_state_does(labels):
+    """Fake tensors on a stand-in device: torch refuses to mix devices as a real one does."""
+    with (
+        FakeTensorMode(),
+        mock.patch.object(measures, "affine", return_value=(0.5, 0.5)),
+        mock.patch.object(measures, "refinement", return_value=0.5),
+    ):
+        histogram = CalibrationHistogram(labels)
+        x, y = torch.randn(9, 2, device="lazy:0"), torch.rand(9, 2, device="lazy:0") > 0.5
+        histogram.update(x, y)
+        names = ("accuracy", "ece", "oe", "mce", "adaptive_ece", "debiased_ece", "nll", "brier")
+        for name in (*names, "slope", "intercept", "refinement"):
+            assert getattr(histogram, name)().device.type == "lazy", name
+        for score in ("log", "brier"):
+            assert {part.device.type for part in histogram.decomposition(score)} == {"lazy"}

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from strategies import seeds
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from sc_bce import (
@@ -322,7 +323,7 @@ def test_a_state_of_version_0_1_loads():
     z = torch.linspace(-4, 4, 50, dtype=torch.float64)
     want = without_flip(z.numpy(), float(np.float32(0.1))) / float(np.float32(1.7))
     np.testing.assert_allclose(scaling(z).numpy(), want, rtol=1e-6)
-    with pytest.raises(RuntimeError, match='Missing key.*"temperature"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"temperature"'):
         scaling.load_state_dict({"flip_rate": torch.tensor(0.1)})
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), TemperatureScaling())
     state = model[0].state_dict(prefix="0.") | {f"1.{name}": part for name, part in old.items()}
@@ -556,6 +557,23 @@ def test_the_ends_do_not_cost_more_than_they_must():
     repair = IsotonicCalibration().double().fit(truth, y)
     best = ref.bce(fresh.numpy(), label.numpy()).mean()
     assert ref.bce(repair(fresh).numpy(), label.numpy()).mean() < 1.05 * best
+
+
+# --- devices ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [None, 2])
+def test_on_an_accelerator_repairs_answer_there_and_are_fitted_on_the_cpu(labels):
+    """Fake tensors on a stand-in device: torch refuses to mix devices as a real one does."""
+    with FakeTensorMode():
+        cells = measures.Cells(*torch.rand(3, 20, dtype=torch.float64).unbind())
+        for repair in (
+            TemperatureScaling((0.1, 0.2), num_labels=labels), IsotonicCalibration(labels)
+        ):  # fmt: skip
+            repair = repair.to("lazy")
+            assert repair(torch.randn(5, 2, device="lazy")).device.type == "lazy"
+            for answer in repair._answers([cells] * (labels or 1)):
+                assert answer.device.type == "cpu"
 
 
 # --- shipping ---------------------------------------------------------------------------------

@@ -394,7 +394,8 @@ class CalibrationHistogram:
 
     def _each(self, of: Callable[[Cells], float]) -> Tensor:
         values = [of(cells) for cells in self.cells_by_label()]
-        return self._shaped(torch.tensor(values, dtype=torch.float64))
+        device = self._state.counts.device
+        return self._shaped(torch.tensor(values, dtype=torch.float64, device=device))
 
     def _shaped(self, value: Tensor) -> Tensor:
         return value[0] if self.num_labels is None else value

@@ -82,10 +82,17 @@ class _Repair(nn.Module):
         raise NotImplementedError
 
     def _answers(self, cells: list[Cells]) -> list[Tensor]:
+        # The cells are on the CPU, in float64, which the module's device may not have.
+        buffers = {name: part.cpu() for name, part in self.named_buffers()}
+
+        def answer(z: Tensor) -> Tensor:
+            calibrated: Tensor = torch.func.functional_call(self, buffers, (z,))
+            return calibrated
+
         if self.num_labels is None:
-            return [self(cells[0].logit)]
+            return [answer(cells[0].logit)]
         return [
-            self(one.logit.new_zeros(1, self.num_labels, len(one.logit)).copy_(one.logit))[0, i]
+            answer(one.logit.new_zeros(1, self.num_labels, len(one.logit)).copy_(one.logit))[0, i]
             for i, one in enumerate(cells)
         ]
 
@@ -279,7 +286,7 @@ class TemperatureScaling(_Repair):
         self.nll = None
 
     def _fit(self, cells: list[Cells]) -> None:
-        rates = self.flip_rates.detach().double().cpu().reshape(2, -1)
+        rates = self.flip_rates.detach().cpu().double().reshape(2, -1)
         fitted = [
             _best_map(one, None if self.fit_flip_rates else rates[:, i], self.fit_bias)
             for i, one in enumerate(cells)
