@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 import warnings
 
 import numpy as np
@@ -498,6 +500,8 @@ def test_fits_tell_what_they_gained_and_warn_of_what_they_lost():
     assert seen[0].filename == __file__
     scaling.reset_parameters()
     assert scaling.nll is None
+    with pytest.warns(UserWarning, match="too few for a curve; take TemperatureScaling"):
+        IsotonicCalibration().fit(20 * z.sign(), z > 0)
 
 
 # --- the curve --------------------------------------------------------------------------------
@@ -603,6 +607,25 @@ def test_compile_and_export_of_each_repair(build):
         assert_close(exported(more), model(more))
 
 
+@pytest.mark.parametrize("build", REPAIRS, ids=range(len(REPAIRS)))
+def test_copies_and_checkpoints_of_a_whole_model_answer_the_same(build, tmp_path):
+    def whole(repair):
+        return torch.nn.Sequential(torch.nn.Linear(4, 3), repair)
+
+    truth = torch.randn(500, 3)
+    model = whole(build().fit(2 * truth, torch.rand(500, 3) < torch.sigmoid(truth)))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    fresh = whole(build())
+    fresh.load_state_dict(state, strict=True)
+    with torch.device("meta"):
+        assigned = whole(build())
+    assigned.load_state_dict(state, strict=True, assign=True)
+    x = torch.randn(5, 4)
+    for other in (fresh, assigned, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), model(x))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("build", REPAIRS, ids=range(len(REPAIRS)))
@@ -645,6 +668,7 @@ BAD = [
     ((CalibrationHistogram(2),), ValueError, "num_labels=None, but got num_labels=2; build both"),
     ((filled(Z, Y), Y), TypeError, "`target` to be None beside a CalibrationHistogram"),
     ((Z,), TypeError, r"`target` to be the labels of the logits, but got None; pass `fit\(logits"),
+    (([Z],), TypeError, "`logits` to be a CalibrationHistogram, .* but got list; update a hist"),
     ((Z, Y.float() * 0.5 + 300), ValueError, r"`target` to be in \[0, 1\], but got 300"),
     ((Z * math.nan, Y), ValueError, "`logits` to be finite, but got inf or nan"),
 ]

@@ -106,6 +106,16 @@ class _Repair(nn.Module):
         return cells
 
     def _of_pair(self, logits: object, target: object, ignore_index: int | None) -> list[Cells]:
+        z, y = _tally.tensor(logits, "logits"), _tally.tensor(target, "target")
+        if target is None and not isinstance(z, Tensor):
+            raise TypeError(
+                _checks.sentence(
+                    "logits",
+                    "be a CalibrationHistogram, or a Tensor beside its `target`",
+                    _checks.describe(logits),
+                    "update a histogram with each batch and pass it",
+                )
+            )
         if target is None:
             raise TypeError(
                 _checks.sentence(
@@ -115,7 +125,6 @@ class _Repair(nn.Module):
                     "pass `fit(logits, target)`, or a CalibrationHistogram alone",
                 )
             )
-        z, y = _tally.tensor(logits, "logits"), _tally.tensor(target, "target")
         _batch.pair(z, y, "logits")
         ignore_index = _checks.ignore_index(ignore_index)
         rows = (by_label(part, self.num_labels, "logits").unbind() for part in (z, y))
