@@ -644,7 +644,7 @@ def _advice_of(histogram: CalibrationHistogram) -> str:
     if slope != slope:
         return "Nothing to advise: both classes, and more than one logit, must be seen."
     if slope == math.inf:
-        return "Nothing to advise: no error was seen by which to judge the confidence."
+        return "A threshold tells the classes apart: the slope has no end. Measure more data."
     if slope <= 0:
         return "The logits speak against the labels: look at the data first."
     gain = float(histogram.decomposition().miscalibration) / nll
