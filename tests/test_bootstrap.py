@@ -151,6 +151,15 @@ def test_ten_thousand_images_fit():
     assert 10_000 * row < 40e6
 
 
+def test_a_slope_that_some_draws_do_not_have_is_nan():
+    rare = made(torch.randn(20, 30), torch.zeros(20, 30))
+    rare.update(torch.randn(1, 30), torch.ones(1, 30))
+    value, low, high = rare.interval("slope", resamples=50)
+    assert math.isfinite(value)
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
 def test_void_elements_and_probabilities():
     z, _, y = images(5, 20, torch.Generator().manual_seed(0))
     mask = y.to(torch.uint8)
@@ -166,8 +175,14 @@ ONE = made(torch.randn(3, 4), torch.ones(3, 4))
 ERRORS = [
     (lambda: ImageHistograms(num_cells=5), ValueError, "`num_cells` to be even"),
     (lambda: ONE.update(torch.tensor(1.0), torch.tensor(1)), ValueError, "images in dimension 0"),
-    (lambda: ONE.interval("size"), ValueError, "name of a CalibrationHistogram's measure, but"),
-    (lambda: ONE.interval("_bins"), ValueError, "name of a CalibrationHistogram's measure, but"),
+    (lambda: ONE.interval("size"), ValueError, "to be one of 'nll', 'brier', .* but got 'size'"),
+    (lambda: ONE.interval("update"), ValueError, "one of 'nll', .* but got 'update'"),
+    (
+        lambda: ONE.interval(lambda h: float(h.nll()), resamples=1),
+        TypeError,
+        r"return a Tensor of shape \(1,\) .* but got .* \(float\); leave out `float`",
+    ),
+    (lambda: ONE.interval(lambda h: h.to_dict()["nll"]), TypeError, "a Tensor .* but got list"),
     (lambda: ONE.interval(3), TypeError, "a name, or a function of a histogram, but got 3"),
     (lambda: ONE.interval(level=1.0), ValueError, r"`level` to be inside \(0, 1\), but got 1.0"),
     (lambda: ONE.interval(resamples=0), ValueError, "`resamples` to be a positive int"),

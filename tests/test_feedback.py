@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from ranks import run
 from tables import assert_same, build, saved
 from test_docs import ROOT
 
@@ -109,6 +110,31 @@ def test_several_labels_are_pooled_by_their_counts():
     one.step(apart)
     other.step(together)
     assert_same(one, saved(other))
+
+
+def halves(rank, world):
+    """Each rank trains and validates on its share; all step with the reduced histogram."""
+    criterion = AdaptivePerturbation(8)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(8, 5, generator=generator), torch.rand(8, 5, generator=generator) < 0.3
+    truth = torch.randn(6000, generator=generator) - 1
+    seen = torch.rand(6000, generator=generator) < torch.sigmoid(truth)
+    share = slice(rank, None, world)
+    for _ in range(3):
+        index = torch.arange(8)[share]
+        criterion(x[share].clone().requires_grad_(), y[share], index).backward()
+        histogram = CalibrationHistogram()
+        histogram.update(2 * truth[share], seen[share])
+        criterion.step(histogram.all_reduce())
+    return saved(criterion)
+
+
+def test_ranks_that_share_the_data_end_as_one_process():
+    (alone,) = run(1, halves)
+    assert alone["alpha"][0] > 0.1
+    for table in run(2, halves):
+        for name, value in alone.items():
+            torch.testing.assert_close(table[name], value, rtol=1e-6, atol=1e-7, msg=name)
 
 
 # --- what looks like a mistake ----------------------------------------------------------------

@@ -12,9 +12,10 @@ import torchmetrics.functional.classification as peer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import batches, seeds, shapes
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from sc_bce import CalibrationHistogram, _tally
+from sc_bce import CalibrationHistogram, TemperatureScaling, _tally, measures
 
 KINDS = ("top_label", "positive_class")
 filled = shapes.filter(lambda shape: 0 not in shape)
@@ -782,7 +783,9 @@ def test_what_may_be_logits_does_not_warn():
     y = torch.rand(2000) > 0.5
     for x, options in (
         (torch.rand(2000), {"from_logits": False}),
-        (torch.rand(2000) * 0.5, {}),  # an untrained network
+        (0.1 + torch.rand(2000) * 0.6, {}),  # an untrained network
+        (0.3 + 0.05 * torch.randn(2000), {}),
+        (0.002 * torch.rand(2000), {}),  # one whose head begins at zero
         (torch.full((2000,), 0.3), {}),
         (torch.rand(999), {}),
         (torch.rand(2000) - 0.01, {}),
@@ -811,6 +814,45 @@ def test_to_dict_is_every_measure_for_a_log():
     assert len(_two_labels(*predictions(0, 100)).to_dict()["nll"]) == 2
 
 
+def test_untrained_networks_do_not_look_like_probabilities():
+    """After pooling, the logits of all images are nearly alike: inside [0, 1] for half of these."""
+    inside = 0
+    for seed in range(40):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 16, 3, 2), torch.nn.ReLU(), torch.nn.Conv2d(16, 32, 3, 2),
+            torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+            torch.nn.Linear(32, 1),
+        )  # fmt: skip
+        with torch.no_grad():
+            logits = model(torch.rand(1000, 3, 16, 16))
+        inside += bool((logits >= 0).all() & (logits <= 1).all())
+        histogram = CalibrationHistogram()
+        histogram.update(logits, torch.rand(1000, 1) > 0.5)
+        histogram.ece()
+    assert inside > 10
+
+
+@pytest.mark.parametrize(
+    "p",
+    [
+        torch.sigmoid(torch.randn(5000) - 4),  # of rare positives
+        torch.sigmoid(0.5 * torch.randn(5000) - 6),
+        torch.sigmoid(torch.randn(5000) + 4),
+        0.1 + 0.8 * torch.rand(5000),
+    ],
+    ids=range(4),
+)
+def test_probabilities_of_rare_labels_warn_too(p):
+    y = torch.rand(5000) < 0.5
+    histogram = CalibrationHistogram()
+    histogram.update(p, y)
+    with pytest.warns(UserWarning, match=r"All logits that this histogram has seen lie in"):
+        histogram.ece()
+    with pytest.warns(UserWarning, match=r"All logits of this fit lie in \[0, 1\]"):
+        TemperatureScaling().fit(p, y)
+
+
 @pytest.mark.parametrize(
     ("scale", "shift", "advice"),
     [
@@ -818,6 +860,7 @@ def test_to_dict_is_every_measure_for_a_log():
         (2.0, 0.0, "Over-confident (slope below 1)"),
         (0.5, 0.0, "Not confident enough (slope above 1)"),
         (1.0, 1.0, "The slope is right: softer labels would not help; a repair does. The mean"),
+        (-1.0, 0.0, "The logits speak against the labels: look at the data first."),
     ],
 )
 def test_summary_advises(scale, shift, advice):
@@ -836,5 +879,49 @@ def test_summary_advises(scale, shift, advice):
 def test_summary_of_labels_and_of_nothing():
     text = _two_labels(torch.randn(1000), torch.rand(1000) > 0.5).summary()
     assert text.splitlines()[0].split() == ["label", "0", "label", "1"]
+    # Labels that differ are advised apart: together these have a slope of about 1.
+    truth = torch.randn(50_000, 3)
+    y = torch.rand(50_000, 3) < torch.sigmoid(truth)
+    apart = CalibrationHistogram(3)
+    apart.update(truth * torch.tensor([2.0, 0.5, 2.0]), y)
+    assert [line.split(" (")[0] for line in apart.summary().splitlines()[-2:]] == [
+        "label 0, 2: Over-confident",
+        "label 1: Not confident enough",
+    ]
     text = CalibrationHistogram().summary()
     assert text.endswith("both classes, and more than one logit, must be seen.")
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_summary_of_a_network_that_is_never_wrong(from_logits):
+    y = torch.arange(100) % 2
+    p = torch.logit(y.float()) if from_logits else y.float()
+    histogram = CalibrationHistogram()
+    histogram.update(p, y, from_logits=from_logits)
+    assert histogram.nll() == 0
+    assert histogram.summary().endswith("the slope has no end. Measure more data.")
+
+
+def test_a_histogram_without_values_says_so():
+    histogram = CalibrationHistogram()
+    histogram.update(torch.empty(3, device="meta"), torch.empty(3, device="meta"))
+    with pytest.raises(ValueError, match="`histogram` to hold values, but got one on device meta"):
+        histogram.slope()
+
+
+@pytest.mark.parametrize("labels", [None, 2])
+def test_measures_live_where_the_state_does(labels):
+    """Fake tensors on a stand-in device: torch refuses to mix devices as a real one does."""
+    with (
+        FakeTensorMode(),
+        mock.patch.object(measures, "affine", return_value=(0.5, 0.5)),
+        mock.patch.object(measures, "refinement", return_value=0.5),
+    ):
+        histogram = CalibrationHistogram(labels)
+        x, y = torch.randn(9, 2, device="lazy:0"), torch.rand(9, 2, device="lazy:0") > 0.5
+        histogram.update(x, y)
+        names = ("accuracy", "ece", "oe", "mce", "adaptive_ece", "debiased_ece", "nll", "brier")
+        for name in (*names, "slope", "intercept", "refinement"):
+            assert getattr(histogram, name)().device.type == "lazy", name
+        for score in ("log", "brier"):
+            assert {part.device.type for part in histogram.decomposition(score)} == {"lazy"}

@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 import warnings
 
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from strategies import seeds
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from sc_bce import (
@@ -322,6 +325,8 @@ def test_a_state_of_version_0_1_loads():
     z = torch.linspace(-4, 4, 50, dtype=torch.float64)
     want = without_flip(z.numpy(), float(np.float32(0.1))) / float(np.float32(1.7))
     np.testing.assert_allclose(scaling(z).numpy(), want, rtol=1e-6)
+    with pytest.raises(RuntimeError, match=r'Missing key.*"temperature"'):
+        scaling.load_state_dict({"flip_rate": torch.tensor(0.1)})
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), TemperatureScaling())
     state = model[0].state_dict(prefix="0.") | {f"1.{name}": part for name, part in old.items()}
     model.load_state_dict(state)
@@ -495,6 +500,8 @@ def test_fits_tell_what_they_gained_and_warn_of_what_they_lost():
     assert seen[0].filename == __file__
     scaling.reset_parameters()
     assert scaling.nll is None
+    with pytest.warns(UserWarning, match="too few for a curve; take TemperatureScaling"):
+        IsotonicCalibration().fit(20 * z.sign(), z > 0)
 
 
 # --- the curve --------------------------------------------------------------------------------
@@ -556,6 +563,23 @@ def test_the_ends_do_not_cost_more_than_they_must():
     assert ref.bce(repair(fresh).numpy(), label.numpy()).mean() < 1.05 * best
 
 
+# --- devices ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [None, 2])
+def test_on_an_accelerator_repairs_answer_there_and_are_fitted_on_the_cpu(labels):
+    """Fake tensors on a stand-in device: torch refuses to mix devices as a real one does."""
+    with FakeTensorMode():
+        cells = measures.Cells(*torch.rand(3, 20, dtype=torch.float64).unbind())
+        for repair in (
+            TemperatureScaling((0.1, 0.2), num_labels=labels), IsotonicCalibration(labels)
+        ):  # fmt: skip
+            repair = repair.to("lazy")
+            assert repair(torch.randn(5, 2, device="lazy")).device.type == "lazy"
+            for answer in repair._answers([cells] * (labels or 1)):
+                assert answer.device.type == "cpu"
+
+
 # --- shipping ---------------------------------------------------------------------------------
 
 
@@ -581,6 +605,25 @@ def test_compile_and_export_of_each_repair(build):
         exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
         more = torch.randn(9, 4)
         assert_close(exported(more), model(more))
+
+
+@pytest.mark.parametrize("build", REPAIRS, ids=range(len(REPAIRS)))
+def test_copies_and_checkpoints_of_a_whole_model_answer_the_same(build, tmp_path):
+    def whole(repair):
+        return torch.nn.Sequential(torch.nn.Linear(4, 3), repair)
+
+    truth = torch.randn(500, 3)
+    model = whole(build().fit(2 * truth, torch.rand(500, 3) < torch.sigmoid(truth)))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    fresh = whole(build())
+    fresh.load_state_dict(state, strict=True)
+    with torch.device("meta"):
+        assigned = whole(build())
+    assigned.load_state_dict(state, strict=True, assign=True)
+    x = torch.randn(5, 4)
+    for other in (fresh, assigned, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), model(x))
 
 
 @pytest.mark.slow
@@ -625,6 +668,7 @@ BAD = [
     ((CalibrationHistogram(2),), ValueError, "num_labels=None, but got num_labels=2; build both"),
     ((filled(Z, Y), Y), TypeError, "`target` to be None beside a CalibrationHistogram"),
     ((Z,), TypeError, r"`target` to be the labels of the logits, but got None; pass `fit\(logits"),
+    (([Z],), TypeError, "`logits` to be a CalibrationHistogram, .* but got list; update a hist"),
     ((Z, Y.float() * 0.5 + 300), ValueError, r"`target` to be in \[0, 1\], but got 300"),
     ((Z * math.nan, Y), ValueError, "`logits` to be finite, but got inf or nan"),
 ]
@@ -639,6 +683,14 @@ def test_bad_data_of_either_repair_are_refused(build, arguments, kind, text):
         repair.fit(*arguments)
     for name, part in repair.state_dict().items():
         assert torch.equal(part, before[name])
+
+
+def test_a_label_of_one_class_is_named():
+    z, y = torch.randn(50, 3), torch.rand(50, 3) < torch.tensor([0.5, 0.0, 0.5])
+    for data in ((filled(z, y, num_labels=3),), (z, y)):
+        for build in (TemperatureScaling, IsotonicCalibration):
+            with pytest.raises(ValueError, match="both classes of label 1, but got only 0; fit to"):
+                build(num_labels=3).fit(*data)
 
 
 def test_a_curve_needs_the_fine_cells_and_a_meta_histogram_has_none():

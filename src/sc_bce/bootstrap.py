@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from . import _batch, _checks, _tally
-from .histogram import CalibrationHistogram
+from .histogram import CalibrationHistogram, holding, restored
 
 __all__ = ["ImageHistograms", "Interval"]
 
 Measure = Callable[[CalibrationHistogram], Tensor]
 
+_MEASURES = (
+    "nll", "brier", "ece", "oe", "mce", "adaptive_ece", "sweep_ece", "debiased_ece", "accuracy",
+    "confidence", "slope", "intercept", "refinement",
+)  # fmt: skip
 _TOGETHER = 1 << 24  # numbers of the resampled cells that are held at once
 
 
@@ -142,7 +146,7 @@ class ImageHistograms:
         """Interval of a measure, or of its difference from another network on the same images.
 
         Args:
-            measure: name of a method of :class:`CalibrationHistogram` without arguments, or a
+            measure: name of a measure of :class:`CalibrationHistogram`, at its defaults, or a
                 function of a histogram, such as ``lambda h: h.ece(15, "positive_class")``. It is
                 given a histogram with ``num_labels``, one label per draw. Default: ``"nll"``.
             other: the other network's images, in the same order; the interval is then that of
@@ -152,7 +156,8 @@ class ImageHistograms:
             seed: of the draws. Default: 0.
 
         Returns:
-            :class:`Interval`, of floats.
+            :class:`Interval`, of floats; its ends are nan where a draw has no value, as a slope
+            without positives.
 
         Raises:
             ValueError: fewer than two images; the other has another number of images or cells;
@@ -178,8 +183,8 @@ class ImageHistograms:
                     )
                 )
             both.append(other)
-        values = [float(of(one.histogram())) for one in both]
         draws = [one._resampled(of, resamples, seed) for one in both]
+        values = [float(of(one.histogram())) for one in both]
         if other is not None:
             difference = draws[0] - draws[1]
             return _interval(values[0] - values[1], difference, level, paired=True)
@@ -196,10 +201,7 @@ class ImageHistograms:
             ValueError: a key is missing or too many, or the number of cells differs.
         """
         images = len(state_dict["counts"]) if "counts" in state_dict else 0
-        checked = CalibrationHistogram(max(images, 1), num_cells=self.num_cells)
-        checked._state = _tally.nothing(images, _tally.grid(self.num_cells).size)
-        checked.load_state_dict(state_dict)
-        self._state = checked._state
+        self._state = restored(state_dict, _tally.nothing(images, _tally.grid(self.num_cells).size))
 
     def _append(self, new: _tally.Counted) -> None:
         parts = zip(self._state.to(new.counts.device), new, strict=True)
@@ -217,16 +219,14 @@ class ImageHistograms:
 
     def _drawn(self, weights: Tensor, flat: Tensor) -> CalibrationHistogram:
         """A histogram of as many labels as there are rows of weights over the images."""
-        drawn = CalibrationHistogram(len(weights), num_cells=self.num_cells)
         shapes = [part.shape[1:] for part in self._state]
         sizes = [shape.numel() for shape in shapes]
         parts = [
             part.reshape(len(weights), *shape)
             for part, shape in zip(torch.split(weights @ flat, sizes, 1), shapes, strict=True)
         ]
-        drawn._state = _tally.Counted(parts[0].round().to(torch.int64), *parts[1:])
-        drawn._only_logits = False
-        return drawn
+        state = _tally.Counted(parts[0].round().to(torch.int64), *parts[1:])
+        return holding(state, len(weights), self.num_cells)
 
     def _resampled(self, of: Measure, resamples: int, seed: int) -> Tensor:
         flat = self._flat()
@@ -239,7 +239,17 @@ class ImageHistograms:
             chosen = torch.randint(images, (rows, images), generator=generator)
             weights = torch.zeros(rows, images, dtype=torch.float64)
             weights.scatter_add_(1, chosen, torch.ones(rows, images, dtype=torch.float64))
-            values.append(of(self._drawn(weights, flat)).double())
+            drawn: object = of(self._drawn(weights, flat))
+            if not isinstance(drawn, Tensor) or drawn.shape != (rows,):
+                raise TypeError(
+                    _checks.sentence(
+                        "measure",
+                        f"return a Tensor of shape ({rows},) for a histogram of {rows} labels",
+                        _checks.describe(drawn),
+                        "leave out `float` and `item`",
+                    )
+                )
+            values.append(drawn.double())
         return torch.cat(values)
 
     def _check(self, other: object) -> None:
@@ -257,17 +267,8 @@ class ImageHistograms:
     @staticmethod
     def _measure(measure: object) -> Measure:
         if isinstance(measure, str):
-            method: Measure | None = getattr(CalibrationHistogram, measure, None)
-            if measure.startswith("_") or method is None or not callable(method):
-                raise ValueError(
-                    _checks.sentence(
-                        "measure",
-                        "be the name of a CalibrationHistogram's measure",
-                        repr(measure),
-                        "pass 'nll', 'brier', 'ece' or another",
-                    )
-                )
-            return method
+            _checks.choice("measure", measure, _MEASURES)
+            return cast(Measure, getattr(CalibrationHistogram, measure))
         if not callable(measure):
             raise TypeError(
                 _checks.sentence(

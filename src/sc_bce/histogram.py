@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -63,8 +64,8 @@ class CalibrationHistogram:
         are the same confidence; p = 1 belongs to the last bin. Each element is worked out in the
         input's precision, float32 at least, so that small losses keep their digits, and summed
         in float64. Measures are float64 tensors, 0-d without ``num_labels``, nan before the first
-        update. Logits that lie all over [0, 1] and nowhere else look like probabilities: the first
-        measure of 1000 or more such elements warns once.
+        update. Logits that lie in [0, 1] alone, all over it or crowded at an end, look like
+        probabilities: the first measure of 1000 or more such elements warns once.
 
     References:
         Guo et al., ICML 2017 (ECE, MCE); Thulasidasan et al., NeurIPS 2019 (OE); Nixon et al.,
@@ -217,21 +218,7 @@ class CalibrationHistogram:
             ValueError: a key is missing or too many, or the number of cells or labels differs;
                 the histogram is then unchanged.
         """
-        state_dict = _from_first_version(state_dict, self._grid)
-        if set(state_dict) != set(self._state._fields):
-            raise ValueError(
-                _checks.sentence(
-                    "state_dict",
-                    f"have the keys {sorted(self._state._fields)}",
-                    sorted(state_dict),
-                    "pass what `histogram.state_dict()` returned",
-                )
-            )
-        for name, part in self._state._asdict().items():
-            _check_saved(name, state_dict[name], part)
-        self._state = _tally.Counted(
-            *(state_dict[name].to(part, copy=True) for name, part in self._state._asdict().items())
-        )
+        self._state = restored(_from_first_version(state_dict, self._grid), self._state)
 
     # --- measures ---------------------------------------------------------------------------------
 
@@ -356,7 +343,10 @@ class CalibrationHistogram:
         return {name: value.tolist() for name, value in _all_measures(self).items()}
 
     def summary(self) -> str:
-        """A printable table of what matters, and one line of advice that follows from it."""
+        """A printable table of what matters, and one line of advice that follows from it.
+
+        With ``num_labels``, one line for each group of labels that need the same.
+        """
         return _summary(self)
 
     def cells(self) -> Cells | list[Cells]:
@@ -369,6 +359,8 @@ class CalibrationHistogram:
 
     def cells_by_label(self) -> list[Cells]:
         """:meth:`cells` as a list, of one without ``num_labels``."""
+        if self._state.counts.is_meta:
+            raise ValueError(_checks.sentence("histogram", "hold values", "one on device meta"))
         self._suspect()
         return _cells_of(self._state, self._grid)
 
@@ -402,7 +394,8 @@ class CalibrationHistogram:
 
     def _each(self, of: Callable[[Cells], float]) -> Tensor:
         values = [of(cells) for cells in self.cells_by_label()]
-        return self._shaped(torch.tensor(values, dtype=torch.float64))
+        device = self._state.counts.device
+        return self._shaped(torch.tensor(values, dtype=torch.float64, device=device))
 
     def _shaped(self, value: Tensor) -> Tensor:
         return value[0] if self.num_labels is None else value
@@ -411,9 +404,7 @@ class CalibrationHistogram:
         return CalibrationHistogram(self.num_labels, num_cells=self.num_cells)
 
     def _with(self, state: _tally.Counted) -> CalibrationHistogram:
-        new = CalibrationHistogram(num_cells=self.num_cells)
-        new._state, new._only_logits = state, self._only_logits
-        return new
+        return holding(state, None, self.num_cells, only_logits=self._only_logits)
 
     def _suspect(self) -> None:
         """Warn once where what came as logits lies in [0, 1] as probabilities do."""
@@ -431,6 +422,33 @@ class CalibrationHistogram:
         labels = "" if self.num_labels is None else f"num_labels={self.num_labels}, "
         count = "" if self._state.counts.is_meta else f", count={int(self._state.counts.sum())}"
         return f"{type(self).__name__}({labels}num_cells={self.num_cells}{count})"
+
+
+def holding(
+    state: _tally.Counted, num_labels: int | None, num_cells: int, *, only_logits: bool = False
+) -> CalibrationHistogram:
+    """A histogram of what was counted; ``only_logits`` if that may turn out to be probabilities."""
+    made = CalibrationHistogram(num_labels, num_cells=num_cells)
+    made._state, made._only_logits = state, only_logits
+    return made
+
+
+def restored(saved: Mapping[str, Tensor], own: _tally.Counted) -> _tally.Counted:
+    """Copies of what was saved, which must have the sizes of ``own`` and goes to its device."""
+    if set(saved) != set(own._fields):
+        raise ValueError(
+            _checks.sentence(
+                "state_dict",
+                f"have the keys {sorted(own._fields)}",
+                sorted(saved),
+                "pass what `histogram.state_dict()` returned",
+            )
+        )
+    for name, part in own._asdict().items():
+        _check_saved(name, saved[name], part)
+    return _tally.Counted(
+        *(saved[name].to(part, copy=True) for name, part in own._asdict().items())
+    )
 
 
 def _cells_of(state: _tally.Counted, grid: _tally.Grid) -> list[Cells]:
@@ -466,14 +484,11 @@ def _bin_of_cells(grid: _tally.Grid, num_bins: int, kind: str) -> Tensor:
 
 
 def _like_probabilities(counts: Tensor, grid: _tally.Grid) -> Tensor:
-    """Whether what came as logits lies all over [0, 1] and nowhere else, as a 0-d tensor."""
-    count = counts.sum((0, 2))
+    """Whether what came as logits looks like probabilities, as a 0-d tensor."""
+    negative, positive = counts.sum((0, 2)).unbind()
     low, _ = grid.logits()
-    # Logits of an untrained network may lie in [0, 1] too, but not all over it.
-    parts = (count[1, (low > at) & (low <= to)] for at, to in ((-1, 0.25), (0.75, 1)))
-    wide = torch.stack([part.sum() for part in parts]).amin() > 0
-    inside = count[1, low <= 1].sum() == count.sum()
-    return inside & wide & (count.sum() >= _SUSPECT)
+    alike = measures.like_probabilities(low.to(counts.device), positive)
+    return alike & (negative.sum() == 0) & (positive.sum() >= _SUSPECT)
 
 
 def by_label(value: Tensor, num_labels: int | None, name: str) -> Tensor:
@@ -600,7 +615,6 @@ _ROWS = {
 
 def _summary(histogram: CalibrationHistogram) -> str:
     values = {name: value.reshape(-1).tolist() for name, value in _all_measures(histogram).items()}
-    whole = histogram.pooled()
     lines = []
     if histogram.num_labels is not None:
         labels = [f"label {i}" for i in range(histogram.num_labels)]
@@ -608,19 +622,33 @@ def _summary(histogram: CalibrationHistogram) -> str:
     for key, title in _ROWS.items():
         cells = (f"{v:>12d}" if key == "count" else f"{v:>12.4f}" for v in values[key])
         lines.append(f"{title:<20}{''.join(cells)}")
-    return "\n".join((*lines, _advice(whole)))
+    return "\n".join((*lines, _advice(histogram)))
 
 
 def _advice(histogram: CalibrationHistogram) -> str:
-    """What the numbers say to do; a line of text."""
-    slope = float(histogram.slope())
+    """What the numbers say to do: a line of text, or one for the labels that share an advice."""
+    if histogram.num_labels is None:
+        return _advice_of(histogram)
+    who: dict[str, list[str]] = {}
+    for label in range(histogram.num_labels):
+        who.setdefault(_advice_of(histogram.label(label)), []).append(str(label))
+    if len(who) == 1:
+        return next(iter(who))
+    return "\n".join(f"label {', '.join(labels)}: {text}" for text, labels in who.items())
+
+
+def _advice_of(histogram: CalibrationHistogram) -> str:
+    slope, nll = float(histogram.slope()), float(histogram.nll())
     rate = float(histogram.accuracy("positive_class"))
     mean = float(histogram.confidence("positive_class"))
-    gain = float(histogram.decomposition().miscalibration) / float(histogram.nll())
     if slope != slope:
         return "Nothing to advise: both classes, and more than one logit, must be seen."
+    if slope == math.inf:
+        return "A threshold tells the classes apart: the slope has no end. Measure more data."
+    if slope <= 0:
+        return "The logits speak against the labels: look at the data first."
+    gain = float(histogram.decomposition().miscalibration) / nll
     shift = abs(mean - rate) > 0.05 * min(rate, 1 - rate)
-    shifted = f" The mean probability is {mean:.3g} where the base rate is {rate:.3g}."
     if slope < 0.9:
         text = "Over-confident (slope below 1): softer labels help, and so does a repair."
     elif slope > 1.1:
@@ -629,4 +657,4 @@ def _advice(histogram: CalibrationHistogram) -> str:
         text = "The slope is right: softer labels would not help; a repair does."
     else:
         return "Well calibrated: nothing to repair."
-    return text + (shifted if shift else "")
+    return text + (" The mean probability is not the base rate." if shift else "")

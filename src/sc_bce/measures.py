@@ -12,6 +12,8 @@ from torch import Tensor
 __all__ = ["Cells", "Decomposition", "Reliability"]
 
 _ITERATIONS = 200  # of Newton's method; a dozen are usual
+_CROWD = 0.01  # of the elements, in the outer tenth of what is seen
+_LEVEL = 0.01  # logits that differ by less are all alike
 _TINY = 1e-15  # of the mean loss: a step that promises less is the last
 
 
@@ -262,6 +264,26 @@ def isotonic(count: Tensor, positive: Tensor) -> Blocks:
             n[-1] += last_n
             k[-1] += last_k
     return Blocks(first, n, k)
+
+
+# --- what is no logit -----------------------------------------------------------------------------
+
+
+def like_probabilities(logit: Tensor, count: Tensor) -> Tensor:
+    """Whether all logits lie in [0, 1], all over it or crowded at an end; a 0-d tensor.
+
+    Those of an untrained network may lie inside too: in a heap that neither end cuts.
+    """
+    seen = count > 0
+    low = torch.where(seen, logit, torch.inf).amin()
+    high = torch.where(seen, logit, -torch.inf).amax()
+    ends = (logit <= high / 10, 1 - logit <= (1 - low) / 10)
+    crowd = torch.stack([torch.where(end, count, 0).sum() for end in ends]).amax()
+    spread = (low <= 0.25) & (high >= 0.75) | (crowd >= _CROWD * count.sum())
+    return (low >= 0) & (high <= 1) & (high - low >= _LEVEL) & spread
+
+
+# --- scores ---------------------------------------------------------------------------------------
 
 
 def entropy(p: Tensor) -> Tensor:

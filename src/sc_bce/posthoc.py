@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _batch, _checks, _tally, measures
-from .histogram import CalibrationHistogram, by_label, warn
+from .histogram import CalibrationHistogram, by_label, holding, warn
 from .measures import Blocks, Cells
 
 __all__ = ["IsotonicCalibration", "TemperatureScaling"]
@@ -58,8 +58,8 @@ class _Repair(nn.Module):
             ignore_index: target value of elements to leave out. Default: None.
 
         Raises:
-            ValueError: sizes or numbers of labels that differ; illegal labels; nothing left;
-                labels of one class only; logits that are not finite; a histogram that nan has
+            ValueError: sizes or numbers of labels that differ; illegal labels; nothing left, or
+                one class only, of any label; logits that are not finite; a histogram that nan has
                 spoilt. The module is then unchanged.
             TypeError: an argument of the wrong type.
         """
@@ -82,16 +82,40 @@ class _Repair(nn.Module):
         raise NotImplementedError
 
     def _answers(self, cells: list[Cells]) -> list[Tensor]:
+        # The cells are on the CPU, in float64, which the module's device may not have.
+        buffers = {name: part.cpu() for name, part in self.named_buffers()}
+
+        def answer(z: Tensor) -> Tensor:
+            calibrated: Tensor = torch.func.functional_call(self, buffers, (z,))
+            return calibrated
+
         if self.num_labels is None:
-            return [self(cells[0].logit)]
+            return [answer(cells[0].logit)]
         return [
-            self(one.logit.new_zeros(1, self.num_labels, len(one.logit)).copy_(one.logit))[0, i]
+            answer(one.logit.new_zeros(1, self.num_labels, len(one.logit)).copy_(one.logit))[0, i]
             for i, one in enumerate(cells)
         ]
 
     def _evidence(self, logits: object, target: object, ignore_index: int | None) -> list[Cells]:
         if isinstance(logits, CalibrationHistogram):
-            return self._of_histogram(logits, target)
+            cells, name = self._of_histogram(logits, target), "histogram"
+        else:
+            cells, name = self._of_pair(logits, target, ignore_index), "target"
+        for label, one in enumerate(cells):
+            both_classes(one, name, None if self.num_labels is None else label)
+        return cells
+
+    def _of_pair(self, logits: object, target: object, ignore_index: int | None) -> list[Cells]:
+        z, y = _tally.tensor(logits, "logits"), _tally.tensor(target, "target")
+        if target is None and not isinstance(z, Tensor):
+            raise TypeError(
+                _checks.sentence(
+                    "logits",
+                    "be a CalibrationHistogram, or a Tensor beside its `target`",
+                    _checks.describe(logits),
+                    "update a histogram with each batch and pass it",
+                )
+            )
         if target is None:
             raise TypeError(
                 _checks.sentence(
@@ -101,7 +125,6 @@ class _Repair(nn.Module):
                     "pass `fit(logits, target)`, or a CalibrationHistogram alone",
                 )
             )
-        z, y = _tally.tensor(logits, "logits"), _tally.tensor(target, "target")
         _batch.pair(z, y, "logits")
         ignore_index = _checks.ignore_index(ignore_index)
         rows = (by_label(part, self.num_labels, "logits").unbind() for part in (z, y))
@@ -126,8 +149,6 @@ class _Repair(nn.Module):
                     "build both with the same number, or pass `histogram.pooled()`",
                 )
             )
-        if histogram._state.counts.is_meta:
-            raise ValueError(_checks.sentence("histogram", "hold values", "one on device meta"))
         rows = histogram.cells_by_label()
         for one in rows:
             if bool(one.count.isnan().any()):
@@ -139,7 +160,6 @@ class _Repair(nn.Module):
                         "it has seen nan, or labels other than 0 and 1, on an accelerator",
                     )
                 )
-            both_classes(one, "histogram")
         return rows
 
     def _of_logits(self, z: Tensor, y: Tensor, ignore_index: int | None) -> Cells:
@@ -156,7 +176,7 @@ class _Repair(nn.Module):
             else Cells(z.double(), torch.ones_like(z, dtype=torch.float64), y.double())
         )
         cells = Cells(*(part.cpu() for part in cells))
-        both_classes(cells, "target")
+        suspect(cells)
         return cells
 
 
@@ -275,7 +295,7 @@ class TemperatureScaling(_Repair):
         self.nll = None
 
     def _fit(self, cells: list[Cells]) -> None:
-        rates = self.flip_rates.detach().double().cpu().reshape(2, -1)
+        rates = self.flip_rates.detach().cpu().double().reshape(2, -1)
         fitted = [
             _best_map(one, None if self.fit_flip_rates else rates[:, i], self.fit_bias)
             for i, one in enumerate(cells)
@@ -305,9 +325,7 @@ class TemperatureScaling(_Repair):
         if isinstance(rate, Tensor):
             state_dict[prefix + "flip_rates"] = rate.expand(self.flip_rates.shape).clone()
             for name, value in (("bias", 0.0), ("clip", _CLIP)):
-                state_dict[prefix + name] = torch.full_like(
-                    state_dict[prefix + "temperature"], value
-                )
+                state_dict[prefix + name] = rate.new_full(self.bias.shape, value)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -398,10 +416,9 @@ class IsotonicCalibration(_Repair):
     def _of_logits(self, z: Tensor, y: Tensor, ignore_index: int | None) -> Cells:
         # Checked as a temperature's data, gathered as a histogram's.
         super()._of_logits(z, y, ignore_index)
-        histogram = CalibrationHistogram(num_cells=_CELLS)
-        histogram.update(z, y, ignore_index=ignore_index)
-        histogram._only_logits = False  # what looks like probabilities was warned of
-        return histogram.cells_by_label()[0]
+        home = _tally.home(z.device)
+        counted = _tally.count(_CELLS, z.to(home)[None], y.to(home)[None], True, ignore_index)
+        return holding(counted, None, _CELLS).cells_by_label()[0]
 
     def _of_histogram(self, histogram: CalibrationHistogram, target: object) -> list[Cells]:
         if histogram.num_cells != _CELLS:
@@ -472,25 +489,29 @@ def validation_data(logits: Tensor, target: Tensor) -> None:
                 "`ignore_index`",
             )
         )
-    low, high = (float(end) for end in logits.aminmax())
-    if len(logits) >= _SUSPECT and 0 <= low < 0.25 and 0.75 < high <= 1:
+
+
+def suspect(cells: Cells) -> None:
+    """Warn of what looks like probabilities."""
+    if cells.count.sum() >= _SUSPECT and measures.like_probabilities(cells.logit, cells.count):
         warn(
             "All logits of this fit lie in [0, 1], as if they were probabilities; pass what the "
             "network answers before the sigmoid, or `torch.logit(probabilities)`"
         )
 
 
-def both_classes(cells: Cells, name: str) -> None:
+def both_classes(cells: Cells, name: str, label: int | None) -> None:
+    of = "" if label is None else f" of label {label}"
     total, positive = float(cells.count.sum()), float(cells.positive.sum())
     if total == 0:
         raise ValueError(
-            _checks.sentence(name, "hold an element to fit to", "none", "update it first")
+            _checks.sentence(name, f"hold an element{of} to fit to", "none", "update it first")
         )
     if not 0 < positive < total:
         raise ValueError(
             _checks.sentence(
                 name,
-                "hold both classes",
+                f"hold both classes{of}",
                 f"only {positive / total:g}",
                 "fit to validation data with positives and negatives",
             )
