@@ -236,3 +236,13 @@ def test_a_level_that_pos_weight_takes_to_one_side_is_named_once(weight, options
             criterion(x, y, torch.arange(4)).backward()
             criterion.step(over_confident(slope))
     assert [str(one.message)[:22] for one in caught] == ["at the levels reached,"] * warned
+
+
+def test_with_focus_levels_climb_by_themselves():
+    criterion = AdaptivePerturbation(6, focus=2.0)
+    for _ in range(2):
+        x = torch.linspace(-4, 4, 6).reshape(6, 1).requires_grad_()
+        criterion(x, torch.ones(6, 1), torch.arange(6)).backward()
+        criterion.step(over_confident(0.5))
+        assert bool(criterion.climbs)
+    assert len(criterion.alpha.unique()) > 1
