@@ -18,6 +18,7 @@ from ._checks import sentence
 _BYTES_PAY_FROM = 1 << 12  # draws, from which on bytes are quicker than uniform numbers
 FRACTION = 1 << 20  # parts of a label, so that soft ones are counted in integers too
 _FEW = 1 << 12  # elements, up to which a look at each costs nothing beside the call
+_WITHOUT_FLOAT64 = ("mps",)
 _UNREDUCIBLE = (torch.uint16, torch.uint32, torch.uint64)  # torch has no min and max of them
 
 
@@ -360,6 +361,15 @@ def _broadcasts(shape: torch.Size, size: torch.Size) -> bool:
     return all(have in (1, want) for have, want in zip(shape, size, strict=True))
 
 
+def home(device: torch.device) -> torch.device:
+    """Where float64 is formed of what lies on a device: there, or on the CPU if it has none."""
+    return device if has_float64(device) else torch.device("cpu")
+
+
+def has_float64(device: torch.device) -> bool:
+    return device.type not in _WITHOUT_FLOAT64
+
+
 # -- means over a sample
 
 
@@ -403,9 +413,13 @@ def label_counts(batch: Batch, shape: tuple[int, ...]) -> Tensor:
     if not target.is_floating_point():
         return torch.stack((count, positives * FRACTION, positives))
     label = target.detach() if valid is None else torch.where(valid, target.detach(), 0)
-    exact = torch.float32 if target.device.type == "mps" else torch.float64
-    total = label.sum(over, dtype=exact) if over else label.to(exact)
-    return torch.stack((count, (total * FRACTION).round().to(torch.int64).reshape(-1), positives))
+    if has_float64(target.device):
+        total = label.sum(over, dtype=torch.float64) if over else label.double()
+        parts = (total * FRACTION).round().to(torch.int64)
+    else:  # in whole parts at once: to go home would make the device wait
+        parts = (label.float() * FRACTION).round().to(torch.int64)
+        parts = parts.sum(over) if over else parts
+    return torch.stack((count, parts.reshape(-1), positives))
 
 
 def row_counts(

@@ -326,11 +326,6 @@ def readable(flag: Tensor) -> bool | None:
         return None
 
 
-def home(device: torch.device) -> torch.device:
-    """Where the sums of what lies on a device are kept: float64 needs a place."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 def tensor(value: Any, name: str) -> Any:
     """A NumPy array, or what becomes one by itself (a number or column of it), as a Tensor."""
     if isinstance(value, Tensor) or not hasattr(value, "__array__"):

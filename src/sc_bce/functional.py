@@ -331,8 +331,8 @@ def mean_slopes(batch: Batch, prior: float | Tensor, weight: Tensor | None) -> T
 
 def _cast(loss: Tensor, batch: Batch) -> Tensor:
     """torch's dtype; under autocast torch runs BCE in float32 and leaves the result there."""
-    device_type = batch.input.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+    device = batch.input.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return loss
     return loss.to(batch.dtype)
 

@@ -82,10 +82,17 @@ class _Repair(nn.Module):
         raise NotImplementedError
 
     def _answers(self, cells: list[Cells]) -> list[Tensor]:
+        # On the CPU, where the cells are.
+        buffers = {name: buffer.cpu() for name, buffer in self.named_buffers()}
+
+        def answer(z: Tensor) -> Tensor:
+            calibrated: Tensor = torch.func.functional_call(self, buffers, (z,))
+            return calibrated
+
         if self.num_labels is None:
-            return [self(cells[0].logit)]
+            return [answer(cells[0].logit)]
         return [
-            self(one.logit.new_zeros(1, self.num_labels, len(one.logit)).copy_(one.logit))[0, i]
+            answer(one.logit.new_zeros(1, self.num_labels, len(one.logit)).copy_(one.logit))[0, i]
             for i, one in enumerate(cells)
         ]
 
@@ -147,7 +154,7 @@ class _Repair(nn.Module):
         if ignore_index is not None:
             valid = _batch.valid_elements(y, ignore_index)
             z, y = z[valid], y[valid]
-        home = _tally.home(z.device)
+        home = _batch.home(z.device)
         z, y = z.to(home), y.to(home)
         validation_data(z, y)
         cells = (
@@ -275,7 +282,7 @@ class TemperatureScaling(_Repair):
         self.nll = None
 
     def _fit(self, cells: list[Cells]) -> None:
-        rates = self.flip_rates.detach().double().cpu().reshape(2, -1)
+        rates = self.flip_rates.detach().cpu().double().reshape(2, -1)
         fitted = [
             _best_map(one, None if self.fit_flip_rates else rates[:, i], self.fit_bias)
             for i, one in enumerate(cells)
