@@ -15,7 +15,7 @@ from strategies import batches, seeds, shapes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from sc_bce import CalibrationHistogram, TemperatureScaling, _tally, measures
+from sc_bce import CalibrationHistogram, TemperatureScaling, _batch, _tally, measures
 
 KINDS = ("top_label", "positive_class")
 filled = shapes.filter(lambda shape: 0 not in shape)
@@ -724,9 +724,9 @@ def test_a_state_of_version_0_1_loads():
 
 
 def test_only_mps_has_no_float64_for_the_sums():
-    assert _tally.home(torch.device("mps")) == torch.device("cpu")
+    assert _batch.home(torch.device("mps")) == torch.device("cpu")
     for device in ("cpu", "cuda", "meta"):
-        assert _tally.home(torch.device(device)) == torch.device(device)
+        assert _batch.home(torch.device(device)) == torch.device(device)
 
 
 # --- NumPy ------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from ._checks import sentence
 _BYTES_PAY_FROM = 1 << 12  # draws, from which on bytes are quicker than uniform numbers
 FRACTION = 1 << 20  # parts of a label, so that soft ones are counted in integers too
 _FEW = 1 << 12  # elements, up to which a look at each costs nothing beside the call
+_WITHOUT_FLOAT64 = ("mps",)
+_OWN_KERNELS = ("cpu", "cuda", "meta")  # of every call; XLA has no aminmax and no view of bytes
 _UNREDUCIBLE = (torch.uint16, torch.uint32, torch.uint64)  # torch has no min and max of them
 
 
@@ -32,9 +34,9 @@ class Batch(NamedTuple):
     valid: Tensor | None  # where the loss counts; None is everywhere
     legal: bool  # False where the labels could not be read, and may be illegal
 
-    @property
     def dtype(self) -> torch.dtype:
         """torch's rule: that of the target; a bool or integer target has none to give."""
+        # No property: torch 2.6 can't trace one of a tuple.
         return self.target.dtype if self.target.is_floating_point() else self.input.dtype
 
     def labels(self, dtype: torch.dtype) -> Tensor:
@@ -377,6 +379,28 @@ def _broadcasts(shape: torch.Size, size: torch.Size) -> bool:
     return all(have in (1, want) for have, want in zip(shape, size, strict=True))
 
 
+def as_bytes(mask: Tensor) -> Tensor:
+    """The bytes of a bool tensor, without a copy where the device can read them so."""
+    return mask.view(torch.uint8) if mask.device.type in _OWN_KERNELS else mask.to(torch.uint8)
+
+
+def ends(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum; in one pass where that does not send the tensor to the CPU and back."""
+    if value.device.type in _OWN_KERNELS:
+        low, high = value.aminmax()
+        return low, high
+    return value.min(), value.max()
+
+
+def home(device: torch.device) -> torch.device:
+    """Where float64 is formed of what lies on a device: there, or on the CPU if it has none."""
+    return device if has_float64(device) else torch.device("cpu")
+
+
+def has_float64(device: torch.device) -> bool:
+    return device.type not in _WITHOUT_FLOAT64
+
+
 # -- means over a sample
 
 
@@ -405,7 +429,7 @@ def label_counts(batch: Batch, shape: tuple[int, ...]) -> Tensor:
     def number(marked: Tensor) -> Tensor:
         # torch sums bools many times slower than bytes, and into int64 than into int32.
         wide = torch.int32 if marked.numel() < 2**31 else torch.int64
-        count = marked.view(torch.uint8).sum(over, dtype=wide) if over else marked
+        count = as_bytes(marked).sum(over, dtype=wide) if over else marked
         return count.to(torch.int64).reshape(-1)
 
     high = target if target.dtype == torch.bool else target >= 0.5
@@ -420,9 +444,14 @@ def label_counts(batch: Batch, shape: tuple[int, ...]) -> Tensor:
     if not target.is_floating_point():
         return torch.stack((count, positives * FRACTION, positives))
     label = target.detach() if valid is None else torch.where(valid, target.detach(), 0)
-    exact = torch.float32 if target.device.type == "mps" else torch.float64
-    total = label.sum(over, dtype=exact) if over else label.to(exact)
-    return torch.stack((count, _in_fractions(total.reshape(-1), count, positives), positives))
+    if has_float64(target.device):
+        total = label.sum(over, dtype=torch.float64) if over else label.double()
+        parts = _in_fractions(total.reshape(-1), count, positives)
+    else:  # each in whole parts at once: to go home would make the device wait
+        ones = torch.ones((), dtype=torch.int64, device=target.device)
+        whole = _in_fractions(label.float(), ones, (label >= 0.5).to(torch.int64))
+        parts = (whole.sum(over) if over else whole).reshape(-1)
+    return torch.stack((count, parts, positives))
 
 
 def row_counts(

@@ -195,7 +195,7 @@ class _Sweep:
         x = x.to(self._dtype)
         y, size, doubt, work = (buffer[: len(x)] for buffer in self._work)
         # A byte becomes a float several times faster than a bool does.
-        y.copy_(label.view(torch.uint8) if label.dtype == torch.bool else label)
+        y.copy_(_batch.as_bytes(label) if label.dtype == torch.bool else label)
         if from_logits:
             logit = x
             torch.neg(torch.abs(x, out=size), out=doubt).sigmoid_()
@@ -250,9 +250,9 @@ def _zeros_and_ones(label: Tensor, y: Tensor, work: Tensor) -> Tensor:
     if label.dtype == torch.bool:
         return torch.ones((), dtype=torch.bool, device=label.device)
     if label.is_floating_point():
-        low, high = torch.addcmul(y, y, y, value=-1, out=work).aminmax()
+        low, high = _batch.ends(torch.addcmul(y, y, y, value=-1, out=work))
         return (low == 0) & (high == 0)
-    low, high = label.aminmax()
+    low, high = _batch.ends(label)
     return (low >= 0) & (high <= 1)
 
 
@@ -324,11 +324,6 @@ def readable(flag: Tensor) -> bool | None:
         return bool(flag)
     except RuntimeError:  # vmap, fake and proxy tensors have no values to branch on
         return None
-
-
-def home(device: torch.device) -> torch.device:
-    """Where the sums of what lies on a device are kept: float64 needs a place."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 def tensor(value: Any, name: str) -> Any:

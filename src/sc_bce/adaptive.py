@@ -377,7 +377,7 @@ class AdaptivePerturbation(Levels):
             self.prior = self._given.to(self.alpha.device)
         self._kappa = levels.cost(self.beta, self.prior, self.counts)
         self._cap = levels.cap(self.beta, self.prior)
-        if type(self.steps) is Tensor and not self.steps.is_meta:  # nor a fake one
+        if _has_values(self.steps):
             self._steps = int(self.epoch.steps)
             self._past_warmup = self._steps >= max(self.warmup, 1)
             self._climbs = self._past_warmup and bool(self.epoch.climbs)
@@ -470,6 +470,11 @@ class AdaptivePerturbation(Levels):
 
     def refusal(self, saved: Mapping[str, Tensor]) -> str | None:
         return _refusal(self, saved)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Not on the meta device, nor a fake one."""
+    return type(tensor) is Tensor and not tensor.is_meta
 
 
 def _counted(prior: float | Tensor) -> tuple[int, ...] | None:

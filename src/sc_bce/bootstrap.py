@@ -112,7 +112,7 @@ class ImageHistograms:
                 _checks.sentence("input", "have its images in dimension 0", "no dimension")
             )
         ignore_index = _checks.ignore_index(ignore_index)
-        home = _tally.home(input.device)
+        home = _batch.home(input.device)
         new = _tally.count(
             self.num_cells, input.to(home), target.to(home), from_logits, ignore_index
         )

@@ -242,7 +242,7 @@ def perturbed_loss(
         found = _fused.sums(batch, given)
         if found is not None:
             return of_sum(found.loss, batch, reduction)
-    input, dtype = batch.input, batch.dtype
+    input, dtype = batch.input, batch.dtype()
     if isinstance(given.alpha, Tensor) or given.alpha != 0:
         wide = torch.promote_types(dtype, torch.float32)
         q = given.towards_prior(batch.labels(wide))
@@ -331,10 +331,14 @@ def mean_slopes(batch: Batch, prior: float | Tensor, weight: Tensor | None) -> T
 
 def _cast(loss: Tensor, batch: Batch) -> Tensor:
     """torch's dtype; under autocast torch runs BCE in float32 and leaves the result there."""
-    device_type = batch.input.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+    device = batch.input.device.type
+    # Some devices have none, and may not be asked; compiled code runs on one that has.
+    has = device != "meta" and (
+        torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    )
+    if has and torch.is_autocast_enabled(device):
         return loss
-    return loss.to(batch.dtype)
+    return loss.to(batch.dtype())
 
 
 def _masked(

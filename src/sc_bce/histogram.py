@@ -137,7 +137,7 @@ class CalibrationHistogram:
         input, target = _tally.tensor(input, "input"), _tally.tensor(target, "target")
         _batch.pair(input, target)
         ignore_index = _checks.ignore_index(ignore_index)
-        home = _tally.home(input.device)
+        home = _batch.home(input.device)
         x, y = (by_label(part.to(home), self.num_labels, "input") for part in (input, target))
         new = _tally.count(self.num_cells, x, y, from_logits, ignore_index)
         self._state = self._state.to(home).plus(new)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _checks
-from ._batch import FRACTION
+from ._batch import FRACTION, home
 from ._checks import sentence
 
 __all__ = [
@@ -91,18 +91,23 @@ def cost(beta: float, prior: float | Tensor, counts: Tensor) -> float | Tensor:
     """
     if not isinstance(prior, Tensor) and prior == 0.5:
         return beta / 2
-    count, _, high = counts.double()
-    c = prior.double().reshape(-1) if isinstance(prior, Tensor) else prior
+    count, _, high = wide(counts)
+    c = wide(prior).reshape(-1) if isinstance(prior, Tensor) else prior
     total = (high * (1 - c) + (count - high) * c).sum()
     kappa: Tensor = beta * total / count.sum().clamp(min=1)
-    return kappa.float()
+    return kappa.float().to(counts.device)
 
 
 def base_rate(counts: Tensor) -> Tensor:
     """(N+ + 1/2) / (N + 1) of each label."""
-    count, total, _ = counts.double()
+    count, total, _ = wide(counts)
     rate: Tensor = (total / FRACTION + 0.5) / (count + 1)
-    return rate.float()
+    return rate.float().to(counts.device)
+
+
+def wide(value: Tensor) -> Tensor:
+    """In float64, where the device has it, else on the CPU."""
+    return value.to(home(value.device)).double()
 
 
 def climbed(climb: Climb, alpha: Tensor, slope: Tensor, budget: Tensor, epoch: Epoch) -> Tensor:
@@ -193,7 +198,7 @@ def mean_difficulty(focus: float, accuracy: Tensor, seen: Tensor) -> Tensor:
         rows = slice(start, start + _CHUNK)
         hardness = (1 - accuracy[rows]) ** focus
         hardness = torch.where(seen[rows], hardness, 0.0)
-        total += float(hardness.sum(dtype=torch.float64))
+        total += float(hardness.to(home(hardness.device)).sum(dtype=torch.float64))
         count += int(seen[rows].sum())
     return accuracy.new_tensor(total / count)
 

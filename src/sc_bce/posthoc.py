@@ -167,7 +167,7 @@ class _Repair(nn.Module):
         if ignore_index is not None:
             valid = _batch.valid_elements(y, ignore_index)
             z, y = z[valid], y[valid]
-        home = _tally.home(z.device)
+        home = _batch.home(z.device)
         z, y = z.to(home), y.to(home)
         validation_data(z, y)
         cells = (
@@ -416,7 +416,7 @@ class IsotonicCalibration(_Repair):
     def _of_logits(self, z: Tensor, y: Tensor, ignore_index: int | None) -> Cells:
         # Checked as a temperature's data, gathered as a histogram's.
         super()._of_logits(z, y, ignore_index)
-        home = _tally.home(z.device)
+        home = _batch.home(z.device)
         counted = _tally.count(_CELLS, z.to(home)[None], y.to(home)[None], True, ignore_index)
         return holding(counted, None, _CELLS).cells_by_label()[0]
 
