@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import seeds
 
@@ -35,6 +35,7 @@ def overfitted(seed, n, scale=2.0, shift=0.0):
 @given(seeds, st.integers(20, 300), st.floats(0.3, 5), st.floats(-3, 3))
 def test_slope_and_intercept_are_the_logistic_fit(seed, n, scale, shift):
     z, y = overfitted(seed, n, scale, shift)
+    assume(z[y == 0].max() > z[y == 1].min())  # what a threshold separates has no finite slope
     histogram = seen(z, y)
     a, b = ref.logistic(z, y)
     assert float(histogram.slope()) == pytest.approx(a, rel=2e-3, abs=2e-4)
