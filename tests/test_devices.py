@@ -10,6 +10,13 @@ from torch.testing import assert_close
 import sc_bce
 from sc_bce import AdaptivePerturbation, CalibrationHistogram, SCBCEWithLogitsLoss, _batch, adaptive
 
+try:  # before the first backward of all, which looks what devices there are
+    import torch_xla
+
+    XLA = torch_xla.device()
+except ImportError:
+    XLA = None
+
 N = 6
 ADAPTIVE = {
     "default": {},
@@ -32,6 +39,21 @@ def data(step):
     generator = torch.Generator("cpu").manual_seed(step)
     images = torch.randn(N, 4, generator=generator, device="cpu")
     return images, (images[:, :3] > 0.5).float() * 0.875, torch.arange(N, device="cpu")
+
+
+def steps(criterion, weight, batches):
+    """Steps of training; the losses."""
+    indexed = isinstance(criterion, AdaptivePerturbation) and criterion.num_samples is not None
+    losses = []
+    for images, target, index in batches:
+        logits = images @ weight
+        loss = criterion(logits, target, index) if indexed else criterion(logits, target)
+        loss.backward()
+        with torch.no_grad():
+            weight -= 0.5 * weight.grad
+            weight.grad = None
+        losses.append(loss.detach())
+    return losses
 
 
 # -- without float64
@@ -64,30 +86,13 @@ def test_the_stand_in_refuses_float64_and_sees_waits(mps):
     assert (x.cpu().double().sum(), mps.waits) == (6, 2)
 
 
-def epoch(criterion, weight, device, mps=None):
-    """Two steps of training; the indexed criterion's levels move."""
-    losses = []
-    for step in range(2):
-        images, target, index = (part.to(device) for part in data(step))
-        waits = mps.waits if mps else 0
-        logits = images @ weight
-        indexed = isinstance(criterion, AdaptivePerturbation) and criterion.num_samples is not None
-        loss = criterion(logits, target, index) if indexed else criterion(logits, target)
-        loss.backward()
-        with torch.no_grad():
-            weight -= 0.5 * weight.grad
-            weight.grad = None
-        if mps:
-            assert mps.waits == waits, "training waits for the device"
-        losses.append(loss.detach().cpu())
-    return losses
-
-
 @pytest.mark.parametrize("name", FIXED)
 def test_the_fixed_loss_trains_without_float64(mps, name):
     criterion = SCBCEWithLogitsLoss(**FIXED[name], pos_weight=torch.full((3,), 1.5)).to(DEVICE)
     weight = torch.ones(4, 3).to(DEVICE).requires_grad_()
-    losses = epoch(criterion, weight, DEVICE, mps)
+    batches = [tuple(part.to(DEVICE) for part in data(step)) for step in range(2)]
+    losses = steps(criterion, weight, batches)
+    assert mps.waits == 0
     assert all(loss.isfinite() for loss in losses)
     assert all(rate.isfinite() for rate in criterion.flip_rates)
 
@@ -100,9 +105,12 @@ def test_levels_train_without_float64_as_with_it(mps, name):
         torch.manual_seed(1)
         criterion = AdaptivePerturbation(**settings).to(device)
         weight = torch.ones(4, 3).to(device).requires_grad_()
+        batches = [tuple(part.to(device) for part in data(step)) for step in range(2)]
         histogram = CalibrationHistogram()
         for _ in range(4):
-            losses = epoch(criterion, weight, device, mps)
+            before = mps.waits
+            losses = steps(criterion, weight, batches)
+            assert mps.waits == before
             histogram.update(torch.linspace(-3, 3, 8).to(device), torch.ones(8).to(device))
             criterion.step(histogram)
         again = AdaptivePerturbation(**settings).to(device)
@@ -110,7 +118,7 @@ def test_levels_train_without_float64_as_with_it(mps, name):
         repr(again)
         state = {key: value.cpu() for key, value in again.state_dict().items()}
         ends.append([losses, state, again.flip_rates, criterion.doubt])
-    torch.testing.assert_close(*ends, check_device=False)
+    assert_close(*ends, check_device=False)
 
 
 def test_measures_and_repairs_work_without_float64(mps):
@@ -128,3 +136,95 @@ def test_measures_and_repairs_work_without_float64(mps):
             found.append(repair.fit(histogram)(x).cpu())
         ends.append(found)
     assert_close(*ends)
+
+
+# -- on XLA: a true second device, whose CPU runs it too
+
+
+@pytest.fixture(scope="module")
+def xla():
+    if XLA is None:
+        pytest.skip("needs torch_xla: .ci/devices")
+    from torch_xla.debug import metrics
+
+    def waits(run):
+        """What the device did not do itself, and what was read from it."""
+        torch_xla.sync()
+        metrics.clear_all()
+        run()
+        torch_xla.sync()
+        calls = {n: metrics.counter_value(n) for n in metrics.counter_names() if "aten::" in n}
+        reads = metrics.metric_data("TransferFromDeviceTime")
+        return calls, reads[0] if reads else 0
+
+    return XLA, waits
+
+
+def test_the_counters_of_xla_see_a_wait(xla):
+    device, waits = xla
+    x = torch.ones(3, device=device)
+    calls, reads = waits(lambda: float(x.sum()))
+    assert calls["aten::_local_scalar_dense"] == 1
+    assert reads == 1
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_the_fixed_loss_trains_on_xla_without_a_wait(xla, name):
+    device, waits = xla
+    criterion = SCBCEWithLogitsLoss(**FIXED[name], pos_weight=torch.full((3,), 1.5)).to(device)
+    weight = torch.ones(4, 3, device=device, requires_grad=True)
+    batches = [tuple(part.to(device) for part in data(step)) for step in range(2)]
+    assert waits(lambda: steps(criterion, weight, batches)) == ({}, 0)
+    assert bool(weight.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_levels_train_on_xla_without_a_wait_and_as_on_a_cpu(xla, name):
+    device, waits = xla
+    ends = []
+    for place in (device, torch.device("cpu")):
+        settings = {"num_samples": N, "warmup": 2, "sampling": "expected"} | ADAPTIVE[name]
+        drawn = settings["sampling"] != "expected"
+        criterion = AdaptivePerturbation(**settings).to(place)
+        weight = torch.ones(4, 3, device=place, requires_grad=True)
+        batches = [tuple(part.to(place) for part in data(step)) for step in range(2)]
+        histogram = CalibrationHistogram()
+        for _ in range(4):
+            found = waits(lambda: steps(criterion, weight, batches))  # noqa: B023
+            assert found == ({}, 0)
+            histogram.update(torch.linspace(-3, 3, 8).to(place), torch.ones(8).to(place))
+            criterion.step(histogram)
+        state = {key: value.cpu() for key, value in criterion.state_dict().items()}
+        assert state["alpha"].isfinite().all()
+        ends.append([state, [rate.cpu() for rate in criterion.flip_rates], weight.detach().cpu()])
+    if not drawn:  # each device draws its own
+        assert_close(*ends, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64, torch.uint8])
+def test_the_histogram_counts_on_xla_without_a_wait(xla, dtype):
+    device, waits = xla
+    x, y = torch.linspace(-5, 5, 40), (torch.arange(40) % 3 > 0).to(dtype)
+    far, near = CalibrationHistogram(), CalibrationHistogram()
+    there = [part.to(device) for part in (x, y)]
+    assert waits(lambda: far.update(*there)) == ({}, 0)
+    near.update(x, y)
+    for name in ("ece", "nll", "brier", "accuracy", "slope"):
+        assert_close(getattr(far, name)().cpu(), getattr(near, name)())
+
+
+def test_illegal_values_give_nan_on_xla(xla):
+    device, _ = xla
+    histogram, y = CalibrationHistogram(), torch.tensor([0, 1, 255]).to(device)
+    histogram.update(torch.zeros(3, device=device), y)
+    assert histogram.nll().isnan()
+    criterion = SCBCEWithLogitsLoss(alpha=0.1)
+    assert criterion(torch.zeros(3, device=device), y).isnan()
+
+
+def test_repairs_fit_on_xla_as_on_a_cpu(xla):
+    device, _ = xla
+    x, y = torch.linspace(-4, 4, 60), torch.arange(60) % 3 > 0
+    for make in (lambda: sc_bce.TemperatureScaling(bias=True), sc_bce.IsotonicCalibration):
+        far, near = make().to(device), make()
+        assert_close(far.fit(x.to(device), y.to(device))(x.to(device)).cpu(), near.fit(x, y)(x))
