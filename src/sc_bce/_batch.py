@@ -257,7 +257,8 @@ def perturbation(
 
 def _require_probabilities(alpha: Tensor) -> None:
     """Refuse an alpha outside [0, 1] where it can be read; a draw of bools is none."""
-    if alpha.dtype == torch.bool or not alpha.numel() or not readable(alpha):
+    # Whether it is readable comes before its size, which a compiled graph would be bound to.
+    if alpha.dtype == torch.bool or not readable(alpha) or not alpha.numel():
         return
     low, high = alpha.detach().aminmax()
     if low < 0 or high > 1:
@@ -364,7 +365,9 @@ def _broadcasts(shape: torch.Size, size: torch.Size) -> bool:
 
 def as_bytes(mask: Tensor) -> Tensor:
     """The bytes of a bool tensor, without a copy where the device can read them so."""
-    return mask.view(torch.uint8) if mask.device.type in _OWN_KERNELS else mask.to(torch.uint8)
+    if mask.device.type in _OWN_KERNELS and not torch.compiler.is_compiling():
+        return mask.view(torch.uint8)
+    return mask.to(torch.uint8)
 
 
 def ends(value: Tensor) -> tuple[Tensor, Tensor]:
