@@ -1,9 +1,18 @@
 """A device that none of us has: an accelerator without float64, played by the CPU."""
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+def lacks(last, what):
+    """Marks what a torch up to this one does not have."""
+    return pytest.mark.skipif(last >= TORCH, reason=f"torch {last[0]}.{last[1]} {what}")
+
 
 DEVICE = torch.device("lazy", 0)  # which backward needs no driver for
 _COPY, _MOVE = torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default

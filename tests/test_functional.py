@@ -598,8 +598,8 @@ def test_a_tensor_alpha_is_looked_at_only_where_it_can_be_read():
     compiled = torch.compile(sc_bce_with_logits, fullgraph=True, backend="aot_eager")
     close(compiled(x, y, wrong), want.mean(), rtol=1e-6)
     assert sc_bce_with_logits(x[0], y[0], torch.ones(2, dtype=torch.uint8)).isfinite()
-    # nan is no probability, and shows.
-    assert sc_bce_with_logits(x, y, torch.tensor(torch.nan)).isnan()
+    with pytest.raises(ValueError, match=r"`alpha` to be in \[0, 1\], but got the value nan"):
+        sc_bce_with_logits(x, y, torch.tensor(torch.nan))
 
 
 def test_labels_that_are_nan_are_torchs_to_carry_through():

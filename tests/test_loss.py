@@ -8,6 +8,7 @@ import torch
 import torch._dynamo.testing
 import torch.distributed as dist
 import torch.nn.functional as F
+from devices import lacks
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import FLOATS, batches, pairs
@@ -360,6 +361,7 @@ def mesh():
     dist.destroy_process_group()
 
 
+@lacks((2, 6), "has no BCE of distributed tensors")
 @pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # torch, of a CPU
 @pytest.mark.parametrize("sampling", ["expected", "sample", "element"])
 def test_distributed_tensors_can_be_drawn(sampling, mesh):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from devices import lacks
 from ranks import run
 from tables import assert_same, build, moving, saved, trained
 from torch import nn
@@ -713,6 +714,7 @@ def fsdp(rank, world, path):
     return saved(plain.criterion), want, got
 
 
+@lacks((2, 6), "has no FSDP2 on a CPU")
 def test_fsdp2_trains_saves_and_loads_with_the_loss_inside_the_model(tmp_path):
     ranks = run(2, fsdp, str(tmp_path))
     for plain, want, got in ranks:

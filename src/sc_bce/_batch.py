@@ -258,6 +258,7 @@ def perturbation(
 
 def _require_probabilities(name: str, value: Tensor, remedy: str = "") -> None:
     """Refuse values outside [0, 1], or nan, where they can be read."""
+    # Whether it is readable comes before its size, which a compiled graph would be bound to.
     if value.dtype == torch.bool or value.is_complex() or not readable(value):
         return
     if not value.numel():
@@ -381,7 +382,9 @@ def _broadcasts(shape: torch.Size, size: torch.Size) -> bool:
 
 def as_bytes(mask: Tensor) -> Tensor:
     """The bytes of a bool tensor, without a copy where the device can read them so."""
-    return mask.view(torch.uint8) if mask.device.type in _OWN_KERNELS else mask.to(torch.uint8)
+    if mask.device.type in _OWN_KERNELS and not torch.compiler.is_compiling():
+        return mask.view(torch.uint8)
+    return mask.to(torch.uint8)
 
 
 def ends(value: Tensor) -> tuple[Tensor, Tensor]:

@@ -441,11 +441,12 @@ class IsotonicCalibration(_Repair):
         size = z.abs()
         place = self._grid.coordinate(size, torch.sigmoid(-size))
         # nan has no cell; which one is read then does not matter.
-        cell = place.nan_to_num(0.0).to(torch.int64).clamp(0, self._grid.size - 1)
-        index = torch.where(z >= 0, self._grid.size + cell, self._grid.size - 1 - cell)
+        half = self.table.shape[-1] // 2
+        cell = place.nan_to_num(0.0).to(torch.int64).clamp(0, half - 1)
+        index = torch.where(z >= 0, half + cell, half - 1 - cell)
         if self.num_labels is not None:
             by_label(z, self.num_labels, "logits")
-            first = torch.arange(self.num_labels, device=z.device) * (2 * self._grid.size)
+            first = torch.arange(self.num_labels, device=z.device) * (2 * half)
             index = index + first.reshape(-1, *(1 for _ in z.shape[2:]))
         answer = self.table.to(z.dtype).reshape(-1)[index]
         return torch.where(z.isnan(), z, answer).to(logits.dtype)
