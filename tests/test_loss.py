@@ -361,7 +361,7 @@ def mesh():
     dist.destroy_process_group()
 
 
-@lacks((2, 6), "has no BCE of distributed tensors")
+@lacks((2, 9), "has no BCE of distributed tensors")
 @pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # torch, of a CPU
 @pytest.mark.parametrize("sampling", ["expected", "sample", "element"])
 def test_distributed_tensors_can_be_drawn(sampling, mesh):
