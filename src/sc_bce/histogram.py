@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -413,7 +411,7 @@ class CalibrationHistogram:
         self._looked = True
         if _tally.readable(_like_probabilities(self._state.counts, self._grid)):
             self._only_logits = False
-            warn(
+            _checks.warn(
                 "All logits that this histogram has seen lie in [0, 1], as if they were "
                 "probabilities; pass these with `update(..., from_logits=False)`"
             )
@@ -504,18 +502,6 @@ def by_label(value: Tensor, num_labels: int | None, name: str) -> Tensor:
             )
         )
     return value.movedim(1, 0)
-
-
-def warn(message: str) -> None:
-    """A warning that points at the first line outside of this package and torch."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and _inside(frame.f_globals.get("__name__", "")):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)
-
-
-def _inside(module: str) -> bool:
-    return module.partition(".")[0] in (__name__.partition(".")[0], "torch")
 
 
 def _device_of(group: dist.ProcessGroup | None, own: torch.device) -> torch.device:

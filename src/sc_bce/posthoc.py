@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _batch, _checks, _tally, measures
-from .histogram import CalibrationHistogram, by_label, holding, warn
+from .histogram import CalibrationHistogram, by_label, holding
 from .measures import Blocks, Cells
 
 __all__ = ["IsotonicCalibration", "TemperatureScaling"]
@@ -69,7 +69,7 @@ class _Repair(nn.Module):
         after = _mean_loss(cells, self._answers(cells))
         self.nll = (before, after)
         if after > before * (1 + _WORSE) + 1e-12:
-            warn(
+            _checks.warn(
                 f"This {type(self).__name__} makes the data worse that it is fitted to: NLL "
                 f"{after:.4g} instead of {before:.4g}; {self._if_worse}"
             )
@@ -495,7 +495,7 @@ def validation_data(logits: Tensor, target: Tensor) -> None:
 def suspect(cells: Cells) -> None:
     """Warn of what looks like probabilities."""
     if cells.count.sum() >= _SUSPECT and measures.like_probabilities(cells.logit, cells.count):
-        warn(
+        _checks.warn(
             "All logits of this fit lie in [0, 1], as if they were probabilities; pass what the "
             "network answers before the sigmoid, or `torch.logit(probabilities)`"
         )
