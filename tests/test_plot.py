@@ -55,6 +55,7 @@ def test_several_models_side_by_side_and_positive_class(tmp_path):
 def test_the_isotonic_curve_of_the_positive_class():
     one = histogram(3.0, n=20_000)
     figure = reliability_diagram(one, kind="positive_class")
+    assert figure.legends[0].get_texts()[-1].get_text() == "isotonic curve"
     _diagonal, curve = figure.axes[0].lines
     x, y = (torch.from_numpy(part) for part in curve.get_data())
     assert (x.diff() > 0).all()

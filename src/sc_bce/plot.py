@@ -87,10 +87,17 @@ def reliability_diagram(
         axes[1, column].set_xlabel("confidence")
     axes[0, 0].set_ylabel(measured)
     axes[1, 0].set_ylabel("elements")
+    entries = {
+        measured: patch(**_BAR),
+        "confidence above it": patch(**_SHORT),
+        "confidence below it": patch(**_OVER),
+    }
+    if kind == "positive_class":
+        entries["isotonic curve"] = patch(color=_CURVE)
+    columns = min(len(entries), 1 + len(named))
     figure.legend(
-        [patch(**_BAR), patch(**_SHORT), patch(**_OVER)],
-        [measured, "confidence above it", "confidence below it"],
-        loc="outside upper center", ncols=min(3, 1 + len(named)), fontsize="small", frameon=False,
+        list(entries.values()), list(entries), loc="outside upper center", ncols=columns,
+        fontsize="small", frameon=False,
     )  # fmt: skip
     return figure
 
