@@ -69,19 +69,64 @@ def test_sums_are_the_reference_formulas(batch, block, by_sample, data, alpha):
     )
 
 
+VOID = 7
+
+
+def with_void(target, rng):
+    """The target with a third of its elements void, and the valid ones as an array."""
+    valid = rng.random(tuple(target.shape)) < 0.67
+    return torch.where(torch.from_numpy(valid), target, VOID), valid
+
+
+def weights(form, shape, rng):
+    size = {"number": (), "per sample": (shape[0], 1, 1), "per label": (shape[1], 1)}
+    return torch.from_numpy(np.asarray(rng.random(size.get(form, tuple(shape)))))
+
+
+forms = st.sampled_from([None, "number", "per sample", "per label", "per element"])
+
+
+@given(batches(cubes, scale=5.0), blocks, seeds, forms, st.booleans(), st.floats(0, 1))
+def test_all_that_is_found_is_that_of_the_formulas(batch, block, seed, form, voided, c):
+    rng, x, y = np.random.default_rng(seed), batch.input, batch.target
+    valid = np.ones(tuple(y.shape), dtype=bool)
+    if voided:
+        y, valid = with_void(y, rng)
+    weight = None if form is None else weights(form, x.shape, rng)
+    w = np.ones(x.shape) if form is None else np.broadcast_to(weight.numpy(), x.shape)
+    ready, given_ = prepare(x, y, VOID), perturbation(0.3, 1.0, c, x.size())
+    with fusing(block):
+        found = _fused.sums(ready, given_, True, count=True, hits=True, weight=weight)
+    x, y = x.numpy(), np.where(valid, y.numpy(), 0.0)
+
+    def rows(value):
+        return np.where(valid, value, 0.0).reshape(len(found.slope), -1).sum(1)
+
+    loss = ref.sc_bce(x, y, 0.3, 1.0, prior=c, reduction="none")
+    np.testing.assert_allclose(found.loss, rows(w * loss).sum(), rtol=1e-9, atol=1e-8)
+    np.testing.assert_allclose(found.slope, rows(w * (y - c) * x), rtol=1e-9, atol=1e-8)
+    np.testing.assert_allclose(found.labels, [rows(y), rows(y >= 0.5)], rtol=1e-12)
+    np.testing.assert_array_equal(found.hits, rows((x >= 0) == (y >= 0.5)))
+    np.testing.assert_array_equal(found.valid, rows(valid))
+
+
 @given(
     batches(cubes, scale=5.0), blocks, pairs(), st.sampled_from(["mean", "sum"]), seeds,
-    st.sampled_from(["number", "0-d", "per sample", "drawn per sample", "drawn"]), st.data(),
+    st.sampled_from(["number", "0-d", "per sample", "drawn per sample", "drawn"]),
+    forms, st.booleans(), st.data(),
 )  # fmt: skip
 def test_loss_and_gradients_are_those_of_the_reference_path(
-    batch, block, pair, reduction, seed, form, data
+    batch, block, pair, reduction, seed, form, weighted, voided, data
 ):
     alpha, beta = pair
     prior, _, _ = data.draw(rows(tuple(batch.input.shape)))
     if prior != 0.5 if isinstance(prior, float) else True:
         beta /= 2
     rng = np.random.default_rng(seed)
-    input = batch.input.clone().requires_grad_()
+    input, target = batch.input.clone().requires_grad_(), batch.target
+    if voided:
+        target, _ = with_void(target, rng)
+    weight = None if weighted is None else weights(weighted, input.shape, rng)
     inputs = [input]
     if form.startswith("drawn"):
         size = batch.input.shape if form == "drawn" else batch.input.shape[:1]
@@ -97,17 +142,60 @@ def test_loss_and_gradients_are_those_of_the_reference_path(
 
     def run(create_graph=False):
         loss = sc_bce_with_logits(
-            input, batch.target, alpha, beta, prior=prior, reduction=reduction
-        )
+            input, target, alpha, beta, prior=prior, weight=weight, reduction=reduction,
+            ignore_index=VOID if voided else None,
+        )  # fmt: skip
         grads = torch.autograd.grad(loss * 3, inputs, create_graph=create_graph, allow_unused=True)
         return loss.detach(), *(torch.zeros(()) if g is None else g.detach() for g in grads)
 
     want = run()
     with fusing(block), watched() as taken:
         fused, again = run(), run(create_graph=True)
-    assert taken.called == (form != "number" or alpha > 0)
+    assert taken.called == (form != "number" or alpha > 0 or voided)
     assert_close(fused, want, rtol=1e-9, atol=1e-9)
     assert_close(again, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mask", [torch.uint8, torch.int64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3e38])
+def test_a_void_logit_may_be_anything(value, mask):
+    x = 4 * torch.randn(3, 50)
+    y = torch.randint(0, 2, (3, 50)).to(mask)
+    x[:, ::7], y[:, ::7] = value, 255
+    x[2], y[2] = value, 255
+    x.requires_grad_()
+    alpha = torch.tensor([0.0, 0.1, 0.4])
+    kept = y != 255
+    want = sc_bce_with_logits(x[:2][kept[:2]].view(2, -1), y[:2][kept[:2]].view(2, -1), alpha[:2])
+    for reduction, count in (("mean", 1), ("sum", kept.sum())):
+        with fusing():
+            loss = sc_bce_with_logits(x, y, alpha, ignore_index=255, reduction=reduction)
+        assert_close(loss, (want * count).to(loss.dtype))
+        gradient = torch.autograd.grad(loss, x)[0]
+        assert gradient[~kept].eq(0).all() and gradient[kept].ne(0).all()
+
+
+def test_all_void_is_exactly_nothing():
+    x, y = (300 * torch.randn(2, 70)).requires_grad_(), torch.full((2, 70), 255, dtype=torch.uint8)
+    for weight in (None, torch.rand(2, 70)):
+        with fusing(), watched() as taken:
+            loss = sc_bce_with_logits(x, y, 0.1, 1.0, prior=0.3, weight=weight, ignore_index=255)
+        assert taken.called
+        assert loss.item() == 0
+        assert torch.autograd.grad(loss, x)[0].eq(0).all()
+
+
+def test_an_illegal_label_beside_void_ones_is_refused_in_large_batches_too():
+    x, y = torch.zeros(1 << 20), torch.zeros(1 << 20, dtype=torch.uint8)
+    y[5], y[-1] = 255, 2
+    with pytest.raises(ValueError, match=r"besides ignore_index=255\), but got the value 2"):
+        sc_bce_with_logits(x, y, 0.1, ignore_index=255)
+    y = y.short()
+    y[-1] = -1
+    with pytest.raises(ValueError, match="got the value -1"):
+        sc_bce_with_logits(x, y, 0.1, ignore_index=255)
+    y[-1] = 1
+    assert sc_bce_with_logits(x, y, 0.1, ignore_index=255).isfinite()
 
 
 @pytest.mark.parametrize("prior", [0.5, 0.02, torch.tensor([[0.02], [0.5], [0.9]])])
@@ -320,14 +408,17 @@ def test_what_it_can_not_serve_takes_the_reference_path():
     one = torch.ones(6)
     with fusing(), watched() as taken:
         sc_bce_with_logits(x.T, y.T, 0.1)
-        sc_bce_with_logits(x, y, 0.1, weight=one)
         sc_bce_with_logits(x, y, 0.1, pos_weight=one)
-        sc_bce_with_logits(x, y, 0.1, ignore_index=7)
+        with pytest.raises(RuntimeError, match="weight"):
+            sc_bce_with_logits(x, y, 0.1, weight=one.clone().requires_grad_())
+        sc_bce_with_logits(x, y, 0.1, weight=one.long())
+        sc_bce_with_logits(x, y.long(), 0.1, ignore_index=(1 << 24) + 1)
         sc_bce_with_logits(x, y, 0.1, reduction="none")
         with mock.patch.object(_fused, "_MIN_PER_ROW", 2):
             sc_bce_with_logits(x, y, torch.full((4, 6), 0.1))
             sc_bce_with_logits(x, y, 0.1, prior=torch.full((4, 6), 0.1))
             sc_bce_with_logits(x, y, 0.1, prior=torch.full((6,), 0.1))
+            sc_bce_with_logits(x, y, 0.1, weight=torch.full((6,), 0.1))
         sc_bce_with_logits(x, y.clone().requires_grad_(), 0.1)
         assert sc_bce_with_logits(x, y.double(), 0.1).dtype == torch.float64
         sc_bce_with_logits(x.to("meta"), y.to("meta"), 0.1)

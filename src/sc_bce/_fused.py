@@ -1,4 +1,4 @@
-"""The common case on a CPU in one sweep: loss and slope, block by block.
+"""The common case on a CPU in one sweep: loss, slope, labels and hits, block by block.
 
 Two sums over the elements are enough for every strength s,
 
@@ -17,63 +17,92 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from ._batch import Batch, Perturbation, readable, refuse_labels
+from ._batch import Batch, Perturbation, readable, require_labels, valid_elements
 
 __all__ = ["Sums", "sums"]
 
-_BLOCK = 1 << 20  # elements worked on at a time: few enough for a cache, many enough for threads
+_BLOCK = 1 << 19  # elements that a thread works on at a time: few enough for a cache
+_THREADS = 4  # for which a block is made at most, since buffers are that large
 _MIN_ELEMENTS = 1 << 18  # from which on this is quicker than the reference path
 _MIN_PER_ROW = 1 << 10  # elements that share a strength and a prior, likewise
 _UNFIT = (torch.uint16, torch.uint32, torch.uint64)  # whose minimum torch can't find
 _LOOK = 1 << 16  # floating-point labels looked at: all would cost a twentieth of the sweep
 _FOLDS = 5  # 32 to 64 factors in [1/2, 1] can't underflow in float32
+_EXACT = 1 << 24  # integers that float32 tells apart
 
 
 class Sums(NamedTuple):
-    """What one sweep finds."""
+    """What one sweep finds, over the elements that are not void."""
 
     loss: Tensor  # of the batch at the given strength, 0-d
-    slope: Tensor  # of (y - c) x over each row, whatever was drawn; no gradient
-    labels: Tensor  # of y, and of labels of at least 1/2, over each row: (2, rows), if counted
+    slope: Tensor  # of weight (y - c) x over each row, whatever was drawn; no gradient
+    labels: Tensor | None  # of y, and of labels of at least 1/2, over each row: (2, rows)
+    hits: Tensor | None  # of elements that are right at 1/2, over each row
+    valid: Tensor | None  # of valid elements, over each row; None where all are
     shape: torch.Size  # leading dimensions of the batch, whose product is the rows
 
 
 def sums(
-    batch: Batch, given: Perturbation, by_sample: bool = False, count: bool = False
+    batch: Batch,
+    given: Perturbation,
+    by_sample: bool = False,
+    count: bool = False,
+    hits: bool = False,
+    weight: Tensor | None = None,
 ) -> Sums | None:
     """Sums over the batch, or None where the sweep does not apply.
 
-    A row is what shares a strength and a prior: all trailing dimensions along which neither
-    varies. With `by_sample` no row holds elements of two samples, and slopes are found whatever
-    is drawn; with `count` labels are counted. In at least float32, differentiable as often as
-    one likes.
+    A row is what shares a strength, a prior and a weight: all trailing dimensions along which
+    none of them varies. With `by_sample` no row holds elements of two samples, and slopes are
+    found whatever is drawn; with `count` labels are counted, with `hits` right answers. In at
+    least float32, differentiable as often as one likes.
     """
     x, y = batch.input, batch.target
-    if batch.valid is not None or torch.compiler.is_compiling():  # a graph is bound to no size
+    if torch.compiler.is_compiling():  # a graph is bound to no size
         return None
     if x.numel() < _MIN_ELEMENTS or not readable(x) or not _fit(x, y):
         return None
-    if any(_is_dual(value) for value in (x, y, *given.tensors)):
+    given_tensors = given.tensors if weight is None else [*given.tensors, weight]
+    if any(_is_dual(value) for value in (x, y, *given_tensors)):
         return None
     drawn = _draw_per_element(given.alpha, x)
     if drawn is not None:
         given = given._replace(alpha=1.0)
     lead = max((_varying(value) for value in given.tensors), default=0)
     lead = max(lead, int(by_sample))
+    factor: Tensor | None = None
+    if weight is not None:
+        factor = _factor(weight, x, lead)
+        if factor is None:
+            return None
+        lead = max(lead, _varying(factor)) if factor.shape != x.shape else lead
     shape = x.shape[:lead]
     if x.numel() < _MIN_PER_ROW * shape.numel():
         return None
+    void = None
+    if batch.void is not None:
+        void = float(batch.void)
+        if abs(void) > _EXACT:
+            return None
+    if y.is_floating_point():
+        if void is not None:  # as the target's own dtype has it
+            void = float(torch.tensor(void, dtype=y.dtype, device="cpu"))
+        head = y.view(-1)[:_LOOK]
+        valid = None if void is None else valid_elements(head, void)
+        require_labels(head, valid, batch.void, every=True)
     dtype = torch.promote_types(x.dtype, torch.float32)
     strength = _row_values(torch.as_tensor(given.strength(dtype), dtype=dtype, device="cpu"), shape)
     prior = given.prior
     if isinstance(prior, Tensor):
         prior = _row_values(prior.to(dtype), shape)
-    if y.is_floating_point():
-        low, high = y.view(-1)[:_LOOK].aminmax()
-        if low < 0 or high > 1:
-            refuse_labels(y, (y < 0) | (y > 1), None)
-    loss, slope, labels = _Sweep.apply(x, y, strength, prior, drawn, by_sample, count)  # type: ignore[no-untyped-call]
-    return Sums(loss.sum(), slope, labels, shape)
+    if factor is not None and factor.shape != x.shape:
+        factor = _row_values(factor.to(dtype), shape)
+    with torch.no_grad():
+        found = _found(_Data(x, y, drawn, factor, void), strength, prior, by_sample, count, hits)
+    if void is not None and not bool(found.loss.isfinite().all()):
+        return None  # a void logit that is no number: it must be replaced, which costs a pass
+    total = _Sweep.apply(x, strength, prior, y, drawn, factor, void, found.loss, found.slope)  # type: ignore[no-untyped-call]
+    return Sums(total.sum(), found.slope, found.labels, found.hits, found.valid, shape)
 
 
 def _fit(x: Tensor, y: Tensor) -> bool:
@@ -101,6 +130,22 @@ def _draw_per_element(alpha: float | Tensor, x: Tensor) -> Tensor | None:
     return alpha if alpha.is_contiguous() and readable(alpha) else None
 
 
+def _factor(weight: Tensor, x: Tensor, lead: int) -> Tensor | None:
+    """The weight of as many dimensions as the input, if it is one for each row or each element."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if weight.requires_grad or not readable(weight) or weight.dim() > x.dim():
+        return None
+    if not weight.is_floating_point() or torch.promote_types(weight.dtype, wide) != wide:
+        return None
+    factor = weight.reshape((1,) * (x.dim() - weight.dim()) + tuple(weight.shape))
+    if any(have not in (1, want) for have, want in zip(factor.shape, x.shape, strict=True)):
+        return None  # torch says so
+    rows = x.shape[: max(lead, _varying(factor))].numel()
+    if x.numel() >= _MIN_PER_ROW * rows:
+        return factor
+    return factor if factor.shape == x.shape and factor.is_contiguous() else None
+
+
 def _varying(value: Tensor) -> int:
     """How many leading dimensions it takes to hold all along which the value varies."""
     return max((place + 1 for place, size in enumerate(value.shape) if size > 1), default=0)
@@ -113,133 +158,190 @@ def _row_values(value: Tensor, shape: torch.Size) -> Tensor:
     return value.expand(shape).reshape(-1, 1)
 
 
+class _Data(NamedTuple):
+    """What is given for each element."""
+
+    input: Tensor
+    target: Tensor
+    drawn: Tensor | None
+    weight: Tensor | None  # of the input's shape, or a column with one for each row
+    void: float | None  # the target that counts for nothing
+
+
+class _Found(NamedTuple):
+    loss: Tensor  # at the given strength, of each row
+    slope: Tensor
+    labels: Tensor | None
+    hits: Tensor | None
+    valid: Tensor | None
+
+
+def _found(
+    data: _Data, strength: Tensor, prior: float | Tensor, by_sample: bool, count: bool, hits: bool
+) -> _Found:
+    rows, void = len(strength), data.void
+    x, y, z, w = _matrices(rows, data)
+    soft = y.is_floating_point()
+    each = w is not None and w.shape == x.shape
+    work = _Work(x)
+    loss, slope, size, right, gone_from = (
+        torch.zeros(rows, dtype=work.dtype, device="cpu") for _ in range(5)
+    )
+    labels = torch.zeros(2, rows, dtype=torch.float64, device="cpu")
+    for place in work.blocks:
+        r = place[0]
+        x_block, y_block = work.wide("x", x[place]), work.wide("y", y[place])
+        gone = None
+        if void is not None:
+            # 1 and 0 of the same dtype: a bool result would take many times as long.
+            gone = torch.eq(y_block, void, out=work.like("gone", y_block))
+            gone_from[r] += gone.sum(1)
+            x_block = torch.addcmul(x_block, x_block, gone, value=-1, out=work.like("x", x_block))
+            if count or hits:
+                out = work.like("y", y_block)
+                y_block = torch.addcmul(y_block, y_block, gone, value=-1, out=out)
+        other = work.like("other", x_block)
+        if count or hits:
+            high = torch.ge(y_block, 0.5, out=work.like("high", y_block)) if soft else y_block
+        if count:  # of a block: exact in float32
+            labels[0, r] += y_block.sum(1)
+            if soft:
+                labels[1, r] += high.sum(1)
+        if hits:  # a void element counts as a negative that is called positive
+            right[r] += torch.ge(x_block, 0, out=other).eq_(high).sum(1)
+        w_block = work.wide("w", w[place]) if each else None
+        if z is None or by_sample:
+            # (y - 1/2) x, of which (y - c) x and BCE(x, y) follow.
+            product = torch.sub(y_block, 0.5, out=work.like("product", y_block)).mul_(x_block)
+            weighted = x_block
+            if w_block is not None:
+                product.mul_(w_block)
+                weighted = torch.mul(x_block, w_block, out=other)
+            slope[r] += product.sum(1)
+            size[r] += weighted.sum(1)
+        if z is not None:
+            t_block = work.drawn(y_block, z[place], strength[r], _of_rows(prior, r))
+            product = t_block.sub_(0.5).mul_(x_block)
+            if w_block is not None:
+                product.mul_(w_block)
+        # BCE(x, y) = |x|/2 - (y - 1/2) x - log sigmoid(|x|): no cancellation, no overflow.
+        torch.abs(x_block, out=other)
+        if w_block is None:
+            product.sub_(other, alpha=0.5)
+        else:
+            product.addcmul_(other, w_block, value=-0.5)
+        loss[r] -= product.sum(1)
+        other.sigmoid_()
+        if gone is not None:
+            torch.maximum(other, gone, out=other)
+        # One logarithm for many elements: that of the product of the sigmoids.
+        logs = _folded(other).log_() if w_block is None else other.log_().mul_(w_block)
+        loss[r] -= logs.sum(1)
+    slope += (0.5 - (prior[:, 0] if isinstance(prior, Tensor) else prior)) * size
+    if w is not None and not each:
+        loss, slope = w[:, 0] * loss, w[:, 0] * slope
+    if not soft:
+        labels[1] = labels[0]
+    if z is None:
+        s = strength[:, 0]
+        # A slope beyond the end of float32 counts for nothing in a row of strength 0.
+        loss = torch.where(s == 0, loss, loss + s * slope)
+    valid = None if void is None else x.shape[1] - gone_from
+    return _Found(loss, slope, labels if count else None, right if hits else None, valid)
+
+
+def _of_rows(value: float | Tensor, rows: slice) -> float | Tensor:
+    return value[rows] if isinstance(value, Tensor) else value
+
+
 class _Sweep(Function):
+    """What was found, as the function of logits, strength and prior that it is."""
+
     @staticmethod
     def forward(
         ctx: Any,
         input: Tensor,
-        target: Tensor,
         strength: Tensor,
         prior: float | Tensor,
+        target: Tensor,
         drawn: Tensor | None,
-        by_sample: bool,
-        count: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = len(strength)
-        x, y, z = _matrices(rows, input, target, drawn)
-        work = _Work(x, 4)
-        loss, slope, drawn_slope, size, drawn_size = (work.sums(rows) for _ in range(5))
-        labels = torch.zeros(2, rows if count else 0, dtype=torch.float64, device="cpu")
-        centred = not isinstance(prior, Tensor) and prior == 0.5
-        for place in work.blocks:
-            r = place[0]
-            x_block = work.wide(x[place], 0)
-            y_block = work.wide(y[place], 3)
-            product, other = work.buffer(x_block, 2), work.buffer(x_block, 1)
-            if count:  # at most 2**20 at a time: exact in float32
-                labels[0, r] += y_block.sum(1)
-                if y.is_floating_point():
-                    labels[1, r] += torch.ge(y_block, 0.5, out=other).sum(1)
-            # (y - 1/2) x, of which (y - c) x and BCE(x, y) follow.
-            torch.sub(y_block, 0.5, out=product).mul_(x_block)
-            if z is None or by_sample:
-                slope[r] += product.sum(1)
-                if not centred:
-                    size[r] += x_block.sum(1)
-            if z is not None:
-                z_block = work.wide(z[place], 3)
-                drawn_slope[r] += torch.mul(product, z_block, out=other).sum(1)
-                if not centred:
-                    drawn_size[r] += torch.mul(x_block, z_block, out=other).sum(1)
-            # BCE(x, y) = |x|/2 - (y - 1/2) x - log sigmoid(|x|): no cancellation, no overflow.
-            torch.abs(x_block, out=other)
-            loss[r] -= torch.sub(product, other, alpha=0.5, out=product).sum(1)
-            # One logarithm for many elements: that of the product of the sigmoids.
-            loss[r] -= _folded(other.sigmoid_()).log_().sum(1)
-        off = 0.5 - (prior[:, 0] if isinstance(prior, Tensor) else prior)
-        slope += off * size
-        used = slope if z is None else drawn_slope + off * drawn_size
-        if count and not y.is_floating_point():
-            labels[1] = labels[0]
-        s = strength[:, 0]
-        # A slope beyond the end of float32 counts for nothing in a row of strength 0.
-        total = torch.where(s == 0, loss, loss + s * used)
-        tensors = prior if isinstance(prior, Tensor) else None
-        ctx.save_for_backward(input, target, strength, tensors, drawn, used)
-        ctx.prior = prior
-        ctx.mark_non_differentiable(slope, labels)
-        return total, slope, labels
+        weight: Tensor | None,
+        void: float | None,
+        loss: Tensor,
+        slope: Tensor,
+    ) -> Tensor:
+        tensor = prior if isinstance(prior, Tensor) else None
+        ctx.save_for_backward(input, strength, tensor, target, drawn, weight, slope)
+        ctx.prior, ctx.void = prior, void
+        return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        input, target, strength, tensor, drawn, slope = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, strength, tensor, target, drawn, weight, slope = ctx.saved_tensors
         prior = ctx.prior if tensor is None else tensor
+        data = _Data(input, target, drawn, weight, ctx.void)
+        rest = (None,) * 6
         if torch.is_grad_enabled() or not _has_values(grad):
             # To be differentiated again, or for many gradients at once.
-            return (*_by_formula(grad, input, target, strength, prior, drawn), None, None)
+            return (*_by_formula(grad, data, strength, prior), *rest)
         for_strength = for_prior = None
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[2] or (ctx.needs_input_grad[1] and drawn is not None):
+            for_strength, for_prior = _by_formula(grad, data, strength, prior)[1:]
+        elif ctx.needs_input_grad[1]:
             for_strength = (grad * slope)[:, None]
-        if ctx.needs_input_grad[3]:
-            for_prior = _by_formula(grad, input, target, strength, prior, drawn)[3]
-        x, y, z = _matrices(len(strength), input, target, drawn)
-        out = torch.empty_like(input, memory_format=torch.contiguous_format)
-        _fill_gradient(out.view(x.shape), x, y, z, grad[:, None], strength, prior)
-        return out, None, for_strength, for_prior, None, None, None
+        return _gradient(grad[:, None], data, strength, prior), for_strength, for_prior, *rest
 
 
-def _fill_gradient(
-    out: Tensor,
-    x: Tensor,
-    y: Tensor,
-    z: Tensor | None,
-    grad: Tensor,
-    strength: Tensor,
-    prior: float | Tensor,
-) -> None:
-    # grad (sigmoid(x) - y) + grad s (y - c), the second only where drawn
-    pull = grad * strength
-    work = _Work(x, 3)
+def _gradient(grad: Tensor, data: _Data, strength: Tensor, prior: float | Tensor) -> Tensor:
+    """grad weight (sigmoid(x) - q)."""
+    x, y, z, w = _matrices(len(strength), data)
+    each = w is not None and w.shape == x.shape
+    if w is not None and not each:
+        grad = grad * w
+    result = torch.empty_like(data.input, memory_format=torch.contiguous_format)
+    out = result.view(x.shape)
+    work = _Work(x)
     for place in work.blocks:
-        rows = place[0]
-        x_block, g = x[place], out[place]
+        r = place[0]
+        x_block, y_block, g = x[place], work.wide("y", y[place]), out[place]
         if g.dtype != work.dtype:
-            x_block = g = work.wide(x_block, 0)
+            x_block = g = work.wide("x", x_block)
         torch.sigmoid(x_block, out=g)
-        g.mul_(grad[rows])
-        y_block = work.wide(y[place], 1)
-        c = prior[rows] if isinstance(prior, Tensor) else prior
+        c, s = _of_rows(prior, r), strength[r]
         if z is None:
-            g.addcmul_(y_block, pull[rows] - grad[rows]).sub_(pull[rows] * c)
+            g.mul_(grad[r]).addcmul_(y_block, (s - 1) * grad[r]).sub_(s * c * grad[r])
         else:
-            g.addcmul_(y_block, -grad[rows])
-            towards = torch.sub(y_block, c, out=work.buffer(x_block, 2))
-            towards.mul_(work.wide(z[place], 1))
-            g.addcmul_(towards, pull[rows])
+            g.sub_(work.drawn(y_block, z[place], s, c)).mul_(grad[r])
+        if each:
+            g.mul_(work.wide("w", w[place]))
+        if data.void is not None:
+            g.mul_(torch.ne(y_block, data.void, out=work.like("other", y_block)))
         if g.dtype != out.dtype:
             out[place] = g
+    return result
 
 
 def _by_formula(
-    grad: Tensor,
-    input: Tensor,
-    target: Tensor,
-    strength: Tensor,
-    prior: float | Tensor,
-    drawn: Tensor | None,
-) -> tuple[Tensor, None, Tensor, Tensor | None, None]:
+    grad: Tensor, data: _Data, strength: Tensor, prior: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients as torch's own operations, which can be differentiated again."""
-    x, y, z = _matrices(len(strength), input, target, drawn)
+    x, y, z, w = _matrices(len(strength), data)
     x, y = x.to(strength.dtype), y.to(strength.dtype)
-    share = 1.0 if z is None else z.to(x.dtype)
-    towards = (y - prior) * share
     grad = grad[..., None]
-    for_input = (grad * (torch.sigmoid(x) - y + strength * towards)).to(input.dtype)
+    share = torch.ones((), dtype=x.dtype, device="cpu")
+    if w is not None:
+        share = share * w.to(x.dtype)
+    if data.void is not None:
+        share = share * (y != data.void)
+        y = torch.where(y == data.void, 0.5, y)
+    drawn = share if z is None else share * z.to(x.dtype)
+    towards = (y - prior) * drawn
+    for_input = (grad * (share * (torch.sigmoid(x) - y) + strength * towards)).to(data.input.dtype)
     for_strength = grad * (towards * x).sum(-1, keepdim=True)
     for_prior = None
     if isinstance(prior, Tensor):
-        for_prior = -grad * strength * (share * x).sum(-1, keepdim=True)
-    return for_input.view_as(input), None, for_strength, for_prior, None
+        for_prior = -grad * strength * (drawn * x).sum(-1, keepdim=True)
+    return for_input.view_as(data.input), for_strength, for_prior
 
 
 def _has_values(value: Tensor) -> bool:
@@ -250,8 +352,9 @@ def _has_values(value: Tensor) -> bool:
     return True
 
 
-def _matrices(rows: int, *values: Tensor | None) -> list[Any]:
+def _matrices(rows: int, data: _Data) -> list[Any]:
     """Each with a row for each strength; bools as bytes, which become floats many times faster."""
+    values = (data.input, data.target, data.drawn, data.weight)
     views = [None if value is None else value.view(rows, -1) for value in values]
     return [
         view.view(torch.uint8) if view is not None and view.dtype == torch.bool else view
@@ -260,13 +363,14 @@ def _matrices(rows: int, *values: Tensor | None) -> list[Any]:
 
 
 class _Work:
-    """The blocks of a matrix, and buffers of one block each."""
+    """The blocks of a matrix, and buffers of one block each, by name."""
 
-    def __init__(self, x: Tensor, buffers: int) -> None:
+    def __init__(self, x: Tensor) -> None:
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self._shape = x.shape
-        self._rows, self._columns = max(1, _BLOCK // x.shape[1]), min(x.shape[1], _BLOCK)
-        self._buffers: list[Tensor | None] = [None] * buffers
+        block = _BLOCK * min(torch.get_num_threads(), _THREADS)
+        self._rows, self._columns = max(1, block // x.shape[1]), min(x.shape[1], block)
+        self._buffers: dict[str, Tensor] = {}
 
     @property
     def blocks(self) -> Iterator[tuple[slice, slice]]:
@@ -274,20 +378,21 @@ class _Work:
             for column in range(0, self._shape[1], self._columns):
                 yield slice(row, row + self._rows), slice(column, column + self._columns)
 
-    def sums(self, rows: int) -> Tensor:
-        return torch.zeros(rows, dtype=self.dtype, device="cpu")
-
-    def buffer(self, like: Tensor, place: int) -> Tensor:
-        kept = self._buffers[place]
-        if kept is None:
+    def like(self, name: str, block: Tensor) -> Tensor:
+        """The buffer of this name, in the shape of the block."""
+        if name not in self._buffers:
             size = min(self._rows, self._shape[0]) * self._columns
-            kept = torch.empty(size, dtype=self.dtype, device="cpu")
-            self._buffers[place] = kept
-        return kept[: like.numel()].view(like.shape)
+            self._buffers[name] = torch.empty(size, dtype=self.dtype, device="cpu")
+        return self._buffers[name][: block.numel()].view(block.shape)
 
-    def wide(self, block: Tensor, place: int) -> Tensor:
+    def wide(self, name: str, block: Tensor) -> Tensor:
         """The block in at least float32, itself where it is."""
-        return block if block.dtype == self.dtype else self.buffer(block, place).copy_(block)
+        return block if block.dtype == self.dtype else self.like(name, block).copy_(block)
+
+    def drawn(self, y: Tensor, z: Tensor, s: Tensor, c: float | Tensor) -> Tensor:
+        """y + s (c - y) where drawn, else y."""
+        share = self.like("z", z).copy_(z).mul_(s)
+        return torch.lerp(y, torch.as_tensor(c, dtype=self.dtype, device="cpu"), share, out=share)
 
 
 def _folded(factors: Tensor) -> Tensor:
@@ -297,7 +402,7 @@ def _folded(factors: Tensor) -> Tensor:
         if width < 2:
             break
         if width % 2:
-            factors[:, :1] *= factors[:, width - 1 : width]
+            factors[:, :1].mul_(factors[:, width - 1 : width])
         width //= 2
-        factors[:, :width] *= factors[:, width : 2 * width]
+        factors[:, :width].mul_(factors[:, width : 2 * width])
     return factors[:, :width]

@@ -13,7 +13,13 @@ from torch import Tensor
 from . import _batch, _checks, levels
 from ._batch import Batch, Perturbation
 from ._checks import sentence
-from .functional import Observed, observed, perturbed_loss_and_observed, sc_bce_with_logits
+from .functional import (
+    Observed,
+    Wanted,
+    observed,
+    perturbed_loss_and_observed,
+    sc_bce_with_logits,
+)
 from .levels import Levels, Rule
 
 __all__ = ["AdaptivePerturbation"]
@@ -270,7 +276,7 @@ class AdaptivePerturbation(Levels):
                 alpha = alpha.reshape(-1, *(1 for _ in input.shape[1:]))
             loss, seen = perturbed_loss_and_observed(
                 batch, Perturbation(alpha, self.beta, prior), self.weight, self.pos_weight,
-                self.reduction, update and self._follows, _counted(prior) if update else None,
+                self.reduction, self._wanted(prior) if update else Wanted(),
             )  # fmt: skip
         if update:
             self._observe(rows, batch, seen)
@@ -347,7 +353,7 @@ class AdaptivePerturbation(Levels):
                 self._warn("step")
         if seen is None:
             prior = self._prior_for(batch.input)
-            seen = observed(batch, prior, self.weight, self._follows, _counted(prior))
+            seen = observed(batch, prior, self.weight, self._wanted(prior))
         if seen.labels is not None:
             self.fresh += seen.labels
         if seen.slopes is None:
@@ -356,8 +362,10 @@ class AdaptivePerturbation(Levels):
         climb = None
         if self._climbs:
             climb = levels.Climb(self._rule, self.beta, self._kappa, self._cap)
-        hits = _batch.sample_accuracies(batch) if self.focus > 0 else None
-        self.observe(rows, seen.slopes, hits, self.focus, climb)
+        self.observe(rows, seen.slopes, seen.hits, self.focus, climb)
+
+    def _wanted(self, prior: float | Tensor) -> Wanted:
+        return Wanted(self._follows, _counted(prior), self.focus > 0)
 
     @property
     def _rule(self) -> Rule:

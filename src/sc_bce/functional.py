@@ -238,10 +238,11 @@ def perturbed_loss(
     reduction: str,
 ) -> Tensor:
     """The loss of a batch that is made ready."""
-    if weight is None and pos_weight is None and reduction != "none":
-        found = _fused.sums(batch, given)
+    if pos_weight is None and reduction != "none":
+        found = _fused.sums(batch, given, weight=weight)
         if found is not None:
-            return of_sum(found.loss, batch, reduction)
+            return _reduced(found, batch, reduction)
+    batch = batch.with_valid()
     input, dtype = batch.input, batch.dtype()
     if isinstance(given.alpha, Tensor) or given.alpha != 0:
         wide = torch.promote_types(dtype, torch.float32)
@@ -259,10 +260,19 @@ def perturbed_loss(
 
 
 class Observed(NamedTuple):
-    """What the levels follow, and what the prior is counted from."""
+    """What the levels follow, and what the prior is counted from; each where it is asked for."""
 
-    slopes: Tensor | None = None  # mean (y - c) x of each sample, (N,), where asked for
-    labels: Tensor | None = None  # as `label_counts` has them, likewise
+    slopes: Tensor | None = None  # mean (y - c) x of each sample, (N,)
+    labels: Tensor | None = None  # as `label_counts` has them
+    hits: Tensor | None = None  # share of each sample's elements that are right at 1/2, (N,)
+
+
+class Wanted(NamedTuple):
+    """What is to be observed; `count` is the shape, broadcasting to the batch, of the counts."""
+
+    slopes: bool = False
+    count: tuple[int, ...] | None = None
+    hits: bool = False
 
 
 def perturbed_loss_and_observed(
@@ -271,46 +281,57 @@ def perturbed_loss_and_observed(
     weight: Tensor | None,
     pos_weight: Tensor | None,
     reduction: str,
-    slopes: bool,
-    count: tuple[int, ...] | None,
+    wanted: Wanted,
 ) -> tuple[Tensor, Observed]:
-    """The loss, and what is seen of the batch on the way, whatever was drawn as alpha.
-
-    `count` is the shape, broadcasting to the batch, of what labels are counted for.
-    """
+    """The loss, and what is seen of the batch on the way, whatever was drawn as alpha."""
     found = None
-    if weight is None and pos_weight is None and reduction != "none":
-        found = _fused.sums(batch, given, by_sample=slopes, count=count is not None)
+    counted = wanted.count is not None
+    if pos_weight is None and reduction != "none":
+        by_sample = wanted.slopes or wanted.hits
+        found = _fused.sums(batch, given, by_sample, counted, wanted.hits, weight)
     if found is None:
+        batch = batch.with_valid()
         loss = perturbed_loss(batch, given, weight, pos_weight, reduction)
-        return loss, observed(batch, given.prior, weight, slopes, count)
+        return loss, observed(batch, given.prior, weight, wanted)
+    shape, size = found.shape, batch.input.shape
     seen = Observed()
-    if slopes:
-        samples, elements = batch.input.shape[0], batch.input.numel()
-        total = found.slope.view(samples, -1).sum(1)
-        seen = seen._replace(slopes=(total * (samples / elements)).float())
-    if count is not None:
-        labels = _batch.row_counts(found.labels, found.shape, batch.input.shape, count)
+    if wanted.slopes:
+        seen = seen._replace(slopes=_row_means(found.slope, found.valid, size))
+    if wanted.hits:
+        seen = seen._replace(hits=_row_means(found.hits, found.valid, size))
+    if wanted.count is not None:
+        labels = _batch.row_counts(found.labels, found.valid, shape, size, wanted.count)
         seen = seen._replace(labels=labels)
-    return of_sum(found.loss, batch, reduction), seen
+    return _reduced(found, batch, reduction), seen
 
 
 def observed(
-    batch: Batch,
-    prior: float | Tensor,
-    weight: Tensor | None,
-    slopes: bool,
-    count: tuple[int, ...] | None,
+    batch: Batch, prior: float | Tensor, weight: Tensor | None, wanted: Wanted
 ) -> Observed:
     """The same without a loss."""
+    batch = batch.with_valid()
     return Observed(
-        mean_slopes(batch, prior, weight) if slopes else None,
-        None if count is None else _batch.label_counts(batch, count),
+        mean_slopes(batch, prior, weight) if wanted.slopes else None,
+        None if wanted.count is None else _batch.label_counts(batch, wanted.count),
+        _batch.sample_accuracies(batch) if wanted.hits else None,
     )
 
 
-def of_sum(total: Tensor, batch: Batch, reduction: str) -> Tensor:
-    return _cast(total / batch.input.numel() if reduction == "mean" else total, batch)
+def _row_means(total: Tensor, valid: Tensor | None, size: torch.Size) -> Tensor:
+    """Sums over rows as means over samples; nan for a sample without a valid element."""
+    total = total.view(size[0], -1).sum(1)
+    if valid is None:
+        return (total * (size[0] / size.numel())).float()
+    return (total / valid.view(size[0], -1).sum(1)).float()
+
+
+def _reduced(found: _fused.Sums, batch: Batch, reduction: str) -> Tensor:
+    total = found.loss
+    if reduction == "mean":
+        # All void is 0 / 1.
+        count = batch.input.numel() if found.valid is None else found.valid.sum().clamp(min=1)
+        total = total / count
+    return _cast(total, batch)
 
 
 @torch.no_grad()
