@@ -576,7 +576,7 @@ def test_flip_rates_and_doubt_away_from_one_half():
 @pytest.mark.parametrize("pixels", [5000, 1 << 18])  # the reference path, and the sweep
 def test_an_illegal_label_never_spoils_the_observed_prior(illegal, pixels):
     criterion = build(1, prior="observed", beta=1.0, num_labels=2)
-    criterion._batches = 4  # past those of which every label is looked at
+    criterion._seen.batches = 4  # past those of which every label is looked at
     y = torch.zeros(1, 2, pixels)
     y[:, :, : pixels // 4] = 1
     y[:, 0, -1] = illegal
@@ -753,7 +753,7 @@ def loops(request):
 
 def assert_moved_once(plain, other):
     assert_same(other.criterion, saved(plain.criterion))
-    assert other.criterion._trained == plain.criterion._trained == 4
+    assert other.criterion._seen.samples == plain.criterion._seen.samples == 4
 
 
 def test_update_false_is_the_same_loss_and_moves_nothing(loops):
@@ -762,7 +762,7 @@ def test_update_false_is_the_same_loss_and_moves_nothing(loops):
     logits = other.net(other.x)
     first, second = (other.loss(logits, update=False) for _ in range(2))
     assert_same(other.criterion, before)
-    assert other.criterion._trained == 0
+    assert other.criterion._seen.samples == 0
     third = other.loss(logits)  # a loss logged three times
     assert first == second == third
     assert_moved_once(plain, other)
@@ -844,7 +844,7 @@ def test_several_heads_on_one_table_climb_along_their_mean_slope(loops):
     heads = [plain.net(plain.x) + shift for shift in (-2.0, 0.5, 1.5)]  # whose mean it is
     sum(other.loss(head, update=False) for head in heads).backward()
     other.criterion.update(sum(heads) / 3, other.y, other.index)
-    assert other.criterion._trained == 4
+    assert other.criterion._seen.samples == 4
     assert_same(other.criterion, saved(plain.criterion), but=["alpha", "sample_accuracy"])
     assert_close(other.criterion.alpha, plain.criterion.alpha, rtol=1e-5, atol=1e-7)
 
@@ -894,7 +894,7 @@ def test_update_refuses_what_a_forward_refuses_and_moves_nothing(index):
     with pytest.raises(TypeError, match="floating-point logits"):
         criterion.update(X.long(), Y, torch.tensor([0, 1]))
     assert_same(criterion, before)
-    assert criterion._trained == 0
+    assert criterion._seen.samples == 0
 
 
 # --- compile ----------------------------------------------------------------------------------

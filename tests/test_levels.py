@@ -34,7 +34,7 @@ def one(value):
 def climb(alpha, gradient, budget, kappa, high, accuracy=0.9, best=0.9, **options):
     """The level after one step, in float64."""
     state = epoch(accuracy=accuracy, best=best)
-    moves = levels.Climb(rule(**options), 1.0, kappa, high)
+    moves = levels.climb(rule(**options), 1.0, kappa, high)
     new = levels.climbed(moves, one(alpha), one(gradient), one(budget), state)
     assert new.shape == (1,)
     return float(new)
@@ -211,8 +211,8 @@ def test_numbers_and_tensors_climb_alike_and_stay_inside(seed, objective, solver
     alpha, gain = torch.from_numpy(rng.random(9)) * 0.49, torch.from_numpy(rng.normal(0, 99, 9))
     budget, kappa = torch.from_numpy(rng.uniform(-0.45, 0.45, 9)), 0.75
     given_rule = rule(objective=objective, solver=solver)
-    numbers = levels.Climb(given_rule, 1.0, kappa, 0.49)
-    tensors = levels.Climb(given_rule, 1.0, torch.tensor(kappa), torch.tensor(0.49).double())
+    numbers = levels.climb(given_rule, 1.0, kappa, 0.49)
+    tensors = levels.climb(given_rule, 1.0, torch.tensor(kappa), torch.tensor(0.49).double())
     new, same = (levels.climbed(m, alpha, gain, budget, epoch()) for m in (numbers, tensors))
     assert_close(same, new, atol=1e-7, rtol=0)
     assert new.min() >= 0

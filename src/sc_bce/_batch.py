@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from . import _checks
 from ._checks import sentence
 
-_BYTES_PAY_FROM = 1 << 12  # draws, from which on bytes are quicker than uniform numbers
+_BYTES_PAY_FROM = 1 << 15  # draws, from which on bytes are quicker than uniform numbers
+_DRAWS_PER_LEVEL = 1 << 4  # likewise, where each sample has its own
 FRACTION = 1 << 20  # parts of a label, so that soft ones are counted in integers too
 _FEW = 1 << 12  # elements, up to which a look at each costs nothing beside the call
 _PART = 1 << 20  # elements looked at together, so that what is made of them stays in the cache
@@ -126,7 +127,8 @@ def _are_labels(target: Tensor, void: int, every: bool | None) -> bool:
         return True  # nothing is looked at
     if target.dtype == torch.bool or not target.is_contiguous():
         return False
-    for part in target.detach().view(-1).split(_PART):
+    for start in range(0, target.numel(), _PART):
+        part = target.detach().view(-1)[start : start + _PART]
         low, high = torch.ne(part, void, out=torch.empty_like(part)).mul_(part).aminmax()
         if not (low >= 0 and high <= 1):
             return False
@@ -151,13 +153,13 @@ def require_labels(
             and (target.numel() <= _FEW if every is None else every)
         ):
             low, high = target.detach().aminmax()  # a nan is torch's to carry through
-            if low < 0 or high > 1:
+            if float(low) < 0 or float(high) > 1:
                 illegal = (target < 0) | (target > 1)
                 refuse_labels(target, illegal if valid is None else illegal & valid, ignore_index)
         return True
     if valid is None and readable(target) and target.dtype not in _UNREDUCIBLE and target.numel():
         low, high = target.aminmax()
-        if low >= 0 and high <= 1:
+        if int(low) >= 0 and int(high) <= 1:
             return True
     illegal = _illegal(target, valid)
     return refuse_labels(target, illegal, ignore_index)
@@ -185,6 +187,8 @@ def _illegal(target: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def as_labels(target: Tensor, dtype: torch.dtype, valid: Tensor | None, legal: bool) -> Tensor:
+    if target.dtype == torch.bool and readable(target):
+        target = target.view(torch.uint8)  # which becomes a float many times faster
     y = target.to(dtype)
     return y if legal else torch.where(_illegal(target, valid), torch.nan, y)
 
@@ -256,11 +260,15 @@ class Perturbation(NamedTuple):
 
     def strength(self, dtype: torch.dtype) -> float | Tensor:
         """alpha * beta, in a dtype of at least float32."""
-        alpha, beta = (
-            value.to(dtype) if isinstance(value, Tensor) else value
-            for value in (self.alpha, self.beta)
-        )
-        return alpha * beta
+        alpha, beta = self.alpha, self.beta
+        if isinstance(alpha, Tensor):
+            if alpha.dtype == torch.bool and readable(alpha):
+                alpha = alpha.view(torch.uint8)
+            alpha = alpha.to(dtype)
+        if isinstance(beta, Tensor):
+            beta = beta.to(dtype)
+        # Multiplied by 1 it is the same, but for the call.
+        return alpha if not isinstance(beta, Tensor) and beta == 1 else alpha * beta
 
     def towards_prior(self, y: Tensor) -> Tensor:
         """y + s (c - y)."""
@@ -447,6 +455,8 @@ def has_float64(device: torch.device) -> bool:
 def sample_means(value: Tensor, valid: Tensor | None) -> Tensor:
     """Mean over the valid elements of each sample, (N,) float32; nan for a sample without any."""
     if valid is None:
+        if value.dim() == 1 or (readable(value) and value.shape[1:].numel() == 1):
+            return value.reshape(-1).float()
         return _by_sample(value).mean(1).float()
     total = _by_sample(torch.where(valid, value, 0.0)).sum(1)
     return (total / _by_sample(valid).sum(1)).float()
@@ -454,8 +464,21 @@ def sample_means(value: Tensor, valid: Tensor | None) -> Tensor:
 
 def sample_accuracies(batch: Batch) -> Tensor:
     """Share of each sample's valid elements that are right at 1/2, (N,) float32."""
-    hits = (batch.input.detach() >= 0) == (batch.target >= 0.5)
+    said, true = at_least(batch.input.detach(), 0), at_least(batch.target.detach(), 0.5)
+    if said.dtype == true.dtype:
+        hits = said.eq_(true) if readable(said) else said == true
+    else:
+        hits = (said > 0) == (true > 0)
     return sample_means(hits.float(), batch.valid)
+
+
+def at_least(value: Tensor, bound: float) -> Tensor:
+    """1 and 0 of the value's dtype, where it can be: bools take many times as long."""
+    if value.dtype == torch.bool:
+        return value
+    if readable(value):
+        return torch.ge(value, bound, out=torch.empty_like(value))
+    return value >= bound
 
 
 def label_counts(batch: Batch, shape: tuple[int, ...]) -> Tensor:
@@ -464,6 +487,8 @@ def label_counts(batch: Batch, shape: tuple[int, ...]) -> Tensor:
     One column for each element of `shape`, which broadcasts to the batch; () is all in one.
     """
     target, valid = batch.target, batch.valid
+    if valid is None and math.prod(shape) == 1 and readable(target):
+        return _label_counts_read(target)
     over = [place for place in range(target.dim()) if not shape or shape[place] == 1]
 
     def number(marked: Tensor) -> Tensor:
@@ -492,6 +517,21 @@ def label_counts(batch: Batch, shape: tuple[int, ...]) -> Tensor:
         whole = _in_fractions(label.float(), ones, (label >= 0.5).to(torch.int64))
         parts = (whole.sum(over) if over else whole).reshape(-1)
     return torch.stack((count, parts, positives))
+
+
+def _label_counts_read(target: Tensor) -> Tensor:
+    """The same for one column, by the host: a third of the calls."""
+    count = target.numel()
+    if not target.is_floating_point():
+        positives = int(as_bytes(target).sum() if target.dtype == torch.bool else target.sum())
+        parts = positives * FRACTION
+    else:
+        label = target.detach()
+        positives = int(at_least(label, 0.5).sum(dtype=torch.float64))
+        total = float(label.sum(dtype=torch.float64))
+        # As in `_in_fractions`.
+        parts = round(total * FRACTION) if 0 <= total <= count else positives * FRACTION
+    return torch.tensor([[count], [parts], [positives]], device="cpu")
 
 
 def row_counts(
@@ -541,6 +581,8 @@ def bernoulli(
     # Whether it is readable comes before its size, which a compiled graph would be bound to.
     if not readable(input) or shape.numel() < _BYTES_PAY_FROM:
         return _uniform(input, shape, generator) < alpha
+    if isinstance(alpha, Tensor) and shape.numel() < _DRAWS_PER_LEVEL * alpha.numel():
+        return _uniform(input, shape, generator) < alpha
     return _by_bytes(alpha, input, shape, generator)
 
 
@@ -563,18 +605,18 @@ def _by_bytes(
     byte = words.view(torch.uint8)[:count].view(shape)
     level = torch.as_tensor(alpha, dtype=torch.float32, device="cpu") * 256
     first = level.floor().clamp(max=255)  # at alpha = 1 all bits left say yes
-    # Results as bytes too: bools take many times as long.
+    bits = first.to(torch.uint8)
     drawn = torch.empty(shape, dtype=torch.bool, device="cpu")
-    torch.lt(byte, first.to(torch.uint8), out=drawn.view(torch.uint8))
-    torch.eq(byte, first.to(torch.uint8), out=byte)
+    # Results as bytes too: bools take many times as long.
+    torch.lt(byte, bits, out=drawn.view(torch.uint8))
+    torch.eq(byte, bits, out=byte)
     words.view(torch.uint8)[count:] = 0
-    eight = words.nonzero()
-    ties = (8 * eight + torch.arange(8, device="cpu"))[
-        words[eight[:, 0]].view(torch.uint8).view(-1, 8) != 0
-    ]
+    found = words.nonzero()  # eight at a time
+    within = words[found[:, 0]].view(torch.uint8).view(-1, 8) != 0
+    ties = (8 * found + torch.arange(8, device="cpu"))[within]
     left = level - first
     if left.dim():
-        left = left.reshape(-1)[ties // (count // len(alpha))]
+        left = left.reshape(-1)[ties // (count // left.numel())]
     drawn.view(-1)[ties] = _uniform(input, ties.shape, generator) < left
     return drawn
 

@@ -32,6 +32,13 @@ _EQUAL = 1e-6  # how far the ranks' values may lie apart
 _PATIENCE = 10_000  # batches without a step before the warning, where no epoch can be counted
 
 
+class _Seen:
+    """What this process has seen; apart from the module, whose attributes are slow to set."""
+
+    batches = 0  # in training
+    samples = 0  # since the last step
+
+
 class AdaptivePerturbation(Levels):
     r"""Self-calibrating binary cross entropy whose perturbation levels are learned (ASLP).
 
@@ -226,8 +233,7 @@ class AdaptivePerturbation(Levels):
         if not isinstance(prior, str):
             _batch.hold_prior(self, prior)
         self._given = prior.detach().clone().float() if isinstance(prior, Tensor) else None
-        # In this process: batches, and samples since the last step.
-        self._batches = self._trained = 0
+        self._seen = _Seen()
         self._warned: set[str] = set()
         self._refresh()
 
@@ -269,7 +275,9 @@ class AdaptivePerturbation(Levels):
             loss = self._plain(input, target)
         else:
             prior = self._prior_for(input)
-            alpha = self.alpha.index_select(0, rows).reshape(input.shape[:1])
+            alpha = self.alpha.index_select(0, rows)
+            if not input.dim():
+                alpha = alpha.reshape(())
             if self.sampling != "expected":
                 alpha = _batch.bernoulli(alpha, input, self.sampling, self.generator)
             if alpha.dim() == 1:
@@ -328,28 +336,28 @@ class AdaptivePerturbation(Levels):
             self._warn("index")
         rows = _rows_of(index, input, self.alpha, shared)
         eager = not torch.compiler.is_compiling()
-        every = eager and self._batches < _FIRST
+        every = eager and self._seen.batches < _FIRST
         batch = _batch.prepare(input, target, self.ignore_index, every)
         if self.num_labels is not None and input.shape[1:2] != (self.num_labels,):
             wanted = f"have num_labels={self.num_labels} along dimension 1"
             raise ValueError(sentence("input", wanted, f"shape {tuple(input.shape)}"))
         if eager:
-            self._batches += 1
+            self._seen.batches += 1
         return rows, batch
 
     def _prior_for(self, input: Tensor) -> float | Tensor:
         """The prior, broadcasting to the batch."""
         prior = self.prior
-        if isinstance(prior, Tensor) and prior.dim() == 1 and self.observes:
-            return prior.reshape(1, -1, *(1 for _ in input.shape[2:]))
-        return _batch.prior_of(prior, input.size()) if isinstance(prior, Tensor) else prior
+        if not isinstance(prior, Tensor) or not self.observes:
+            return _batch.prior_of(prior, input.size()) if isinstance(prior, Tensor) else prior
+        return prior.reshape(1, -1, *(1 for _ in input.shape[2:])) if prior.dim() else prior
 
     @torch.no_grad()
     def _observe(self, rows: Tensor, batch: Batch, seen: Observed | None) -> None:
         """Count the labels of a batch, and move its rows."""
         if not torch.compiler.is_compiling():
-            self._trained += len(rows)
-            if self._steps == 0 and _is_late(self._trained, self._batches, self):
+            self._seen.samples += len(rows)
+            if self._steps == 0 and _is_late(self._seen, self):
                 self._warn("step")
         if seen is None:
             prior = self._prior_for(batch.input)
@@ -357,11 +365,9 @@ class AdaptivePerturbation(Levels):
         if seen.labels is not None:
             self.fresh += seen.labels
         if seen.slopes is None:
-            self.visited.index_fill_(0, rows, levels.SINCE)
+            self.mark(rows)
             return
-        climb = None
-        if self._climbs:
-            climb = levels.Climb(self._rule, self.beta, self._kappa, self._cap)
+        climb = self._climb if self._climbs else None
         self.observe(rows, seen.slopes, seen.hits, self.focus, climb)
 
     def _wanted(self, prior: float | Tensor) -> Wanted:
@@ -385,6 +391,7 @@ class AdaptivePerturbation(Levels):
             self.prior = self._given.to(self.alpha.device)
         self._kappa = levels.cost(self.beta, self.prior, self.counts)
         self._cap = levels.cap(self.beta, self.prior)
+        self._climb = levels.climb(self._rule, self.beta, self._kappa, self._cap)
         if _has_values(self.steps):
             self._steps = int(self.epoch.steps)
             self._past_warmup = self._steps >= max(self.warmup, 1)
@@ -461,8 +468,8 @@ class AdaptivePerturbation(Levels):
 
     def _merge(self, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
         """Merge the tables of the processes; the rows that any moved, and the samples of all."""
-        trained = torch.tensor(self._trained, device=self.alpha.device)
-        self._trained = 0
+        trained = torch.tensor(self._seen.samples, device=self.alpha.device)
+        self._seen.samples = 0
         # What no batch has moved is the same on all ranks.
         moved = self.merge(self.columns if self._follows else {}, group)
         return moved, int(levels.reduced(trained, group))
@@ -536,12 +543,12 @@ def _one_sided(pos_weight: Tensor, up: Tensor, down: Tensor) -> bool:
     return bool(((up + down > 0) & ((w * up >= 1 - up) | (w * (1 - down) <= down))).any())
 
 
-def _is_late(trained: int, batches: int, own: AdaptivePerturbation) -> bool:
+def _is_late(seen: _Seen, own: AdaptivePerturbation) -> bool:
     """Whether a step should have been called by now."""
     if own.num_samples is None:
-        return batches > _PATIENCE
+        return seen.batches > _PATIENCE
     share = -(-own.num_samples // levels.world_size(None))  # rounded up, as samplers pad
-    return trained > max(own.warmup, 1) * share
+    return seen.samples > max(own.warmup, 1) * share
 
 
 def _shown(own: AdaptivePerturbation) -> list[str]:
@@ -691,8 +698,9 @@ def _rows_of(index: Tensor | None, input: Tensor, table: Tensor, shared: bool) -
     if shared:
         return torch.zeros(samples, dtype=torch.int64, device=table.device)
     rows = _require_index(index, input.shape[:1], len(table)).reshape(samples)
-    # Only towards an accelerator: what comes from one is read on arrival.
-    rows = rows.to(table.device, non_blocking=rows.device.type == "cpu")
+    if rows.device != table.device:
+        # Only towards an accelerator: what comes from one is read on arrival.
+        rows = rows.to(table.device, non_blocking=rows.device.type == "cpu")
     if torch.compiler.is_compiling():
         # Inductor reads a negative index from the end; beyond it, the bounds check finds it.
         rows = torch.where(rows < 0, len(table), rows)
@@ -721,7 +729,8 @@ def _require_index(index: object, shape: torch.Size, num_samples: int) -> Tensor
         raise ValueError(sentence("index", wanted, f"shape {tuple(index.shape)}"))
     index = index.to(torch.int64)
     if _batch.readable(index) and index.numel():
-        low, high = (int(end) for end in index.aminmax())
+        least, most = index.aminmax()
+        low, high = int(least), int(most)
         if low < 0 or high >= num_samples:
             raise IndexError(
                 sentence(

@@ -268,10 +268,10 @@ class Observed(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What is to be observed; `count` is the shape, broadcasting to the batch, of the counts."""
+    """What is to be observed; `labels` is the shape, broadcasting to the batch, of the counts."""
 
     slopes: bool = False
-    count: tuple[int, ...] | None = None
+    labels: tuple[int, ...] | None = None
     hits: bool = False
 
 
@@ -285,7 +285,7 @@ def perturbed_loss_and_observed(
 ) -> tuple[Tensor, Observed]:
     """The loss, and what is seen of the batch on the way, whatever was drawn as alpha."""
     found = None
-    counted = wanted.count is not None
+    counted = wanted.labels is not None
     if pos_weight is None and reduction != "none":
         by_sample = wanted.slopes or wanted.hits
         found = _fused.sums(batch, given, by_sample, counted, wanted.hits, weight)
@@ -297,10 +297,10 @@ def perturbed_loss_and_observed(
     seen = Observed()
     if wanted.slopes:
         seen = seen._replace(slopes=_row_means(found.slope, found.valid, size))
-    if wanted.hits:
+    if found.hits is not None:
         seen = seen._replace(hits=_row_means(found.hits, found.valid, size))
-    if wanted.count is not None:
-        labels = _batch.row_counts(found.labels, found.valid, shape, size, wanted.count)
+    if wanted.labels is not None and found.labels is not None:
+        labels = _batch.row_counts(found.labels, found.valid, shape, size, wanted.labels)
         seen = seen._replace(labels=labels)
     return _reduced(found, batch, reduction), seen
 
@@ -312,7 +312,7 @@ def observed(
     batch = batch.with_valid()
     return Observed(
         mean_slopes(batch, prior, weight) if wanted.slopes else None,
-        None if wanted.count is None else _batch.label_counts(batch, wanted.count),
+        None if wanted.labels is None else _batch.label_counts(batch, wanted.labels),
         _batch.sample_accuracies(batch) if wanted.hits else None,
     )
 
@@ -334,7 +334,6 @@ def _reduced(found: _fused.Sums, batch: Batch, reduction: str) -> Tensor:
     return _cast(total, batch)
 
 
-@torch.no_grad()
 def mean_slopes(batch: Batch, prior: float | Tensor, weight: Tensor | None) -> Tensor:
     """Mean slope (y - c) x of each sample, (N,) float32; no gradient.
 
@@ -343,7 +342,7 @@ def mean_slopes(batch: Batch, prior: float | Tensor, weight: Tensor | None) -> T
     without a valid element.
     """
     # Low precision is accumulated in at least float32, as the labels are.
-    y = batch.labels(torch.promote_types(batch.input.dtype, torch.float32))
+    y = batch.labels(torch.promote_types(batch.input.dtype, torch.float32)).detach()
     slope = (y - prior) * batch.input.detach()
     if weight is not None:
         slope = slope * weight
@@ -352,6 +351,9 @@ def mean_slopes(batch: Batch, prior: float | Tensor, weight: Tensor | None) -> T
 
 def _cast(loss: Tensor, batch: Batch) -> Tensor:
     """torch's dtype; under autocast torch runs BCE in float32 and leaves the result there."""
+    dtype = batch.dtype()
+    if loss.dtype == dtype:
+        return loss
     device = batch.input.device.type
     # Some devices have none, and may not be asked; compiled code runs on one that has.
     has = device != "meta" and (
@@ -359,7 +361,7 @@ def _cast(loss: Tensor, batch: Batch) -> Tensor:
     )
     if has and torch.is_autocast_enabled(device):
         return loss
-    return loss.to(batch.dtype())
+    return loss.to(dtype)
 
 
 def _masked(

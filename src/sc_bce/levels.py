@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _checks
-from ._batch import FRACTION, home
+from ._batch import FRACTION, home, readable
 from ._checks import sentence
 
 __all__ = [
@@ -39,6 +39,8 @@ UNKNOWN = 0.5  # accuracy of a sample before its first visit
 CARRIED = 0.5  # of the gap between confidence and accuracy, at each step
 GAIN = 0.1  # of strength, at each step, for a calibration slope that is off by 1
 
+_SET = 1 << 9  # rows, up to which a set finds duplicates more quickly than tensors
+_CELLS = 8  # for each row: one in sixteen finds its cell taken
 _CHUNK = 1 << 24  # rows that a step works on at a time: bounds its extra memory
 
 
@@ -62,6 +64,8 @@ class Climb(NamedTuple):
     beta: float
     kappa: float | Tensor
     cap: float | Tensor
+    rate: float | Tensor  # of a step along the slope
+    pull: float | Tensor  # of the constraint, at the new level
 
 
 class Epoch(NamedTuple):
@@ -110,15 +114,20 @@ def wide(value: Tensor) -> Tensor:
     return value.to(home(value.device)).double()
 
 
-def climbed(climb: Climb, alpha: Tensor, slope: Tensor, budget: Tensor, epoch: Epoch) -> Tensor:
-    """New levels after one step along the gradient of the expected loss, in [0, cap].
+def climb(rule: Rule, beta: float, kappa: float | Tensor, highest: float | Tensor) -> Climb:
+    """What stays the same between two steps.
 
     The explicit solver steps by lr; every other climbs in doubt, kappa alpha, so that it climbs
     alike whatever the strength.
     """
-    rule, kappa = climb.rule, climb.kappa
     rate = rule.lr if rule.solver == "explicit" else rule.lr / kappa**2
-    new = alpha + rate * (climb.beta * slope)
+    return Climb(rule, beta, kappa, highest, rate, 1 + rule.lr * rule.penalty / kappa)
+
+
+def climbed(climb: Climb, alpha: Tensor, slope: Tensor, budget: Tensor, epoch: Epoch) -> Tensor:
+    """New levels after one step along the gradient of the expected loss, in [0, cap]."""
+    rule, kappa, rate = climb.rule, climb.kappa, climb.rate
+    new = alpha + rate * (slope if climb.beta == 1 else climb.beta * slope)
     if rule.objective == "max_entropy":
         reference = epoch.best_accuracy
         if rule.reference_accuracy is not None:
@@ -128,25 +137,27 @@ def climbed(climb: Climb, alpha: Tensor, slope: Tensor, budget: Tensor, epoch: E
         new = new + rate * rule.penalty * (budget - kappa * alpha).clamp(max=0)
     else:
         # The penalty at the new level instead of the old one: a contraction for every strength.
+        # Below the budget it would pull up, so the lower of both is right on either side.
         rest = budget / kappa
-        pull = rule.lr * rule.penalty / kappa
-        new = torch.where(new <= rest, new, rest + (new - rest) / (1 + pull))
+        new = torch.minimum(new, (new - rest).div_(climb.pull).add_(rest))
     if isinstance(kappa, Tensor):
         new = torch.where(kappa > 0, new, alpha)
-    return new.clamp(min=0.0).clamp(max=climb.cap)
+    if isinstance(climb.cap, Tensor):
+        return new.clamp(min=0.0).clamp(max=climb.cap)
+    return new.clamp(0.0, climb.cap)
 
 
 def shared_out(focus: float, budget: Tensor, accuracy: Tensor, difficulty: Tensor) -> Tensor:
     """The budget of each sample: more for those that are often wrong."""
-    hardness = (1 - accuracy) ** focus
-    # Where every sample seen is perfect, all are alike.
-    weight = torch.where(difficulty > 0, hardness / difficulty, 1.0)
-    return (budget * weight).clamp(max=LARGEST_BUDGET)
+    hardness = torch.rsub(accuracy, 1).pow(focus)
+    # Where every sample seen is perfect, all are alike: what is divided by 0 counts as 1.
+    weight = (hardness / difficulty).nan_to_num_(1.0, 1.0)
+    return weight.mul_(budget).clamp_(max=LARGEST_BUDGET)
 
 
 def remembered(accuracy: Tensor, hits: Tensor) -> Tensor:
     """A sample's running accuracy after one more visit."""
-    return MEMORY * accuracy + (1 - MEMORY) * hits
+    return torch.add(MEMORY * accuracy, hits, alpha=1 - MEMORY)
 
 
 def next_epoch(
@@ -219,6 +230,26 @@ class ByRow(NamedTuple):
 
     def total(self, values: Tensor) -> Tensor:
         return torch.zeros_like(values).index_add_(0, self.group, values)[self.group]
+
+
+def distinct(rows: Tensor) -> bool:
+    """Whether none is there twice, seen by the host in a time O(batch): sorting takes more."""
+    count = len(rows)
+    if count <= _SET:
+        return len(set(rows.tolist())) == count
+    # Each leaves its place in a cell of its last bits. Who finds another's there shares them.
+    place = torch.arange(count, dtype=torch.int32, device="cpu")
+    cells = 1 << (_CELLS * count).bit_length()
+    cell = rows & (cells - 1)
+    holder = torch.empty(cells, dtype=torch.int32, device="cpu").scatter_(0, cell, place)
+    other = holder.index_select(0, cell)
+    if torch.equal(other, place):
+        return True
+    lost = (other != place).nonzero()[:, 0]
+    losers = rows[lost]
+    if bool((rows[other[lost]] == losers).any()):
+        return False
+    return distinct(losers)
 
 
 def mean_by_row(rows: Tensor, valid: Tensor) -> ByRow:
@@ -341,19 +372,40 @@ class Levels(nn.Module):
         self, rows: Tensor, slopes: Tensor, hits: Tensor | None, focus: float, climb: Climb | None
     ) -> None:
         """Move the rows of a batch; where nothing valid and finite was seen, hold."""
-        by_row = mean_by_row(rows, slopes.isfinite())
-        moves, budget = by_row.any, self.budget
+        # Rows that are alone, and all finite, need no means: most batches on a CPU.
+        plain = readable(rows) and math.isfinite(float(slopes.sum())) and distinct(rows)
+        by_row = None if plain else mean_by_row(rows, slopes.isfinite())
+
+        def mean(values: Tensor) -> Tensor:
+            return values if by_row is None else by_row.mean(values)
+
+        def keep(column: Tensor, old: Tensor, new: Tensor) -> None:
+            if by_row is None:
+                column.scatter_(0, rows, new)  # in half the time
+            else:
+                column.index_copy_(0, rows, torch.where(by_row.any, new, old))
+
+        budget = self.budget
         if hits is not None:
             old = self.sample_accuracy.index_select(0, rows)
-            recent = torch.where(moves, remembered(old, by_row.mean(hits)), old)
-            self.sample_accuracy.index_copy_(0, rows, recent)
+            recent = remembered(old, mean(hits))
             budget = shared_out(focus, budget, recent, self.difficulty)
+            keep(self.sample_accuracy, old, recent)
         if climb is not None:
             old = self.alpha.index_select(0, rows)
-            new = climbed(climb, old, by_row.mean(slopes), budget, self.epoch)
-            self.alpha.index_copy_(0, rows, torch.where(moves, new, old))
-        before = self.visited.index_select(0, rows)
-        self.visited.index_copy_(0, rows, torch.where(moves, SINCE, before))
+            keep(self.alpha, old, climbed(climb, old, mean(slopes), budget, self.epoch))
+        if by_row is None:
+            self.mark(rows)
+        else:
+            before = self.visited.index_select(0, rows)
+            keep(self.visited, before, torch.full_like(before, SINCE))
+
+    def mark(self, rows: Tensor) -> None:
+        """Note that these rows have trained."""
+        if readable(rows):
+            self.visited.scatter_(0, rows, self.visited.new_full(rows.shape, SINCE))
+        else:
+            self.visited.index_fill_(0, rows, SINCE)
 
     def merge(self, columns: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> Tensor:
         """Merge columns between processes; returns the rows that any of them has moved."""

@@ -239,8 +239,8 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         eager = not torch.compiler.is_compiling()
         every = eager and self._looked < _FIRST
         batch = _batch.prepare(input, target, self.ignore_index, every)
-        if eager:
-            self._looked = min(self._looked + 1, _FIRST)
+        if every:
+            self._looked += 1
         alpha: float | Tensor = self.alpha
         beta: float | Tensor | None = self.beta
         if self.sampling != "expected":
