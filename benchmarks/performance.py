@@ -1,8 +1,8 @@
-"""The page about speed and memory, from the JSON that ``speed.py`` has left.
+"""The page about speed and memory, from the JSON that ``speed.py`` and ``scale.py`` have left.
 
     python benchmarks/performance.py
 
-Writes ``docs/performance.md`` and its picture; the words stand in ``benchmarks/performance.md``.
+Writes ``docs/performance.md`` and its picture; the words are in ``benchmarks/performance.md``.
 """
 
 import argparse
@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speed import BASELINE, COMPILED, CONTENDERS, KINDS, MODES, SHAPES
-from study import COLOURS, markdown
+from speed import BASELINE, BYTES, LABELS, SEGMENTATION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,52 +20,44 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 HERE = Path(__file__).parent
-LARGE, SMALL = SHAPES[:2], SHAPES[2:]
-THREADS = 2  # of the targets, the picture and the README
-ALL = (*CONTENDERS, *(f"{name}, compiled" for name in COMPILED))
-SHOWN = (BASELINE, "smp", "fixed", "sample", "adaptive", "adaptive-focus")  # in the picture
+THREADS = 2  # of the first screen, the picture and README
+COLOURS = {"sample": "#0072B2", "adaptive": "#E69F00"}
+# Title, case, shape, target, void: what users train on.
+SHOWN: tuple[tuple[str, str, tuple[int, ...], str, bool], ...] = (
+    ("Segmentation, 32 x 1 x 384 x 384", "segmentation", SEGMENTATION, "float", False),
+    ("Segmentation, a bool mask", "segmentation", SEGMENTATION, "bool", False),
+    ("Segmentation, a tenth of it void", "void", SEGMENTATION, "uint8", True),
+    ("11 labels, 32 x 11 x 120 x 160", "labels", LABELS, "float", False),
+    ("A table, 8,192 rows a batch", "table", (8192,), "float", False),
+    ("A table, 64 rows of 20 labels", "table", (64, 20), "float", False),
+    ("Segmentation, all compiled", "compiled", SEGMENTATION, "float", False),
+)
+IN_README = (0, 2, 3, 6)
+COLUMNS = {"sample": "fixed level", "adaptive": "adaptive level"}
+TARGETS = ("float", "bool", "uint8")
 
 
-def title(name: str) -> str:
-    plain = name.removesuffix(", compiled")
-    return CONTENDERS[plain][0] + name.removeprefix(plain)
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *("--:" for _ in head[1:])], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def ratio(
-    result: Result,
-    name: str,
-    shape: Sequence[int] = SHAPES[0],
-    kind: tuple[str, str] = KINDS[0],
-    mode: str = MODES[0],
-    threads: int = THREADS,
-) -> float | None:
-    """Time over that of eager BCE in the same case; none where it was not measured."""
-    wanted = {
-        "contender": name,
-        "shape": list(shape),
-        "dtype": kind[0],
-        "target": kind[1],
-        "mode": mode,
-        "threads": threads,
-    }
-    for record in result["times"]:
-        if wanted.items() <= record.items():
-            return float(record["ratio"])
-    return None
+def matching(records: Sequence[Result], **wanted: Any) -> list[Result]:
+    return [record for record in records if wanted.items() <= record.items()]
 
 
-def memory(result: Result, name: str, kind: tuple[str, str]) -> Result:
-    (found,) = (
-        record
-        for record in result["memory"]
-        if (record["contender"], record["dtype"], record["target"]) == (name, *kind)
-    )
-    return dict(found)
+def timed(result: Result, **wanted: Any) -> Result:
+    """The one record of this case."""
+    wanted = {"dtype": "float32", "threads": THREADS} | wanted
+    found = matching(result["times"], **wanted)
+    if len(found) != 1:
+        raise ValueError(f"Expected one record of {wanted}, but got {len(found)}: run speed.py")
+    return found[0]
 
 
-def histogram_gain(result: Result, threads: int = THREADS) -> float:
-    (found,) = (row for row in result["histogram"] if row["threads"] == threads)
-    return float(found["torchmetrics"]["median_ms"] / found["ours"]["median_ms"])
+def shown(result: Result, place: int, name: str) -> Result:
+    _, case, shape, target, void = SHOWN[place]
+    return timed(result, case=case, shape=list(shape), target=target, void=void, contender=name)
 
 
 # ---------------------------------------------------------------- tables
@@ -80,91 +71,104 @@ def about(result: Result) -> str:
     )
 
 
-def targets(result: Result) -> str:
-    def timed(name: str, kind: tuple[str, str] = KINDS[0]) -> float:
-        found = ratio(result, name, kind=kind)
-        if found is None:
-            raise ValueError(f"speed.json lacks {name} with {kind}: run speed.py in full")
-        return found
-
-    mask = KINDS[1]
-    compiled, plain_compiled = timed("fixed, compiled"), timed(f"{BASELINE}, compiled")
-    saved = memory(result, "fixed", mask)["saved_bytes_per_element"]
-    peak, plain_peak = (
-        memory(result, name, KINDS[0])["peak_bytes_per_element"] for name in ("fixed", BASELINE)
-    )
-    rows: list[tuple[str, float, float, float | None]] = [  # measured, asked, hoped for
-        ("fixed level, eager", timed("fixed"), 1.0, 0.7),
-        ("fixed level, eager, bool mask", timed("fixed", mask), 0.9, 0.6),
-        ("fixed level, compiled", compiled, 0.6, 0.4),
-        ("fixed level, compiled, against compiled BCE", compiled / plain_compiled, 1.0, None),
-        ("adaptive step, eager", timed("adaptive"), 1.2, 0.85),
-        ("adaptive step, compiled", timed("adaptive, compiled"), 0.75, 0.45),
-        ("adaptive step / published step", timed("adaptive") / timed("published"), 1 / 3, 1 / 6),
-        ("bytes saved for backward, bool mask", saved, 5.0, None),
-        ("peak memory / that of BCE", peak / plain_peak, 1.0, 0.5),
-        ("histogram / torchmetrics", 1 / histogram_gain(result), 1 / 10, 1 / 30),
-    ]
-    table = []
-    for name, found, asked, hope in rows:
-        met = "yes" if round(found, 2) <= asked else "no"
-        if hope is not None and found <= hope:
-            met = "yes, as hoped"
-        hoped = "" if hope is None else f"{hope:.2f}"
-        table.append([name, f"{found:.2f}", f"{asked:.2f}", hoped, met])
-    return markdown(["", "measured", "asked, at most", "hoped for", "met"], table)
+def costs(result: Result, places: Sequence[int]) -> str:
+    rows = []
+    for place in places:
+        base = shown(result, place, BASELINE)["median_ms"]
+        cells = [f"{shown(result, place, name)['ratio']:.2f}" for name in COLUMNS]
+        rows.append([SHOWN[place][0], f"{base:.3g} ms", *cells])
+    return table(["", "BCE", *COLUMNS.values()], rows)
 
 
 def summary(result: Result) -> str:
-    """The large batch in one table: what README shows."""
-    columns = ((KINDS[0], ""), (KINDS[1], ""), (KINDS[0], ", compiled"))
+    """What README shows."""
+    return costs(result, IN_README)
+
+
+def first(result: Result) -> str:
+    return costs(result, range(len(SHOWN)))
+
+
+def asked(result: Result) -> str:
+    """Everything that had a goal, and whether it is met."""
     rows = []
-    for name in SHOWN:
-        found = [ratio(result, name + suffix, kind=kind) for kind, suffix in columns]
-        rows.append([title(name), *("" if value is None else f"{value:.2f}" for value in found)])
-    return markdown(["", "float target", "bool mask", "float target, compiled"], rows)
+    for record in result["times"]:
+        if record["asked"] is None:
+            continue
+        what = record["case"] + (" void" if record["void"] and record["case"] != "void" else "")
+        shape = " x ".join(map(str, record["shape"]))
+        met = "yes" if round(record["ratio"], 2) <= record["asked"] else "no"
+        rows.append(
+            [
+                f"{what}, {shape}", f"{record['dtype']} {record['target']}",
+                str(record["threads"]), record["contender"],
+                f"{record['median_ms']:.4g}", f"{record['ratio']:.2f}",
+                f"{record['asked']:.2f}", met,
+            ]
+        )  # fmt: skip
+    head = ["case", "logits target", "threads", "loss", "ms", "of BCE", "goal", "met"]
+    return table(head, rows)
 
 
-def ratios(shapes: Sequence[Sequence[int]]) -> Callable[[Result], str]:
-    """All contenders, one column per number of threads and kind of input."""
+def rivals(result: Result) -> str:
+    rows = []
+    for name in ("smp", "published"):
+        each = matching(result["times"], case="rivals", contender=name)
+        cells = [f"{record['ratio']:.2f}" for record in each]
+        rows.append([result["titles"][name], *cells])
+    threads = sorted({record["threads"] for record in result["times"]})
+    return table(["", *(f"{count} threads" for count in threads)], rows)
 
-    def tables(result: Result) -> str:
-        threads = sorted({record["threads"] for record in result["times"]})
-        parts = []
-        for shape in shapes:
-            for mode in MODES:
-                columns = [
-                    (kind, count)
-                    for kind in KINDS
-                    for count in threads
-                    if ratio(result, BASELINE, shape, kind, mode, count) is not None
-                ]
-                head = [f"{d} {t}, {c}" for (d, t), c in columns]
-                rows = []
-                for name in ALL:
-                    found = [ratio(result, name, shape, kind, mode, c) for kind, c in columns]
-                    if any(value is not None for value in found):
-                        cells = ["" if value is None else f"{value:.2f}" for value in found]
-                        rows.append([title(name), *cells])
-                size = " x ".join(map(str, shape))
-                table = markdown(["dtype target, threads", *head], rows)
-                parts.append(f"*{size}, {mode}:*\n\n{table}")
-        return "\n\n".join(parts)
 
-    return tables
+def sizes(result: Result) -> str:
+    """The path that is taken, over the plain one and over BCE."""
+    names = list(dict.fromkeys(record["loss"] for record in result["sizes"]))
+    rows = []
+    for count in sorted({record["elements"] for record in result["sizes"]}):
+        cells = []
+        for name in names:
+            (found,) = matching(result["sizes"], loss=name, elements=count, threads=THREADS)
+            cells.append(f"{found['of_plain']:.2f} · {found['of_bce']:.2f}")
+        rows.append([f"{count:,}", *cells])
+    return table(["elements", *names], rows)
+
+
+def worst(result: Result) -> str:
+    parts = []
+    for threads in sorted({record["threads"] for record in result["sizes"]}):
+        each = matching(result["sizes"], threads=threads)
+        found = max(each, key=lambda record: float(record["of_plain"]))
+        parts.append(
+            f"{found['of_plain']:.2f} on {threads} thread{'s' * (threads > 1)} "
+            f"({found['loss']}, {found['elements']:,} elements)"
+        )
+    return "Worst ratio to the plain path: " + ", ".join(parts) + "."
 
 
 def memories(result: Result) -> str:
-    kinds = KINDS[:2]
-    head = [f"{what}, {dtype} {target}" for dtype, target in kinds for what in ("saved", "peak")]
     rows = []
-    for name in CONTENDERS:
-        found = [memory(result, name, kind) for kind in kinds]
-        cells = [
-            f"{one[f'{what}_bytes_per_element']:.1f}" for one in found for what in ("saved", "peak")
-        ]
-        rows.append([title(name), *cells])
-    return markdown(["", *head], rows)
+    for record in result["memory"]:
+        what = record["case"] + (" void" if record["void"] and record["case"] != "void" else "")
+        cells = [f"{record[f'{key}_bytes_per_element']:.1f}" for key in ("saved", "peak")]
+        rows.append([f"{what}, {record['dtype']} {record['target']}", record["contender"], *cells])
+    return table(["case", "loss", "kept", "peak"], rows)
+
+
+def roofline(result: Result) -> str:
+    """How much of the time a plain copy of the same bytes would take."""
+    speed = result["copy_bytes_per_second"]
+    threads = min(max(r["threads"] for r in result["times"]), result["cores"])
+    rows = []
+    for name in (BASELINE, "sample", "element", "adaptive", "focus"):
+        case = {"case": "segmentation", "shape": list(SEGMENTATION), "target": "float"}
+        record = timed(result, contender=name, threads=threads, **case)
+        elements = 1
+        for size in SEGMENTATION:
+            elements *= size
+        least = 3 * BYTES["float32"] * elements / speed * 1e3  # x and y read, the gradient written
+        rows.append([name, f"{record['median_ms']:.3g} ms", f"{least / record['median_ms']:.0%}"])
+    words = f"A copy moves {speed / 1e9:.1f} GB a second on {threads} threads."
+    return words + "\n\n" + table(["", "time", "of which the bytes alone"], rows)
 
 
 def histogram(result: Result) -> str:
@@ -172,49 +176,51 @@ def histogram(result: Result) -> str:
         [
             str(row["threads"]),
             *(f"{row[name]['median_ms']:.0f} ms" for name in ("ours", "torchmetrics")),
-            f"{histogram_gain(result, row['threads']):.1f}",
+            f"{row['ours']['median_ms'] / row['torchmetrics']['median_ms']:.2f}",
             *(f"{row[name]['state_bytes']:,}" for name in ("ours", "torchmetrics")),
             f"{row['stream']['pixels']:,} in {row['stream']['seconds']:.0f} s, "
             f"{row['stream']['state_bytes']:,} bytes",
         ]
         for row in result["histogram"]
     ]
-    head = ["threads", "ours", "torchmetrics", "times faster", "bytes held", "by torchmetrics"]
-    return markdown([*head, "a stream"], rows)
+    head = ["threads", "ours", "torchmetrics", "ratio", "bytes held", "by torchmetrics"]
+    return table([*head, "a stream"], rows)
 
 
 # ---------------------------------------------------------------- picture and page
 
 
 def figure(result: Result) -> "Figure":
-    """Eager and compiled, beside eager BCE."""
+    """The first screen, drawn."""
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(8, 3.4), dpi=120, layout="constrained")
+    drawing = Figure(figsize=(8, 3.6), dpi=120, layout="constrained")
     axes = drawing.subplots()
-    for place, name in enumerate(reversed(SHOWN)):
-        for shift, suffix, colour in ((0.2, "", COLOURS[4]), (-0.2, ", compiled", COLOURS[1])):
-            found = ratio(result, name + suffix)
-            if found is not None:
-                label = suffix.removeprefix(", ") or "eager"
-                axes.barh(place + shift, found, 0.38, color=colour, label=label)
-                axes.text(found + 0.01, place + shift, f"{found:.2f}", va="center", fontsize=7)
+    places = range(len(SHOWN))
+    for shift, (name, label) in zip((0.2, -0.2), COLUMNS.items(), strict=True):
+        for row, place in enumerate(reversed(places)):
+            found = shown(result, place, name)["ratio"]
+            axes.barh(row + shift, found, 0.38, color=COLOURS[name], label=label)
+            axes.text(found + 0.03, row + shift, f"{found:.2f}", va="center", fontsize=7)
     axes.axvline(1, color="#999999", linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(SHOWN)), [title(name) for name in reversed(SHOWN)], fontsize=8)
-    axes.set_xlabel("time of forward and backward, eager BCE = 1", fontsize=8)
+    axes.set_yticks(list(places), [SHOWN[place][0] for place in reversed(places)], fontsize=8)
+    axes.set_xlabel("time of forward and backward, BCE = 1", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     lines, labels = axes.get_legend_handles_labels()
     kept = dict(zip(labels, lines, strict=True))
-    axes.legend(kept.values(), kept.keys(), fontsize=8, frameon=False, loc="center right")
+    axes.legend(kept.values(), kept.keys(), fontsize=8, frameon=False, loc="lower right")
     return drawing
 
 
 TABLES: dict[str, Callable[[Result], str]] = {
     "about": about,
-    "targets": targets,
-    "large": ratios(LARGE),
-    "small": ratios(SMALL),
+    "first": first,
+    "asked": asked,
+    "rivals": rivals,
+    "sizes": sizes,
+    "worst": worst,
     "memory": memories,
+    "roofline": roofline,
     "histogram": histogram,
 }
 
@@ -227,7 +233,7 @@ def page(words: str, result: Result, folder: Path) -> str:
         if found[1] != "figure":
             return TABLES[found[1]](result)
         figure(result).savefig(folder / "speed.png", metadata={"Software": None})
-        return f"![Time of a step, beside eager BCE]({folder.name}/speed.png)"
+        return f"![Time of a step, beside BCE]({folder.name}/speed.png)"
 
     return re.sub(r"^@([\w-]+)$", fill, words, flags=re.M)
 
