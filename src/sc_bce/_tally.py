@@ -60,7 +60,7 @@ class Grid(NamedTuple):
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """|logit| at the lower edge and at the middle of each cell."""
-        cell = torch.arange(self.size, dtype=torch.float64)
+        cell = torch.arange(self.size, dtype=torch.float64, device="cpu")
         low, middle = (
             torch.where(
                 cell < self.inner,
@@ -112,7 +112,7 @@ class Counted(NamedTuple):
         return Counted(*(part.to(device) for part in self))
 
 
-def nothing(labels: int, cells: int, device: torch.device | None = None) -> Counted:
+def nothing(labels: int, cells: int, device: torch.device | str = "cpu") -> Counted:
     return Counted(
         torch.zeros(labels, 2, 2, cells, dtype=torch.int64, device=device),
         torch.zeros(labels, 2, cells, dtype=torch.float64, device=device),
@@ -335,7 +335,7 @@ def tensor(value: Any, name: str) -> Any:
     if not array.flags.writeable or not array.flags.c_contiguous or not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="), order="C")
     try:
-        return torch.from_numpy(array) if array.shape else torch.tensor(array.item())
+        return torch.from_numpy(array) if array.shape else torch.tensor(array.item(), device="cpu")
     except TypeError:
         raise TypeError(
             _checks.sentence(

@@ -131,7 +131,7 @@ class ImageHistograms:
 
     def histogram(self) -> CalibrationHistogram:
         """All images together."""
-        weights = torch.ones(1, len(self), dtype=torch.float64)
+        weights = torch.ones(1, len(self), dtype=torch.float64, device="cpu")
         return self._drawn(weights, self._flat()).label(0)
 
     def interval(
@@ -231,14 +231,14 @@ class ImageHistograms:
     def _resampled(self, of: Measure, resamples: int, seed: int) -> Tensor:
         flat = self._flat()
         # The same seed draws the same images for both networks.
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         images, values = len(self), []
         together = max(1, min(resamples, _TOGETHER // max(images, flat.shape[1])))
         for first in range(0, resamples, together):
             rows = min(together, resamples - first)
-            chosen = torch.randint(images, (rows, images), generator=generator)
-            weights = torch.zeros(rows, images, dtype=torch.float64)
-            weights.scatter_add_(1, chosen, torch.ones(rows, images, dtype=torch.float64))
+            chosen = torch.randint(images, (rows, images), generator=generator, device="cpu")
+            weights = torch.zeros(rows, images, dtype=torch.float64, device="cpu")
+            weights.scatter_add_(1, chosen, torch.ones_like(weights))
             drawn: object = of(self._drawn(weights, flat))
             if not isinstance(drawn, Tensor) or drawn.shape != (rows,):
                 raise TypeError(

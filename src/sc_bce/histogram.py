@@ -470,7 +470,7 @@ def _cells_of(state: _tally.Counted, grid: _tally.Grid) -> list[Cells]:
 
 def _bin_of_cells(grid: _tally.Grid, num_bins: int, kind: str) -> Tensor:
     """The bin that each cell's centre lies in: in integers where cells are even in p."""
-    cell, num_cells = torch.arange(grid.size), 2 * grid.half
+    cell, num_cells = torch.arange(grid.size, device="cpu"), 2 * grid.half
     outer = cell >= grid.inner
     tail = (torch.sigmoid(-grid.logits()[1]) * num_bins).long()
     high = (2 * (grid.half + cell) + 1) * num_bins // (2 * num_cells)
@@ -540,11 +540,12 @@ def _from_first_version(state: Mapping[str, Tensor], grid: _tally.Grid) -> Mappi
     count = counts.sum(1)
     doubts = count - state["confidences"].cpu()
     mean = (doubts / count.clamp(min=1)).clamp(1e-12, 0.5)
-    outer = torch.arange(grid.half) >= grid.inner
+    cell = torch.arange(grid.half, device="cpu")
+    outer = cell >= grid.inner
     place = torch.where(
         outer,
         grid.coordinate(-torch.logit(mean), mean).long().clamp(grid.inner, grid.size - 1),
-        torch.arange(grid.half),
+        cell,
     )
     new = _tally.nothing(1, grid.size)
     new.counts[0].scatter_add_(-1, place[:, None].expand(counts.shape), counts.contiguous())
