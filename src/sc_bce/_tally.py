@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -324,6 +324,12 @@ def readable(flag: Tensor) -> bool | None:
         return bool(flag)
     except RuntimeError:  # vmap, fake and proxy tensors have no values to branch on
         return None
+
+
+class Array(Protocol):
+    """A NumPy array, or what becomes one by itself."""
+
+    def __array__(self) -> Any: ...
 
 
 def tensor(value: Any, name: str) -> Any:

@@ -86,8 +86,8 @@ class ImageHistograms:
     @torch.no_grad()
     def update(
         self,
-        input: Tensor,
-        target: Tensor,
+        input: Tensor | _tally.Array,
+        target: Tensor | _tally.Array,
         *,
         from_logits: bool = True,
         ignore_index: int | None = None,
@@ -105,17 +105,15 @@ class ImageHistograms:
                 dimensions. Nothing is then added.
             TypeError: an argument of the wrong type.
         """
-        input, target = _tally.tensor(input, "input"), _tally.tensor(target, "target")
-        _batch.pair(input, target)
-        if input.dim() == 0:
+        x, y = _tally.tensor(input, "input"), _tally.tensor(target, "target")
+        _batch.pair(x, y)
+        if x.dim() == 0:
             raise ValueError(
                 _checks.sentence("input", "have its images in dimension 0", "no dimension")
             )
         ignore_index = _checks.ignore_index(ignore_index)
-        home = _batch.home(input.device)
-        new = _tally.count(
-            self.num_cells, input.to(home), target.to(home), from_logits, ignore_index
-        )
+        home = _batch.home(x.device)
+        new = _tally.count(self.num_cells, x.to(home), y.to(home), from_logits, ignore_index)
         self._append(new)
 
     def merge(self, other: ImageHistograms) -> ImageHistograms:

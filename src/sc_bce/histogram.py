@@ -111,8 +111,8 @@ class CalibrationHistogram:
     @torch.no_grad()
     def update(
         self,
-        input: Tensor,
-        target: Tensor,
+        input: Tensor | _tally.Array,
+        target: Tensor | _tally.Array,
         *,
         from_logits: bool = True,
         ignore_index: int | None = None,
@@ -132,11 +132,11 @@ class CalibrationHistogram:
                 accelerator, where a look would wait, such elements make the measures nan instead.
             TypeError: an argument of the wrong type.
         """
-        input, target = _tally.tensor(input, "input"), _tally.tensor(target, "target")
-        _batch.pair(input, target)
+        pair = _tally.tensor(input, "input"), _tally.tensor(target, "target")
+        _batch.pair(*pair)
         ignore_index = _checks.ignore_index(ignore_index)
-        home = _batch.home(input.device)
-        x, y = (by_label(part.to(home), self.num_labels, "input") for part in (input, target))
+        home = _batch.home(pair[0].device)
+        x, y = (by_label(part.to(home), self.num_labels, "input") for part in pair)
         new = _tally.count(self.num_cells, x, y, from_logits, ignore_index)
         self._state = self._state.to(home).plus(new)
         self._only_logits, self._looked = self._only_logits and from_logits, False

@@ -41,8 +41,8 @@ class _Repair(nn.Module):
     @torch.no_grad()
     def fit(
         self: Repair,
-        logits: Tensor | CalibrationHistogram,
-        target: Tensor | None = None,
+        logits: Tensor | CalibrationHistogram | _tally.Array,
+        target: Tensor | _tally.Array | None = None,
         *,
         ignore_index: int | None = None,
     ) -> Repair:
