@@ -9,7 +9,7 @@ import reference as ref
 import torch
 import torch.distributed as dist
 import torchmetrics.functional.classification as peer
-from devices import array, random, tensor
+from devices import array, random, refused, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import batches, seeds, shapes
@@ -208,6 +208,7 @@ def test_nll_and_brier_equal_scikit_learn():
 # --- exactness at scale -----------------------------------------------------------------------
 
 
+@pytest.mark.not_on("xla", "its counts are those of the small tests, after a minute")
 def test_forty_million_equal_predictions():
     # Counting in float32 stops at 2^24 a bin and reports 0 here.
     n = 40_000_000
@@ -343,7 +344,7 @@ def test_any_split_of_the_stream_gives_the_same_histogram(seed, parts):
     for part in split:
         total = total + part
     for name in ("ece", "nll", "brier", "confidence", "sweep_ece"):
-        assert_close(getattr(total, name)(), getattr(whole, name)())
+        assert_close(getattr(total, name)(), getattr(whole, name)(), check_device=False)
 
 
 def test_plus_makes_a_third_and_merge_returns_itself():
@@ -399,6 +400,7 @@ def _sum_over_ranks(rank, world, store, out):
     dist.destroy_process_group()
 
 
+@pytest.mark.cpu_only("its processes talk through gloo")
 @pytest.mark.parametrize("world", [2, 3])
 def test_all_reduce_sums_over_processes(tmp_path, world):
     torch.multiprocessing.spawn(
@@ -488,10 +490,12 @@ def test_a_spoilt_state_is_refused_whole():
 
 @pytest.mark.parametrize(("call", "kind", "text"), ERRORS, ids=range(len(ERRORS)))
 def test_bad_input_is_refused(call, kind, text):
-    with pytest.raises(kind, match=text):
-        call()
+    values = r"the value|hold no nan|in \\\[0, 1|only 0 and 1|besides"
+    histogram = refused(kind, text, call, values)
+    assert histogram is None or histogram.nll().isnan()
 
 
+@pytest.mark.cpu_only("an accelerator refuses no value: it gives nan")
 def test_a_refused_update_changes_nothing():
     histogram = measured(*predictions(0, 10))
     before = histogram.state_dict()
@@ -575,7 +579,7 @@ def test_saturated_logits_are_told_apart_where_doubts_are_not(dtype):
     histogram.update(torch.tensor([100.0, 200.0, 400.0, 700.0, 1e30]).to(dtype), torch.ones(5))
     cells = histogram.cells()
     got = cells.logit[cells.count > 0]
-    want = torch.tensor([100.0, 200.0, 400.0, 700.0, 745.8]).double()
+    want = torch.tensor([100.0, 200.0, 400.0, 700.0, 745.8], device="cpu").double()
     assert_close(got, want, atol=0.25, rtol=0)
     assert float(histogram.ece()) == pytest.approx(0, abs=1e-30)
 

@@ -203,7 +203,8 @@ class _Sweep:
             logit = torch.logit(x)
             torch.abs(logit, out=size)
             torch.minimum(x, 1 - x, out=doubt)
-        wrong = torch.sub(self._one, y, alpha=2, out=work).mul_(logit).clamp_(min=0).sum()
+        # Not clamp_(min=0), which on XLA takes what is infinite for the largest number.
+        wrong = torch.sub(self._one, y, alpha=2, out=work).mul_(logit).relu_().sum()
         # There is no logit beyond [0, 1].
         legal = ~wrong.isnan() & _zeros_and_ones(label, y, work)
         readable = predictions(legal, x, label, from_logits, ignore_index)
