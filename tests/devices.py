@@ -1,5 +1,8 @@
-"""A device that none of us has: an accelerator without float64, played by the CPU."""
+"""The device that the suites run on, and one that none of us has: without float64, on the CPU."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -12,6 +15,56 @@ TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 def lacks(last, what):
     """Marks what a torch up to this one does not have."""
     return pytest.mark.skipif(last >= TORCH, reason=f"torch {last[0]}.{last[1]} {what}")
+
+
+# -- the device that the suites run on: torch's default one, as conftest sets it
+
+
+def tensor(array):
+    """A NumPy array on the device."""
+    return torch.from_numpy(np.asarray(array)).to(torch.get_default_device())
+
+
+def array(tensor):
+    """A tensor of the device as NumPy's."""
+    return tensor.detach().cpu().numpy()
+
+
+def seeded(seed):
+    """A generator of the device."""
+    device = torch.get_default_device()
+    if device.type == "xla":
+        pytest.skip("XLA has no generators but its own")
+    return torch.Generator(device).manual_seed(seed)
+
+
+def rng_state():
+    """What the global generator of the device draws next from."""
+    device = torch.get_default_device()
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    if device.type == "xla":
+        import torch_xla
+
+        return torch.tensor(torch_xla.core.xla_model.get_rng_state(), device="cpu")
+    return getattr(torch, device.type).get_rng_state()
+
+
+def random(draw, generator, *size):
+    """Numbers of a CPU's generator, on the device: the same on each."""
+    return draw(*size, generator=generator, device="cpu").to(torch.get_default_device())
+
+
+def refused(kind, text, call, values="the value|mask > 0"):
+    """A refusal; of a value only on a CPU. Elsewhere none is looked at: the answer is returned."""
+    if re.search(values, text) and torch.get_default_device().type != "cpu":
+        return call()
+    with pytest.raises(kind, match=text):
+        call()
+    return None
+
+
+# -- a device without float64
 
 
 DEVICE = torch.device("lazy", 0)  # which backward needs no driver for

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from devices import tensor
 from hypothesis import strategies as st
 from reference import largest
 from torch import Tensor
@@ -43,9 +44,9 @@ def batches(draw, shape=shapes, soft=None, scale=None):
     rng = np.random.default_rng(draw(seeds))
     soft = draw(st.booleans()) if soft is None else soft
     spread = draw(st.sampled_from([1.0, 10.0, 1000.0])) if scale is None else scale
-    input = torch.from_numpy(np.asarray(rng.normal(0, spread, size)))
+    input = tensor(rng.normal(0, spread, size))
     target = rng.random(size) if soft else rng.integers(0, 2, size).astype(np.float64)
-    return Batch(input, torch.from_numpy(np.asarray(target)), soft)
+    return Batch(input, tensor(target), soft)
 
 
 @st.composite
@@ -63,10 +64,10 @@ def levels(draw, shape, high=1.0):
     if form == "per sample":
         array = rng.uniform(0, high, shape[0])
         wide = array.reshape(shape[0], *(1 for _ in shape[1:]))
-        return torch.from_numpy(array), wide
+        return tensor(array), wide
     size = shape if form == "full" or len(shape) == 1 else (1, *shape[1:])
     array = rng.uniform(0, high, size)
-    return torch.from_numpy(array), array
+    return tensor(array), array
 
 
 @st.composite
@@ -83,7 +84,7 @@ def priors(draw, shape):
     size = {"0-d": (), "full": shape, "per label": (*shape[1:2], *(1 for _ in shape[2:]))}[form]
     rng = np.random.default_rng(draw(seeds))
     array = rng.choice([0.0, 1.0, 0.02, 0.5, *rng.random(3)], size)
-    return torch.from_numpy(np.asarray(array)), np.asarray(array)
+    return tensor(array), np.asarray(array)
 
 
 class Given(NamedTuple):

@@ -1,6 +1,7 @@
 """Adaptive losses whose every argument is named, whatever the defaults are."""
 
 import torch
+from devices import random
 
 from sc_bce import AdaptivePerturbation
 
@@ -27,9 +28,9 @@ def trained(criterion, batches=1, labels=3, seed=0):
     rows = len(criterion.alpha)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(batches):
-        x = torch.randn(4, labels, generator=generator)
-        y = (x + 0.5 * torch.randn(4, labels, generator=generator) > 0).to(x.dtype)
-        index = torch.randperm(rows, generator=generator)[:4]
+        x = random(torch.randn, generator, 4, labels)
+        y = (x + 0.5 * random(torch.randn, generator, 4, labels) > 0).to(x.dtype)
+        index = random(torch.randperm, generator, rows)[:4]
         criterion(6 * x[: len(index)], y[: len(index)], index)
     return criterion
 

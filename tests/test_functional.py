@@ -7,6 +7,7 @@ import reference as ref
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from devices import array, refused, tensor
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import FLOATS, MASKS, batches, betas, levels, pairs, seeds
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("path")
 
 
 def close(actual, expected, rtol=1e-9, atol=1e-9):
-    np.testing.assert_allclose(actual.detach().double().numpy(), expected, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(array(actual.double()), expected, rtol=rtol, atol=atol)
 
 
 # --- against the reference -------------------------------------------------------------------
@@ -45,7 +46,7 @@ def test_loss_is_the_reference_formula(data, batch, reduction):
         reduction=reduction,
     )
     want = ref.sc_bce(
-        batch.input.numpy(), batch.target.numpy(), alpha_array, beta_array,
+        array(batch.input), array(batch.target), alpha_array, beta_array,
         weight or 1.0, pos_weight or 1.0, reduction=reduction,
     )  # fmt: skip
     close(got, want)
@@ -57,7 +58,7 @@ def test_target_is_the_reference_formula_and_stays_in_the_unit_interval(data, ba
     alpha, alpha_array = data.draw(levels(shape, 0.5))
     beta, beta_array = data.draw(levels(shape, 2.0))
     got = perturb_target(batch.target, alpha, beta)
-    close(got, ref.effective(batch.target.numpy(), alpha_array, beta_array))
+    close(got, ref.effective(array(batch.target), alpha_array, beta_array))
     for dtype in FLOATS:
         q = perturb_target(batch.target, alpha, beta, dtype=dtype)
         assert q.dtype == dtype
@@ -67,15 +68,15 @@ def test_target_is_the_reference_formula_and_stays_in_the_unit_interval(data, ba
 @given(batches(), pairs(), st.sampled_from(REDUCTIONS), seeds)
 def test_ignored_elements_leave_the_loss_of_the_others(batch, pair, reduction, seed):
     valid = np.random.default_rng(seed).random(tuple(batch.input.shape)) < 0.6
-    target = torch.where(torch.from_numpy(np.asarray(valid)), batch.target, -1.0)
+    target = torch.where(tensor(valid), batch.target, -1.0)
     got = sc_bce_with_logits(batch.input, target, *pair, ignore_index=-1, reduction=reduction)
     want = ref.sc_bce(
-        batch.input.numpy(), batch.target.numpy(), *pair, valid=valid, reduction=reduction
+        array(batch.input), array(batch.target), *pair, valid=valid, reduction=reduction
     )
     close(got, want)
     # Masked equals subset.
     if reduction != "none" and valid.any():
-        subset = torch.from_numpy(np.asarray(valid))
+        subset = tensor(valid)
         alone = sc_bce_with_logits(
             batch.input[subset], batch.target[subset], *pair, reduction=reduction
         )
@@ -88,7 +89,7 @@ def test_ignored_elements_leave_the_loss_of_the_others(batch, pair, reduction, s
 @given(batches(), pairs())
 def test_identity_shrunk_target_plus_constant_penalty(batch, pair):
     s = pair[0] * pair[1]
-    x, y = batch.input.numpy(), batch.target.numpy()
+    x, y = array(batch.input), array(batch.target)
     got = sc_bce_with_logits(batch.input, batch.target, *pair, reduction="none")
     close(got, (1 - s) * ref.bce(x, y) + s / 2 * (ref.softplus(x) + ref.softplus(-x)))
 
@@ -96,7 +97,7 @@ def test_identity_shrunk_target_plus_constant_penalty(batch, pair):
 @given(batches(), pairs())
 def test_identity_linear_penalty_on_the_signed_margin(batch, pair):
     s = pair[0] * pair[1]
-    x, y = batch.input.numpy(), batch.target.numpy()
+    x, y = array(batch.input), array(batch.target)
     got = sc_bce_with_logits(batch.input, batch.target, *pair, reduction="none")
     close(got, ref.bce(x, y) + s / 2 * (2 * y - 1) * x)
 
@@ -104,7 +105,7 @@ def test_identity_linear_penalty_on_the_signed_margin(batch, pair):
 @given(batches(), pairs())
 def test_identity_flip_rate(batch, pair):
     g = pair[0] * pair[1] / 2
-    x, y = batch.input.numpy(), batch.target.numpy()
+    x, y = array(batch.input), array(batch.target)
     got = sc_bce_with_logits(batch.input, batch.target, *pair, reduction="none")
     close(got, (1 - g) * ref.bce(x, y) + g * ref.bce(x, 1 - y))
 
@@ -113,7 +114,7 @@ def test_identity_flip_rate(batch, pair):
 def test_gradient_is_sigmoid_minus_effective_target(batch, pair):
     x = batch.input.clone().requires_grad_()
     sc_bce_with_logits(x, batch.target, *pair, reduction="sum").backward()
-    close(x.grad, ref.sigmoid(batch.input.numpy()) - ref.effective(batch.target.numpy(), *pair))
+    close(x.grad, ref.sigmoid(array(batch.input)) - ref.effective(array(batch.target), *pair))
 
 
 @given(pairs(), st.booleans())
@@ -132,9 +133,9 @@ def test_minimiser_says_one_minus_the_flip_rate_for_the_label(pair, positive):
 @given(batches(), betas, seeds)
 def test_a_draw_is_an_alpha_of_zeros_and_ones(batch, beta, seed):
     z = np.random.default_rng(seed).random(tuple(batch.input.shape)) < 0.5
-    drawn = torch.from_numpy(np.asarray(z))
-    y = batch.target.numpy()
-    want = ref.bce(batch.input.numpy(), np.where(z, ref.perturbed(y, beta), y))
+    drawn = tensor(z)
+    y = array(batch.target)
+    want = ref.bce(array(batch.input), np.where(z, ref.perturbed(y, beta), y))
     close(sc_bce_with_logits(batch.input, batch.target, drawn, beta, reduction="none"), want)
 
 
@@ -274,10 +275,11 @@ def test_all_ignored_is_zero_and_an_empty_mean_is_nan():
 
 def test_an_ignore_index_outside_the_dtype_ignores_nothing():
     # torch compares a uint8 255 with -1 as equal: the foreground would vanish in silence.
-    with pytest.raises(ValueError, match="got the value 255"):
-        sc_bce_with_logits(
-            torch.zeros(2), torch.tensor([0, 255], dtype=torch.uint8), 0.1, ignore_index=-1
-        )
+    x, y = torch.zeros(2), torch.tensor([0, 255], dtype=torch.uint8)
+    loss = refused(
+        ValueError, "got the value 255", lambda: sc_bce_with_logits(x, y, 0.1, ignore_index=-1)
+    )
+    assert loss is None or loss.isnan()
 
 
 def test_half_precision_means_over_many_elements_do_not_overflow():
@@ -306,6 +308,7 @@ def test_extreme_logits_have_finite_value_gradient_and_hessian(dtype):
 # --- differentiation --------------------------------------------------------------------------
 
 
+@pytest.mark.not_on("xla", "gradcheck moves inputs by writing into their memory")
 @pytest.mark.parametrize("ignored", [None, -1])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradients_in_input_target_alpha_and_beta(ignored, reduction):
@@ -373,6 +376,7 @@ def test_compile_fullgraph_equals_eager(alpha, mask, ignored):
     assert_close(torch.autograd.grad(got, x)[0], torch.autograd.grad(want, x)[0])
 
 
+@pytest.mark.not_on("xla", "inductor writes no code for it")
 def test_compile_inductor_and_low_precision():
     x = torch.randn(4, 3, dtype=torch.bfloat16)
     y = torch.randint(0, 2, (4, 3))
@@ -463,15 +467,17 @@ def test_without_torchs_private_names_the_result_is_the_same(name, mask, monkeyp
     assert not taken.called
     assert_close(got, want)
     if mask == torch.int64:
-        with pytest.raises(ValueError, match="got the value 255"):
-            sc_bce_with_logits(x, y * 0 + 255, alpha)
+        loss = refused(
+            ValueError, "the value 255", lambda: sc_bce_with_logits(x, y * 0 + 255, alpha)
+        )
+        assert loss is None or loss.isnan()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, "per sample"])
 def test_autocast_gives_what_torch_gives(alpha):
     alpha = torch.rand(4) / 2 if alpha == "per sample" else alpha
     x, y = torch.randn(4, 3), torch.randint(0, 2, (4, 3))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         for dtype in (torch.bfloat16, torch.float32):
             want = F.binary_cross_entropy_with_logits(x.to(dtype), y.to(dtype))
             assert sc_bce_with_logits(x.to(dtype), y, alpha).dtype == want.dtype == torch.float32
@@ -568,8 +574,10 @@ ERRORS = [
 
 @pytest.mark.parametrize(("wrong", "kind", "text"), ERRORS, ids=range(len(ERRORS)))
 def test_bad_input_is_named_with_its_remedy(wrong, kind, text):
-    with pytest.raises(kind, match=text):
-        sc_bce_with_logits(**{"input": X, "target": Y, **wrong})
+    given = {"input": X, "target": Y, **wrong}
+    loss = refused(kind, text, lambda: sc_bce_with_logits(**given))
+    if loss is not None:  # an illegal integer is nan where it can't be read
+        assert bool(loss.isnan()) != given["target"].is_floating_point()
 
 
 @pytest.mark.parametrize(
@@ -578,8 +586,10 @@ def test_bad_input_is_named_with_its_remedy(wrong, kind, text):
      and "size of `input`" not in case[2]],
 )  # fmt: skip
 def test_perturb_target_refuses_the_same(wrong, kind, text):
-    with pytest.raises(kind, match=text):
-        perturb_target(**{"target": Y, **wrong})
+    given = {"target": Y, **wrong}
+    q = refused(kind, text, lambda: perturb_target(**given))
+    if q is not None:
+        assert bool(q.isnan().all()) != given["target"].is_floating_point()
 
 
 def test_perturb_target_refuses_an_integer_dtype():
@@ -593,13 +603,14 @@ def test_a_tensor_alpha_is_looked_at_only_where_it_can_be_read():
     x, y = torch.zeros(3, 2), torch.ones(3, 2)
     wrong = torch.tensor([0.0, 0.5, 7.0])
     inside = torch.func.vmap(sc_bce_with_logits)(x, y, wrong)
-    want = ref.sc_bce(x.numpy(), y.numpy(), wrong.numpy()[:, None], 2.0, reduction="none")
+    want = ref.sc_bce(array(x), array(y), array(wrong)[:, None], 2.0, reduction="none")
     close(inside, want.mean(1), rtol=1e-6)
     compiled = torch.compile(sc_bce_with_logits, fullgraph=True, backend="aot_eager")
     close(compiled(x, y, wrong), want.mean(), rtol=1e-6)
     assert sc_bce_with_logits(x[0], y[0], torch.ones(2, dtype=torch.uint8)).isfinite()
-    with pytest.raises(ValueError, match=r"`alpha` to be in \[0, 1\], but got the value nan"):
-        sc_bce_with_logits(x, y, torch.tensor(torch.nan))
+    text = r"`alpha` to be in \[0, 1\], but got the value nan"
+    loss = refused(ValueError, text, lambda: sc_bce_with_logits(x, y, torch.tensor(torch.nan)))
+    assert loss is None or loss.isnan()
 
 
 def test_labels_that_are_nan_are_torchs_to_carry_through():
@@ -614,8 +625,9 @@ def test_many_floats_are_not_looked_at_where_it_would_cost_a_pass():
     """Without a reduction there is no sweep that looks; the modules look at their first batches."""
     x, y = torch.zeros(5000), torch.full((5000,), 3.0)
     assert sc_bce_with_logits(x, y, 0.1, reduction="none").isfinite().all()
-    with pytest.raises(ValueError, match="got the value 3"):
-        sc_bce_with_logits(x[:4096], y[:4096], 0.1, reduction="none")
+    few = x[:4096], y[:4096], 0.1
+    call = lambda: sc_bce_with_logits(*few, reduction="none")  # noqa: E731
+    refused(ValueError, "got the value 3", call)
 
 
 def test_input_that_is_no_tensor_is_refused_at_alpha_zero_too():

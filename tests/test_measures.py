@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
+from devices import tensor
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import seeds
@@ -85,7 +86,7 @@ def test_a_slope_without_an_answer():
 @given(seeds)
 def test_a_line_inside_limits_is_the_best_there(seed):
     z, y = overfitted(seed, 100, 1.0)
-    cells = Cells(*(torch.from_numpy(part).double() for part in (z, np.ones(100), y)))
+    cells = Cells(*(tensor(part).double() for part in (z, np.ones(100), y)))
     for limits in ((2.0, 5.0), (0.01, 0.1), (1e-3, 1e3)):
         a, b = measures.affine(cells, limits=limits)
         assert limits[0] <= a <= limits[1]
@@ -99,7 +100,7 @@ def test_a_line_inside_limits_is_the_best_there(seed):
 
 def test_a_line_through_the_origin():
     z, y = overfitted(3, 500, 2.0, 0.5)
-    cells = Cells(*(torch.from_numpy(part).double() for part in (z, np.ones(500), y)))
+    cells = Cells(*(tensor(part).double() for part in (z, np.ones(500), y)))
     a, b = measures.affine(cells, bias=False)
     assert b == 0
     assert a == pytest.approx(ref.logistic(z, y, bias=False)[0], rel=1e-8)
@@ -113,7 +114,7 @@ def test_isotonic_regression_is_the_minimax_formula(seed, n, values):
     rng = np.random.default_rng(seed)
     x, y = rng.integers(0, values, n), rng.integers(0, 2, n)
     count, positive = np.bincount(x, minlength=values), np.bincount(x, y, minlength=values)
-    blocks = measures.isotonic(torch.from_numpy(count), torch.from_numpy(positive))
+    blocks = measures.isotonic(tensor(count), tensor(positive))
     owner = np.searchsorted(blocks.first, x, side="right") - 1
     share = np.array(blocks.positive) / np.array(blocks.count)
     np.testing.assert_allclose(share[owner], ref.isotonic(x, y))
@@ -126,7 +127,7 @@ def test_isotonic_regression_equals_scikit_learn():
 
     z, y = overfitted(4, 5000)
     model = IsotonicRegression().fit(z, y)
-    cells = Cells(*(torch.from_numpy(part) for part in (z, np.ones(5000), y)))
+    cells = Cells(*(tensor(part) for part in (z, np.ones(5000), y)))
     order = np.argsort(z)
     blocks = measures.isotonic(cells.count[order], cells.positive[order])
     got = np.repeat(np.array(blocks.positive) / blocks.count, np.array(blocks.count, dtype=int))
@@ -204,7 +205,7 @@ def test_the_sweep_goes_on_to_the_finest_bins():
     conf = np.array([0.55, 0.65, 0.75, 0.85, 0.95])
     y = np.array([0, 1, 1, 1, 1])
     histogram = CalibrationHistogram()
-    histogram.update(torch.from_numpy(conf), torch.from_numpy(y), from_logits=False)
+    histogram.update(tensor(conf), tensor(y), from_logits=False)
     assert float(histogram.sweep_ece()) == pytest.approx(ref.sweep(conf, y))
     assert float(histogram.sweep_ece()) == pytest.approx(np.abs(conf - y).mean())
 

@@ -9,6 +9,7 @@ import pytest
 import reference as ref
 import torch
 import torch.nn.functional as F
+from devices import array, tensor
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import FLOATS, batches, inner, pairs, perturbations, priors, seeds
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("path")
 
 
 def close(actual, expected, rtol=1e-9, atol=1e-9):
-    np.testing.assert_allclose(actual.detach().double().numpy(), expected, rtol=rtol, atol=atol)
+    np.testing.assert_allclose(array(actual.double()), expected, rtol=rtol, atol=atol)
 
 
 def wide(values):
@@ -55,7 +56,7 @@ def test_loss_is_the_reference_formula(case, reduction, pos_weight, weight):
         pos_weight=weights(pos_weight), reduction=reduction,
     )  # fmt: skip
     want = ref.sc_bce(
-        batch.input.numpy(), batch.target.numpy(), perturbation.alpha, perturbation.beta,
+        array(batch.input), array(batch.target), perturbation.alpha, perturbation.beta,
         weight or 1.0, pos_weight or 1.0, reduction=reduction, prior=perturbation.prior,
     )  # fmt: skip
     close(got, want)
@@ -66,7 +67,7 @@ def test_target_is_the_reference_formula_and_stays_in_the_unit_interval(case):
     batch, perturbation = case
     got = perturb_target(batch.target, **perturbation.arguments)
     want = ref.effective(
-        batch.target.numpy(), perturbation.alpha, perturbation.beta, perturbation.prior
+        array(batch.target), perturbation.alpha, perturbation.beta, perturbation.prior
     )
     close(got, want, atol=1e-12)
     for dtype in FLOATS:
@@ -79,11 +80,9 @@ def test_a_draw_is_an_alpha_of_zeros_and_ones(data, batch, seed, reduction):
     shape = tuple(batch.input.shape)
     prior, c = data.draw(priors(shape))
     z = np.asarray(np.random.default_rng(seed).random(shape) < 0.5)
-    y = batch.target.numpy()
-    got = sc_bce_with_logits(
-        batch.input, batch.target, torch.from_numpy(z), prior=prior, reduction=reduction
-    )
-    want = ref.bce(batch.input.numpy(), np.where(z, ref.perturbed(y, ref.largest(c), c), y))
+    y = array(batch.target)
+    got = sc_bce_with_logits(batch.input, batch.target, tensor(z), prior=prior, reduction=reduction)
+    want = ref.bce(array(batch.input), np.where(z, ref.perturbed(y, ref.largest(c), c), y))
     close(got, want if reduction == "none" else getattr(want, reduction)())
 
 
@@ -91,12 +90,12 @@ def test_a_draw_is_an_alpha_of_zeros_and_ones(data, batch, seed, reduction):
 def test_ignored_elements_leave_the_loss_of_the_others(case, seed, reduction):
     batch, perturbation = case
     valid = np.asarray(np.random.default_rng(seed).random(tuple(batch.input.shape)) < 0.6)
-    target = torch.where(torch.from_numpy(valid), batch.target, -1.0)
+    target = torch.where(tensor(valid), batch.target, -1.0)
     got = sc_bce_with_logits(
         batch.input, target, **perturbation.arguments, ignore_index=-1, reduction=reduction
     )
     want = ref.sc_bce(
-        batch.input.numpy(), batch.target.numpy(), perturbation.alpha, perturbation.beta,
+        array(batch.input), array(batch.target), perturbation.alpha, perturbation.beta,
         valid=valid, reduction=reduction, prior=perturbation.prior,
     )  # fmt: skip
     close(got, want)
@@ -108,7 +107,7 @@ def test_ignored_elements_leave_the_loss_of_the_others(case, seed, reduction):
 @given(perturbed_batches(), pos_weights)
 def test_identity_a_share_of_the_loss_at_the_prior(case, pos_weight):
     batch, perturbation = case
-    x, y, s, w = batch.input.numpy(), batch.target.numpy(), perturbation.strength, pos_weight or 1.0
+    x, y, s, w = array(batch.input), array(batch.target), perturbation.strength, pos_weight or 1.0
     got = sc_bce_with_logits(
         batch.input, batch.target, **perturbation.arguments, reduction="none",
         pos_weight=weights(pos_weight),
@@ -119,7 +118,7 @@ def test_identity_a_share_of_the_loss_at_the_prior(case, pos_weight):
 @given(perturbed_batches())
 def test_identity_a_linear_penalty_on_the_slope(case):
     batch, perturbation = case
-    x, y, s, c = batch.input.numpy(), batch.target.numpy(), perturbation.strength, perturbation[3]
+    x, y, s, c = array(batch.input), array(batch.target), perturbation.strength, perturbation[3]
     got = sc_bce_with_logits(batch.input, batch.target, **perturbation.arguments, reduction="none")
     close(got, ref.bce(x, y) + s * (y - c) * x)
 
@@ -127,7 +126,7 @@ def test_identity_a_linear_penalty_on_the_slope(case):
 @given(batches(), pairs(), pos_weights)
 def test_identity_at_one_half_the_loss_of_flipped_labels(batch, pair, pos_weight):
     g, w = pair[0] * pair[1] / 2, pos_weight or 1.0
-    x, y = batch.input.numpy(), batch.target.numpy()
+    x, y = array(batch.input), array(batch.target)
     for prior in (0.5, torch.tensor(0.5)):
         got = sc_bce_with_logits(
             batch.input, batch.target, *pair, prior=prior, reduction="none",
@@ -141,8 +140,8 @@ def test_gradient_is_sigmoid_minus_effective_target(case):
     batch, perturbation = case
     x = batch.input.clone().requires_grad_()
     sc_bce_with_logits(x, batch.target, **perturbation.arguments, reduction="sum").backward()
-    want = ref.effective(batch.target.numpy(), *perturbation[1:])
-    close(x.grad, ref.sigmoid(batch.input.numpy()) - want)
+    want = ref.effective(array(batch.target), *perturbation[1:])
+    close(x.grad, ref.sigmoid(array(batch.input)) - want)
 
 
 # --- laws -------------------------------------------------------------------------------------
@@ -165,10 +164,10 @@ def test_the_mean_label_moves_towards_the_prior(c, seed, levels):
     y = np.random.default_rng(seed).random(40) < 0.2
     alpha, beta = float(levels.alpha.flat[0]), float(levels.beta.flat[0]) / 2
     s, pi = alpha * beta, y.mean()
-    q = perturb_target(torch.from_numpy(y), alpha, beta, prior=c, dtype=torch.float64)
+    q = perturb_target(tensor(y), alpha, beta, prior=c, dtype=torch.float64)
     assert float(q.mean()) == pytest.approx((1 - s) * pi + s * c, abs=1e-12)
     if 0 < pi < 1:
-        kept = perturb_target(torch.from_numpy(y), alpha, beta, prior=pi, dtype=torch.float64)
+        kept = perturb_target(tensor(y), alpha, beta, prior=pi, dtype=torch.float64)
         assert float(kept.mean()) == pytest.approx(pi, abs=1e-12)
 
 
@@ -178,9 +177,7 @@ def test_the_mean_label_under_levels_per_sample(c, beta, seed):
     rng = np.random.default_rng(seed)
     y, alpha = rng.random((30, 8)) < rng.random((30, 1)), rng.random(30)
     share = y.mean(1)
-    q = perturb_target(
-        torch.from_numpy(y), torch.from_numpy(alpha), beta, prior=c, dtype=torch.float64
-    )
+    q = perturb_target(tensor(y), tensor(alpha), beta, prior=c, dtype=torch.float64)
     covariance = (alpha * share).mean() - alpha.mean() * share.mean()
     want = y.mean() + beta * alpha.mean() * (c - y.mean()) - beta * covariance
     assert float(q.mean()) == pytest.approx(want, abs=1e-12)
@@ -273,10 +270,10 @@ def test_gradient_in_the_prior_is_minus_strength_times_logit(case):
     if not isinstance(prior, torch.Tensor):
         return
     prior = prior.clone().requires_grad_()
-    strength = torch.from_numpy(np.asarray(perturbation.strength + 0 * batch.input.numpy()))
+    strength = tensor(perturbation.strength + 0 * array(batch.input))
     arguments = {"alpha": strength, "beta": 1.0, "prior": prior}
     sc_bce_with_logits(batch.input, batch.target, **arguments, reduction="sum").backward()
-    full = -perturbation.strength * batch.input.numpy()
+    full = -perturbation.strength * array(batch.input)
     want = np.zeros(tuple(prior.shape))
     lead = tuple(range(full.ndim - want.ndim))
     short = tuple(place for place, size in enumerate(want.shape) if size == 1)
@@ -294,17 +291,19 @@ def test_construction_is_refused_iff_a_sure_answer_is_on_the_wrong_side(c, s, we
     w = torch.tensor(weight, dtype=torch.float64)
     x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     y = LABELS
-    for given_weight, tensor in ((weight, w), (1.0, None)):
+    for given_weight, pos_weight in ((weight, w), (1.0, None)):
         odds = (
             given_weight * s * c / (1 - s * c),
             given_weight * (1 - s * (1 - c)) / (s * (1 - c)),
         )
         if min(abs(math.log(value)) for value in odds) < 1e-5:
             continue  # within the rounding of the module's float32
-        loss = sc_bce_with_logits(x, y, s / beta, beta, prior=c, pos_weight=tensor, reduction="sum")
+        loss = sc_bce_with_logits(
+            x, y, s / beta, beta, prior=c, pos_weight=pos_weight, reduction="sum"
+        )
         negative, positive = torch.autograd.grad(loss, x)[0]
         assert (bool(negative <= 0), bool(positive >= 0)) == (odds[0] >= 1, odds[1] <= 1)
-        arguments = dict(alpha=s / beta, beta=beta, prior=c, pos_weight=tensor)
+        arguments = dict(alpha=s / beta, beta=beta, prior=c, pos_weight=pos_weight)
         if negative <= 0:
             with pytest.raises(ValueError, match="leave a sure negative on its side of 1/2"):
                 SCBCEWithLogitsLoss(**arguments)
@@ -349,7 +348,7 @@ def test_flip_rates_are_those_of_the_target(c, share):
     up, down = criterion.flip_rates
     q = perturb_target(LABELS, alpha, 1.0, prior=c)
     assert up.shape == down.shape == ()
-    close(torch.stack((up, 1 - down)), q.numpy(), rtol=1e-6, atol=1e-7)
+    close(torch.stack((up, 1 - down)), array(q), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1, 1)])
@@ -432,7 +431,7 @@ def test_towards_one_half_the_sweep_is_that_of_the_first_version(seed, pair, by_
 @given(batches(soft=False), st.floats(0, 1))
 def test_oracle_keras_smoothing(batch, eps):
     """keras.losses.binary_crossentropy: y * (1 - eps) + eps / 2."""
-    y = batch.target.numpy()
+    y = array(batch.target)
     close(perturb_target(batch.target, 1.0, eps), y * (1 - eps) + 0.5 * eps, atol=1e-12)
 
 
@@ -442,7 +441,7 @@ def test_oracle_paddle_smoothing_with_a_prior_distribution(eps, seed):
     rng = np.random.default_rng(seed)
     y, prior = rng.integers(0, 2, (6, 3)).astype(float), rng.dirichlet(np.ones(3))[None]
     want = (1 - eps) * y + eps * prior
-    got = perturb_target(torch.from_numpy(y), 1.0, eps, prior=torch.from_numpy(prior))
+    got = perturb_target(tensor(y), 1.0, eps, prior=tensor(prior))
     close(got, want, atol=1e-12)
     # Its one_hot example: classes, epsilon 0.1, uniform over three.
     hot = torch.eye(3, dtype=torch.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Grid(NamedTuple):
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """|logit| at the lower edge and at the middle of each cell."""
-        cell = torch.arange(self.size, dtype=torch.float64)
+        cell = torch.arange(self.size, dtype=torch.float64, device="cpu")
         low, middle = (
             torch.where(
                 cell < self.inner,
@@ -112,7 +112,7 @@ class Counted(NamedTuple):
         return Counted(*(part.to(device) for part in self))
 
 
-def nothing(labels: int, cells: int, device: torch.device | None = None) -> Counted:
+def nothing(labels: int, cells: int, device: torch.device | str = "cpu") -> Counted:
     return Counted(
         torch.zeros(labels, 2, 2, cells, dtype=torch.int64, device=device),
         torch.zeros(labels, 2, cells, dtype=torch.float64, device=device),
@@ -203,7 +203,8 @@ class _Sweep:
             logit = torch.logit(x)
             torch.abs(logit, out=size)
             torch.minimum(x, 1 - x, out=doubt)
-        wrong = torch.sub(self._one, y, alpha=2, out=work).mul_(logit).clamp_(min=0).sum()
+        # Not clamp_(min=0), which on XLA takes what is infinite for the largest number.
+        wrong = torch.sub(self._one, y, alpha=2, out=work).mul_(logit).relu_().sum()
         # There is no logit beyond [0, 1].
         legal = ~wrong.isnan() & _zeros_and_ones(label, y, work)
         readable = predictions(legal, x, label, from_logits, ignore_index)
@@ -326,6 +327,12 @@ def readable(flag: Tensor) -> bool | None:
         return None
 
 
+class Array(Protocol):
+    """A NumPy array, or what becomes one by itself."""
+
+    def __array__(self) -> Any: ...
+
+
 def tensor(value: Any, name: str) -> Any:
     """A NumPy array, or what becomes one by itself (a number or column of it), as a Tensor."""
     if isinstance(value, Tensor) or not hasattr(value, "__array__"):
@@ -335,7 +342,7 @@ def tensor(value: Any, name: str) -> Any:
     if not array.flags.writeable or not array.flags.c_contiguous or not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="), order="C")
     try:
-        return torch.from_numpy(array) if array.shape else torch.tensor(array.item())
+        return torch.from_numpy(array) if array.shape else torch.tensor(array.item(), device="cpu")
     except TypeError:
         raise TypeError(
             _checks.sentence(

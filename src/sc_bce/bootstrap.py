@@ -86,8 +86,8 @@ class ImageHistograms:
     @torch.no_grad()
     def update(
         self,
-        input: Tensor,
-        target: Tensor,
+        input: Tensor | _tally.Array,
+        target: Tensor | _tally.Array,
         *,
         from_logits: bool = True,
         ignore_index: int | None = None,
@@ -105,17 +105,15 @@ class ImageHistograms:
                 dimensions. Nothing is then added.
             TypeError: an argument of the wrong type.
         """
-        input, target = _tally.tensor(input, "input"), _tally.tensor(target, "target")
-        _batch.pair(input, target)
-        if input.dim() == 0:
+        x, y = _tally.tensor(input, "input"), _tally.tensor(target, "target")
+        _batch.pair(x, y)
+        if x.dim() == 0:
             raise ValueError(
                 _checks.sentence("input", "have its images in dimension 0", "no dimension")
             )
         ignore_index = _checks.ignore_index(ignore_index)
-        home = _batch.home(input.device)
-        new = _tally.count(
-            self.num_cells, input.to(home), target.to(home), from_logits, ignore_index
-        )
+        home = _batch.home(x.device)
+        new = _tally.count(self.num_cells, x.to(home), y.to(home), from_logits, ignore_index)
         self._append(new)
 
     def merge(self, other: ImageHistograms) -> ImageHistograms:
@@ -131,7 +129,7 @@ class ImageHistograms:
 
     def histogram(self) -> CalibrationHistogram:
         """All images together."""
-        weights = torch.ones(1, len(self), dtype=torch.float64)
+        weights = torch.ones(1, len(self), dtype=torch.float64, device="cpu")
         return self._drawn(weights, self._flat()).label(0)
 
     def interval(
@@ -231,14 +229,14 @@ class ImageHistograms:
     def _resampled(self, of: Measure, resamples: int, seed: int) -> Tensor:
         flat = self._flat()
         # The same seed draws the same images for both networks.
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         images, values = len(self), []
         together = max(1, min(resamples, _TOGETHER // max(images, flat.shape[1])))
         for first in range(0, resamples, together):
             rows = min(together, resamples - first)
-            chosen = torch.randint(images, (rows, images), generator=generator)
-            weights = torch.zeros(rows, images, dtype=torch.float64)
-            weights.scatter_add_(1, chosen, torch.ones(rows, images, dtype=torch.float64))
+            chosen = torch.randint(images, (rows, images), generator=generator, device="cpu")
+            weights = torch.zeros(rows, images, dtype=torch.float64, device="cpu")
+            weights.scatter_add_(1, chosen, torch.ones_like(weights))
             drawn: object = of(self._drawn(weights, flat))
             if not isinstance(drawn, Tensor) or drawn.shape != (rows,):
                 raise TypeError(

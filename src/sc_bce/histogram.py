@@ -111,8 +111,8 @@ class CalibrationHistogram:
     @torch.no_grad()
     def update(
         self,
-        input: Tensor,
-        target: Tensor,
+        input: Tensor | _tally.Array,
+        target: Tensor | _tally.Array,
         *,
         from_logits: bool = True,
         ignore_index: int | None = None,
@@ -132,11 +132,11 @@ class CalibrationHistogram:
                 accelerator, where a look would wait, such elements make the measures nan instead.
             TypeError: an argument of the wrong type.
         """
-        input, target = _tally.tensor(input, "input"), _tally.tensor(target, "target")
-        _batch.pair(input, target)
+        pair = _tally.tensor(input, "input"), _tally.tensor(target, "target")
+        _batch.pair(*pair)
         ignore_index = _checks.ignore_index(ignore_index)
-        home = _batch.home(input.device)
-        x, y = (by_label(part.to(home), self.num_labels, "input") for part in (input, target))
+        home = _batch.home(pair[0].device)
+        x, y = (by_label(part.to(home), self.num_labels, "input") for part in pair)
         new = _tally.count(self.num_cells, x, y, from_logits, ignore_index)
         self._state = self._state.to(home).plus(new)
         self._only_logits, self._looked = self._only_logits and from_logits, False
@@ -470,7 +470,7 @@ def _cells_of(state: _tally.Counted, grid: _tally.Grid) -> list[Cells]:
 
 def _bin_of_cells(grid: _tally.Grid, num_bins: int, kind: str) -> Tensor:
     """The bin that each cell's centre lies in: in integers where cells are even in p."""
-    cell, num_cells = torch.arange(grid.size), 2 * grid.half
+    cell, num_cells = torch.arange(grid.size, device="cpu"), 2 * grid.half
     outer = cell >= grid.inner
     tail = (torch.sigmoid(-grid.logits()[1]) * num_bins).long()
     high = (2 * (grid.half + cell) + 1) * num_bins // (2 * num_cells)
@@ -540,11 +540,12 @@ def _from_first_version(state: Mapping[str, Tensor], grid: _tally.Grid) -> Mappi
     count = counts.sum(1)
     doubts = count - state["confidences"].cpu()
     mean = (doubts / count.clamp(min=1)).clamp(1e-12, 0.5)
-    outer = torch.arange(grid.half) >= grid.inner
+    cell = torch.arange(grid.half, device="cpu")
+    outer = cell >= grid.inner
     place = torch.where(
         outer,
         grid.coordinate(-torch.logit(mean), mean).long().clamp(grid.inner, grid.size - 1),
-        torch.arange(grid.half),
+        cell,
     )
     new = _tally.nothing(1, grid.size)
     new.counts[0].scatter_add_(-1, place[:, None].expand(counts.shape), counts.contiguous())

@@ -274,11 +274,11 @@ def like_probabilities(logit: Tensor, count: Tensor) -> Tensor:
 
     Those of an untrained network may lie inside too: in a heap that neither end cuts.
     """
-    seen = count > 0
-    low = torch.where(seen, logit, torch.inf).amin()
-    high = torch.where(seen, logit, -torch.inf).amax()
+    seen = count > 0  # not amin and amax: without a dimension XLA reduces nothing
+    low = torch.where(seen, logit, torch.inf).min()
+    high = torch.where(seen, logit, -torch.inf).max()
     ends = (logit <= high / 10, 1 - logit <= (1 - low) / 10)
-    crowd = torch.stack([torch.where(end, count, 0).sum() for end in ends]).amax()
+    crowd = torch.stack([torch.where(end, count, 0).sum() for end in ends]).max()
     spread = (low <= 0.25) & (high >= 0.75) | (crowd >= _CROWD * count.sum())
     return (low >= 0) & (high <= 1) & (high - low >= _LEVEL) & spread
 

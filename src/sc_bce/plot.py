@@ -184,8 +184,9 @@ def _isotonic_curve(histogram: CalibrationHistogram) -> tuple[list[float], list[
     (cells,) = histogram.cells_by_label()
     blocks = measures.isotonic(cells.count, cells.positive)
     filled = torch.nonzero(cells.count > 0).flatten()
-    owner = torch.searchsorted(torch.tensor(blocks.first), filled, right=True) - 1
-    share = torch.tensor(blocks.positive) / torch.tensor(blocks.count)
+    owner = torch.searchsorted(torch.tensor(blocks.first, device="cpu"), filled, right=True) - 1
+    shares = [k / n for k, n in zip(blocks.positive, blocks.count, strict=True)]
+    share = torch.tensor(shares, device="cpu")
     return torch.sigmoid(cells.logit[filled]).tolist(), share[owner].tolist()
 
 

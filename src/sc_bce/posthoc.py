@@ -41,8 +41,8 @@ class _Repair(nn.Module):
     @torch.no_grad()
     def fit(
         self: Repair,
-        logits: Tensor | CalibrationHistogram,
-        target: Tensor | None = None,
+        logits: Tensor | CalibrationHistogram | _tally.Array,
+        target: Tensor | _tally.Array | None = None,
         *,
         ignore_index: int | None = None,
     ) -> Repair:
@@ -288,7 +288,8 @@ class TemperatureScaling(_Repair):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Forget the fit; to be called after ``to_empty`` too."""
-        self.flip_rates.copy_(torch.tensor(self._given).view_as(self.flip_rates))
+        given = torch.tensor(self._given, device="cpu")
+        self.flip_rates.copy_(given.view_as(self.flip_rates))
         self.temperature.fill_(1.0)
         self.bias.fill_(0.0)
         self.clip.fill_(_CLIP)
@@ -642,7 +643,7 @@ def _search(loss: Any) -> Tensor:
     def at(roots: tuple[float, float]) -> float:
         if roots not in tried:
             # As the module will keep them.
-            pair = torch.tensor([root**2 for root in roots]).double().tolist()
+            pair = torch.tensor([root**2 for root in roots], device="cpu").double().tolist()
             tried[roots] = loss(pair)
         return tried[roots]
 
@@ -656,7 +657,7 @@ def _search(loss: Any) -> Tensor:
         ]
         new = min(around, key=at)
         step, best = (step / 2, best) if at(new) >= at(best) else (step, new)
-    return torch.tensor([root**2 for root in best], dtype=torch.float32).double()
+    return torch.tensor([root**2 for root in best], dtype=torch.float32, device="cpu").double()
 
 
 # --- the free curve -------------------------------------------------------------------------------
@@ -676,17 +677,19 @@ def _curve(cells: Cells) -> Tensor:
 def steps(cells: Cells, blocks: Blocks, values: Tensor) -> Tensor:
     """One value per cell: that of its block, and straight lines over empty cells in between."""
     filled = torch.nonzero(cells.count > 0).flatten()
-    owner = torch.searchsorted(torch.tensor(blocks.first), filled, right=True) - 1
-    return _through(filled.double(), values[owner], torch.arange(len(cells.count)).double())
+    owner = torch.searchsorted(torch.tensor(blocks.first, device="cpu"), filled, right=True) - 1
+    return _through(
+        filled.double(), values[owner], torch.arange(len(cells.count), device="cpu").double()
+    )
 
 
 def lines(cells: Cells, blocks: Blocks, values: Tensor) -> Tensor:
     """One value per cell: on straight lines between the blocks' mean places."""
-    place = torch.arange(len(cells.count), dtype=torch.float64)
-    owner = torch.searchsorted(torch.tensor(blocks.first), place, right=True) - 1
+    place = torch.arange(len(cells.count), dtype=torch.float64, device="cpu")
+    owner = torch.searchsorted(torch.tensor(blocks.first, device="cpu"), place, right=True) - 1
     owner = owner.clamp(min=0)
     means = torch.zeros_like(values).index_add_(0, owner, cells.count * place)
-    return _through(means / torch.tensor(blocks.count), values, place)
+    return _through(means / torch.tensor(blocks.count, device="cpu"), values, place)
 
 
 def _through(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
@@ -700,7 +703,10 @@ def _through(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
 
 def shares(blocks: Blocks) -> Tensor:
     """Of positives in each block; never 0 or 1, which one miss would make infinitely costly."""
-    n, k = (torch.tensor(part, dtype=torch.float64) for part in (blocks.count, blocks.positive))
+    n, k = (
+        torch.tensor(part, dtype=torch.float64, device="cpu")
+        for part in (blocks.count, blocks.positive)
+    )
     share = k / n
     if len(share) == 1:
         return (k + 0.5) / (n + 1)
