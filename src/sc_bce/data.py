@@ -131,10 +131,9 @@ def _as_position(index: object, size: int) -> int:
 
 
 def _as_positions(indices: Sequence[int], size: int) -> Sequence[int]:
-    if type(indices) is list and set(map(type, indices)) == {int}:
-        # Every sampler's batch.
-        if min(indices) >= 0 and max(indices) < size:
-            return indices
+    plain = type(indices) is list and set(map(type, indices)) == {int}  # as samplers make it
+    if plain and min(indices) >= 0 and max(indices) < size:
+        return indices
     return [_as_position(index, size) for index in indices]
 
 
