@@ -104,7 +104,7 @@ def merge_worker(rank: int, rows: int, folder: str) -> None:
         sent += value.nbytes
         return reduce(value, *args, **kwargs)
 
-    dist.all_reduce = counted
+    dist.all_reduce = counted  # type: ignore[assignment]
     dist.barrier()
     start = time.perf_counter()
     criterion.step(histogram)
@@ -118,7 +118,7 @@ def merge_worker(rank: int, rows: int, folder: str) -> None:
 def measure_merge(rows: int) -> Record:
     """A step of two processes, each of which trained half of the rows, with focus."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(merge_worker, (rows, folder), nprocs=2)
+        mp.spawn(merge_worker, (rows, folder), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
         found: Record = json.loads((Path(folder) / "found.json").read_text())
     return {"processes": 2, "focus": 2.0} | found
 

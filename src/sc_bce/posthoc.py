@@ -468,7 +468,9 @@ class IsotonicCalibration(_Repair):
         half, table = self.table.shape[-1] // 2, self.table.detach().reshape(-1)
         first = torch.arange(labels, dtype=torch.int32).mul_(2 * half).add_(half).view(-1, 1)
         buffers = [torch.empty(samples[:rows].numel()) for _ in range(4)]
-        for some, answer in zip(samples.split(rows), results.split(rows), strict=True):
+        for some, answer in zip(
+            torch.split(samples, rows), torch.split(results, rows), strict=True
+        ):
             z, size, place, work = (one[: some.numel()].view(some.shape) for one in buffers)
             torch.abs(z.copy_(some), out=size)
             _place(self._grid, size, place, work)
