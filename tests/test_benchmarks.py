@@ -11,6 +11,7 @@ import posthoc
 import pytest
 import reference as ref
 import repair
+import scale
 import speed
 import tasks
 import torch
@@ -443,3 +444,11 @@ def test_runs_of_the_defaults_are_kept_and_resumed(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out == printed
     with pytest.raises(SystemExit, match="needs a folder"):
         defaults.main(["--tasks", "streets"])
+
+
+def test_the_cost_of_a_large_table_is_written(tmp_path):
+    out = tmp_path / "scale.json"
+    scale.main(["--rows=5000", "--steps=20", "--threads=1", "--no-merge", f"--out={out}"])
+    found = json.loads(out.read_text())
+    assert [case["ratio"] > 0 for case in found["steps"]] == [True] * 4
+    assert [case["bytes_per_row"] for case in found["epoch"]] == [5, 9]

@@ -193,3 +193,23 @@ def test_a_subset_of_an_indexed_dataset_needs_a_row_for_each_of_the_whole():
         criterion(x.requires_grad_(), y, index)
     with pytest.raises(ValueError, match=r"got None; .*remove_unused_columns=False"):
         criterion(x, y)
+
+
+@pytest.mark.parametrize("form", [*ITEMS, "mixed"])
+def test_a_batch_is_what_its_items_are(form):
+    class Mixed(Numbers):
+        def __getitem__(self, i):
+            return ITEMS[list(ITEMS)[i % len(ITEMS)]](i)
+
+    indexed = IndexedDataset((Mixed if form == "mixed" else Numbers)(form))
+    for indices in ([3, 0, 9], [-1, 2], [np.int64(4), 5], (1, 2), [2, 2], []):
+        batch = indexed.__getitems__(indices)
+        assert batch == [indexed[i] for i in indices]
+        assert [type(item) for item in batch] == [type(indexed[i]) for i in indices]
+    with pytest.raises(IndexError, match=r"in \[-10, 9\], but got 10"):
+        indexed.__getitems__([0, 10])
+
+
+def test_a_batch_of_mappings_with_the_name_taken_is_refused():
+    with pytest.raises(ValueError, match="got 'image', which is there"):
+        IndexedDataset(Numbers("dict"), key="image").__getitems__([0, 1])

@@ -928,3 +928,25 @@ def test_measures_live_where_the_state_does(labels):
             assert getattr(histogram, name)().device.type == "lazy", name
         for score in ("log", "brier"):
             assert {part.device.type for part in histogram.decomposition(score)} == {"lazy"}
+
+
+@pytest.mark.parametrize("target_dtype", [torch.uint8, torch.int64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_void_elements_are_as_if_left_out_whatever_they_hold(target_dtype, from_logits):
+    torch.manual_seed(0)
+    input = 3 * torch.randn(5000)
+    target = (torch.rand(5000) < 0.3).to(target_dtype)
+    if not from_logits:
+        input = torch.sigmoid(input)
+    void = torch.rand(5000) < 0.2
+    spoilt, marked = input.clone(), target.clone()
+    spoilt[void] = torch.tensor([torch.nan, torch.inf, -torch.inf, 7.0]).repeat(1250)[void]
+    marked[void] = 255
+    whole, rest = CalibrationHistogram(), CalibrationHistogram()
+    whole.update(spoilt, marked, ignore_index=255, from_logits=from_logits)
+    rest.update(input[~void], target[~void], from_logits=from_logits)
+    for name, part in rest.state_dict().items():
+        torch.testing.assert_close(whole.state_dict()[name], part, rtol=1e-6, atol=1e-6)
+    marked[~void] = 3
+    with pytest.raises(ValueError, match="the value 3"):
+        whole.update(spoilt, marked, ignore_index=255, from_logits=from_logits)

@@ -750,3 +750,29 @@ def test_probabilities_taken_for_logits_warn():
         assert seen[0].filename == __file__
         with pytest.warns(UserWarning, match=r"All logits that this histogram has seen lie in"):
             build().fit(filled(p, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("labels", [None, 3])
+@pytest.mark.parametrize("scale", [3.0, 300.0])
+def test_many_logits_are_read_from_the_curve_as_few_are(dtype, labels, scale):
+    repair = IsotonicCalibration(labels)
+    torch.manual_seed(0)
+    repair.table.copy_(torch.randn_like(repair.table))
+    z = (scale * torch.randn(700, 3, 11, 17)).to(dtype)
+    z[0, 0, 0, :6] = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-30])
+    for logits in (z, z.transpose(2, 3), z[:, :, ::2]):
+        one_by_one = torch.cat([repair(part) for part in logits.split(1)])
+        many = repair(logits)
+        assert many.dtype == dtype
+        assert torch.equal(many.isnan(), logits.isnan())
+        assert torch.equal(many.nan_to_num(), one_by_one.nan_to_num())
+        needs = logits.detach().clone().requires_grad_()
+        assert torch.equal(repair(needs).detach().nan_to_num(), many.nan_to_num())
+        with torch.inference_mode():
+            assert torch.equal(repair(logits).nan_to_num(), many.nan_to_num())
+
+
+def test_a_curve_of_no_element_is_none():
+    assert IsotonicCalibration(3)(torch.zeros(5000, 3, 0)).shape == (5000, 3, 0)
+    assert IsotonicCalibration()(torch.zeros(0)).shape == (0,)

@@ -12,6 +12,7 @@ from . import _batch, _checks
 
 _BLOCK = 1 << 18  # elements worked on at a time: 1 MiB of float32, inside a CPU's cache
 _ROWS = 4  # threads that count at once
+_EXACT = 1 << 24  # integers below it are told apart in float32
 _FINEST = 100_000  # cells that float32 can tell apart
 _SLACK = 4  # units of precision that an edge reaches down
 _COARSE = 1000  # cells: fewer have a short tail, so that a histogram per image stays small
@@ -164,6 +165,7 @@ class _Sweep:
         self._count_dtype = torch.int32 if input.numel() < 2**31 else torch.int64
         # Fresh memory for each block would cost more than the arithmetic does.
         self._work = [torch.empty(block, dtype=self._dtype, device=device) for _ in range(4)]
+        self._input = torch.empty(block, dtype=self._dtype, device=device)
         self._wide = torch.empty(block, dtype=torch.float64, device=device)
         self._narrow = torch.empty(block, dtype=torch.int32, device=device)
         self._cell = torch.empty(block, dtype=torch.int64, device=device)
@@ -185,17 +187,14 @@ class _Sweep:
     def _add(
         self, input: Tensor, target: Tensor, from_logits: bool, ignore_index: int | None
     ) -> None:
+        y, size, doubt, work = (buffer[: len(input)] for buffer in self._work)
         x, label = input, target
-        if ignore_index is not None:
-            # As if certain and right, which adds nothing to any sum, and uncounted at the end.
-            ignored = ~_batch.valid_elements(target, ignore_index)
-            x = x.masked_fill(ignored, -torch.inf if from_logits else 0)
-            label = label.masked_fill(ignored, 0)
-            self._ignored += ignored.sum()
-        x = x.to(self._dtype)
-        y, size, doubt, work = (buffer[: len(x)] for buffer in self._work)
+        if x.dtype != self._dtype or not x.is_contiguous():
+            x = self._input[: len(x)].copy_(x)
         # A byte becomes a float several times faster than a bool does.
         y.copy_(_batch.as_bytes(label) if label.dtype == torch.bool else label)
+        if ignore_index is not None:
+            x = self._without(ignore_index, x, label, from_logits)
         if from_logits:
             logit = x
             torch.neg(torch.abs(x, out=size), out=doubt).sigmoid_()
@@ -206,13 +205,39 @@ class _Sweep:
         # Not clamp_(min=0), which on XLA takes what is infinite for the largest number.
         wrong = torch.sub(self._one, y, alpha=2, out=work).mul_(logit).relu_().sum()
         # There is no logit beyond [0, 1].
-        legal = ~wrong.isnan() & _zeros_and_ones(label, y, work)
+        legal = ~wrong.isnan() & _zeros_and_ones(label, y, work, ignore_index is not None)
         readable = predictions(legal, x, label, from_logits, ignore_index)
         wide = self._wide[: len(x)].copy_(doubt)
         self._squares += torch.dot(wide, wide)
         self._log_loss += wrong - _sum_log_sure(doubt, work)
         y.add_(torch.ge(x, 0 if from_logits else 0.5, out=work), alpha=2)
         self._gather(y, size, doubt, wide, None if readable else legal)
+
+    def _without(self, ignored: int, x: Tensor, label: Tensor, from_logits: bool) -> Tensor:
+        """The input with ignored elements as if certain, and their labels as if right.
+
+        That adds nothing to any sum; they are uncounted at the end.
+        """
+        y, keep, _, work = (buffer[: len(x)] for buffer in self._work)
+        whole = not label.is_floating_point() and label.dtype != torch.bool
+        told_apart = label.dtype in (torch.float32, torch.float64) or whole
+        if x.device.type != "cpu" or abs(ignored) >= _EXACT or not told_apart:
+            skipped = ~_batch.valid_elements(label, ignored)
+            y.masked_fill_(skipped, 0)
+            self._ignored += skipped.sum()
+            return x.masked_fill(skipped, -torch.inf if from_logits else 0)
+        # With floats and bits, several times faster than with masks of bool.
+        valid = torch.ne(y, ignored, out=work)
+        self._ignored += len(y) - valid.count_nonzero()
+        y.mul_(valid)
+        bits, infinity = (
+            (torch.int32, -(1 << 23)) if x.dtype == torch.float32 else (torch.int64, -(1 << 52))
+        )
+        mask = keep.view(bits).copy_(valid).neg_()  # all ones or none: no nan gets through
+        held = torch.bitwise_and(x.view(bits), mask, out=self._input[: len(x)].view(bits))
+        if from_logits:
+            held |= mask.bitwise_not_().bitwise_and_(infinity)
+        return held.view(x.dtype)
 
     def _gather(
         self, code: Tensor, size: Tensor, doubt: Tensor, wide: Tensor, legal: Tensor | None
@@ -246,11 +271,14 @@ class _Sweep:
         return counts, doubts.sum(1), self._squares + wrong, self._log_loss
 
 
-def _zeros_and_ones(label: Tensor, y: Tensor, work: Tensor) -> Tensor:
-    """Whether that is all that a block of labels holds, as a 0-d tensor; ``y`` are its floats"""
+def _zeros_and_ones(label: Tensor, y: Tensor, work: Tensor, masked: bool) -> Tensor:
+    """Whether that is all that a block of labels holds, as a 0-d tensor.
+
+    ``y`` are its floats, of which some are 0 instead where it is ``masked``.
+    """
     if label.dtype == torch.bool:
         return torch.ones((), dtype=torch.bool, device=label.device)
-    if label.is_floating_point():
+    if masked or label.is_floating_point():
         low, high = _batch.ends(torch.addcmul(y, y, y, value=-1, out=work))
         return (low == 0) & (high == 0)
     low, high = _batch.ends(label)
@@ -279,6 +307,8 @@ def predictions(
     """Refuse predictions that can't be measured; False where `legal`, 0-d, can't be read."""
     known = readable(legal)
     if known is False:
+        if ignored is not None:
+            target = target.masked_fill(~_batch.valid_elements(target, ignored), 0)
         illegal = (target != 0) & (target != 1) | input.isnan()
         if not from_logits:
             illegal |= (input < 0) | (input > 1)

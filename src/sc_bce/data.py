@@ -58,18 +58,28 @@ class IndexedDataset(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        index = _as_position(index, len(self))
+        index = _as_position(index, len(self.dataset))
         return self._join(self.dataset[index], index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Fetch a batch at once where the wrapped dataset can; DataLoader calls this."""
-        indices = [_as_position(index, len(self)) for index in indices]
-        fetch = getattr(self.dataset, "__getitems__", None)
-        items = fetch(indices) if fetch else [self.dataset[index] for index in indices]
+        indices = _as_positions(indices, len(self.dataset))
+        dataset = self.dataset
+        fetch = getattr(dataset, "__getitems__", None)
+        items = fetch(indices) if fetch else [dataset[index] for index in indices]
         _require_list(items, len(indices))
-        return [self._join(item, index) for item, index in zip(items, indices, strict=True)]
+        pairs = zip(items, indices, strict=True)
+        # What a batch mostly is: all alike, and of a type that needs one look only.
+        kinds = set(map(type, items))
+        if kinds == {tuple}:
+            return [(*item, index) for item, index in pairs]
+        if kinds == {dict} and not any(self.key in item for item in items):
+            return [{**item, self.key: index} for item, index in pairs]
+        return [self._join(item, index) for item, index in pairs]
 
     def _join(self, item: Any, index: int) -> Any:
+        if type(item) is tuple:  # before the others, which take longer to tell
+            return (*item, index)
         if isinstance(item, Mapping):
             _require_new_key(self.key, item)
             if not isinstance(item, MutableMapping):
@@ -81,7 +91,7 @@ class IndexedDataset(Dataset[Any]):
             _require_new_key(self.key, item._fields, field=True)
             return _with_index(type(item), self.key)(*item, index)
         if isinstance(item, (tuple, list)):
-            return type(item)((*item, index)) if type(item) in (tuple, list) else (*item, index)
+            return [*item, index] if type(item) is list else (*item, index)
         return (item, index)
 
 
@@ -103,6 +113,8 @@ def _rebuild(base: type, key: str, values: tuple[Any, ...]) -> Any:
 
 def _as_position(index: object, size: int) -> int:
     """The index of a dataset, negative ones counted from the end."""
+    if type(index) is int and 0 <= index < size:
+        return index
     if not isinstance(index, SupportsIndex):
         raise TypeError(
             _checks.sentence(
@@ -116,6 +128,13 @@ def _as_position(index: object, size: int) -> int:
             f"Expected argument `index` to be in [{-size}, {size - 1}], but got {place}"
         )
     return place % size
+
+
+def _as_positions(indices: Sequence[int], size: int) -> Sequence[int]:
+    plain = type(indices) is list and set(map(type, indices)) == {int}  # as samplers make it
+    if plain and min(indices) >= 0 and max(indices) < size:
+        return indices
+    return [_as_position(index, size) for index in indices]
 
 
 def _require_list(items: object, count: int) -> None:

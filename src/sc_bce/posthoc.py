@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import _batch, _checks, _tally, measures
 from .histogram import CalibrationHistogram, by_label, holding
@@ -25,6 +26,8 @@ _SLOPES = (1e-3, 1e3)  # of 1 / temperature: separable data would ask for an inf
 _COARSE = (0.0, 0.002, 0.01, 0.03, 0.08, 0.17, 0.3)  # flip rates that a search begins with
 _FINEST = 1e-3  # its last step, in the root of a flip rate
 _WORSE = 1e-6  # relative loss that rounding may add
+_BLOCK = 1 << 17  # logits that a curve is read for at a time
+_FEW = 1 << 12  # up to which it takes one pass
 _SUSPECT = 1000  # as in the histogram
 
 
@@ -438,6 +441,10 @@ class IsotonicCalibration(_Repair):
 
     def forward(self, logits: Tensor) -> Tensor:
         _batch.logits(logits, "logits")
+        if self.num_labels is not None:
+            by_label(logits, self.num_labels, "logits")
+        if _in_blocks(logits, self.table):
+            return self._read(logits)
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         size = z.abs()
         place = self._grid.coordinate(size, torch.sigmoid(-size))
@@ -446,15 +453,69 @@ class IsotonicCalibration(_Repair):
         cell = place.nan_to_num(0.0).to(torch.int64).clamp(0, half - 1)
         index = torch.where(z >= 0, half + cell, half - 1 - cell)
         if self.num_labels is not None:
-            by_label(z, self.num_labels, "logits")
             first = torch.arange(self.num_labels, device=z.device) * (2 * half)
             index = index + first.reshape(-1, *(1 for _ in z.shape[2:]))
         answer = self.table.to(z.dtype).reshape(-1)[index]
         return torch.where(z.isnan(), z, answer).to(logits.dtype)
 
+    def _read(self, logits: Tensor) -> Tensor:
+        """The same values by the same arithmetic, block by block in few buffers."""
+        labels = self.num_labels or 1
+        result = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        # Blocks of whole samples, where a sample has labels.
+        shape = (-1,) if self.num_labels is None else (len(logits), labels, -1)
+        samples, results = logits.detach().reshape(shape), result.view(shape)
+        rows = max(_BLOCK * len(samples) // max(logits.numel(), 1), 1)
+        half, table = self.table.shape[-1] // 2, self.table.detach().reshape(-1)
+        first = torch.arange(labels, dtype=torch.int32).mul_(2 * half).add_(half).view(-1, 1)
+        buffers = [torch.empty(samples[:rows].numel()) for _ in range(4)]
+        for some, answer in zip(
+            torch.split(samples, rows), torch.split(results, rows), strict=True
+        ):
+            z, size, place, work = (one[: some.numel()].view(some.shape) for one in buffers)
+            torch.abs(z.copy_(some), out=size)
+            _place(self._grid, size, place, work)
+            # By way of int32 to an index: to the right of the middle cell, or as far to its left.
+            cell = work.view(torch.int32).copy_(place).clamp_(0, half - 1)
+            negative = z.add_(0.0).view(torch.int32)  # which -0.0 is not
+            cell ^= negative.bitwise_right_shift_(31)
+            cell.add_(first if labels > 1 else half)
+            index = cell.view(-1)
+            values = torch.index_select(table, 0, index, out=place.view(-1)).view(some.shape)
+            if not bool(size.amax() >= 0):
+                values = torch.where(some.isnan(), some, values)
+            answer.copy_(values)
+        return result
+
     def extra_repr(self) -> str:
         labels = [] if self.num_labels is None else [f"num_labels={self.num_labels}"]
         return ", ".join(labels + _repr_of(self))
+
+
+def _in_blocks(logits: Tensor, table: Tensor) -> bool:
+    """Whether these are ordinary tensors in a CPU's memory, of which no derivative is asked."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(logits) is Tensor
+        and logits.device.type == table.device.type == "cpu"
+        and logits.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and table.dtype == torch.float32
+        and logits.numel() > _FEW
+        and not (torch.is_grad_enabled() and (logits.requires_grad or table.requires_grad))
+        and forward_ad.unpack_dual(logits).tangent is None  # type: ignore[no-untyped-call]
+        and not _batch._transformed()
+    )
+
+
+def _place(cells: _tally.Grid, size: Tensor, place: Tensor, work: Tensor) -> None:
+    """`Grid.coordinate` in place, rounded alike."""
+    torch.neg(size, out=place).sigmoid_().mul_(-2 * cells.half)
+    place.add_(cells.half + _tally.slack(2 * cells.half, size.dtype)).clamp_(max=cells.inner)
+    torch.clamp(size, cells.start, cells.bend, out=work)
+    place.add_(work.sub_(cells.start).mul_(cells.fine))
+    if not bool(size.amax() <= cells.bend):
+        torch.clamp(size, cells.bend, cells.end, out=work)
+        place.add_(work.sub_(cells.bend).mul_(cells.wide))
 
 
 # --- what a fit is made from ----------------------------------------------------------------------
