@@ -29,6 +29,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fixed")
 
 
+collect_ignore = ["typing"]  # is read by a type checker and not run
+
 # Inductor compiles in this process: its pool of workers costs more than our graphs, and torch 2.4
 # can deadlock in it.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")

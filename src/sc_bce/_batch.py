@@ -492,9 +492,11 @@ def label_counts(batch: Batch, shape: tuple[int, ...]) -> Tensor:
     over = [place for place in range(target.dim()) if not shape or shape[place] == 1]
 
     def number(marked: Tensor) -> Tensor:
-        # torch sums bools many times slower than bytes, and into int64 than into int32.
+        # torch sums bools many times slower than bytes, and into int64 than into int32; inductor
+        # bytes many times slower than bools.
         wide = torch.int32 if marked.numel() < 2**31 else torch.int64
-        count = as_bytes(marked).sum(over, dtype=wide) if over else marked
+        summed = marked if torch.compiler.is_compiling() else as_bytes(marked)
+        count = summed.sum(over, dtype=wide) if over else marked
         return count.to(torch.int64).reshape(-1)
 
     high = target if target.dtype == torch.bool else target >= 0.5
@@ -584,6 +586,13 @@ def bernoulli(
     if isinstance(alpha, Tensor) and shape.numel() < _DRAWS_PER_LEVEL * alpha.numel():
         return _uniform(input, shape, generator) < alpha
     return _by_bytes(alpha, input, shape, generator)
+
+
+def once(alpha: Tensor) -> Tensor:
+    """The same, made before the loop over the elements: inductor would look it up for each."""
+    flat = alpha.reshape(-1).float()
+    place = torch.arange(flat.shape[0], device=flat.device)  # `len` would bind a graph to it
+    return torch.zeros_like(flat).index_copy(0, place, flat).reshape(alpha.shape)
 
 
 def truncated_normal(input: Tensor, bound: float, generator: torch.Generator | None) -> Tensor:

@@ -280,6 +280,8 @@ class AdaptivePerturbation(Levels):
                 alpha = alpha.reshape(())
             if self.sampling != "expected":
                 alpha = _batch.bernoulli(alpha, input, self.sampling, self.generator)
+            if torch.compiler.is_compiling():
+                alpha = _batch.once(alpha)
             if alpha.dim() == 1:
                 alpha = alpha.reshape(-1, *(1 for _ in input.shape[1:]))
             loss, seen = perturbed_loss_and_observed(

@@ -245,6 +245,8 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         beta: float | Tensor | None = self.beta
         if self.sampling != "expected":
             alpha = _batch.bernoulli(self.alpha, input, self.sampling, self.generator)
+            if self.sampling == "sample" and not eager:
+                alpha = _batch.once(alpha)
             if self.noise > 0:
                 noise = _batch.truncated_normal(input, self.noise, self.generator)
                 beta = self.beta + 2 * noise  # type: ignore[operator]
