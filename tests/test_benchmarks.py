@@ -1,5 +1,6 @@
 """The main job as its users meet it: its data, its errors, its files."""
 
+import dataclasses
 import json
 import re
 from importlib import metadata
@@ -271,19 +272,44 @@ def test_the_published_step_follows_its_formulas():
     np.testing.assert_allclose([published.alpha[int(i)] for i in index], want, atol=1e-6)
 
 
-def test_speed_is_measured_side_by_side_and_memory_beyond_inputs_and_gradient(monkeypatch):
-    given = speed.batches((4, 50), "float32", "bool")
-    losses = {name: build() for name, (_, build) in speed.CONTENDERS.items()}
-    timed = speed.time_case(losses, given, backward=True, threads=1, seconds=0.01)
-    assert set(timed) == set(speed.CONTENDERS)
-    assert all(found["median_ms"] > 0 for found in timed.values())
-    monkeypatch.setattr(speed, "SHAPES", ((8, 1, 256, 256),))
-    monkeypatch.setattr(speed, "KINDS", (("float32", "bool"),))
+def tiny(case, shape):
+    return dataclasses.replace(case, shape=shape)
+
+
+def test_speed_is_measured_side_by_side(monkeypatch):
+    monkeypatch.setattr(speed, "LABELS", (2, 11, 4, 5))
+    for case in speed.CASES:
+        if case.compiled:
+            continue
+        shape = {4: (2, case.shape[1], 4, 5), 2: (3, case.shape[1]), 1: (7,)}[len(case.shape)]
+        small = tiny(case, shape if case.name != "table" else case.shape)
+        records = speed.time_case(small, threads=1, seconds=0.003)
+        assert [r["contender"] for r in records] == [speed.BASELINE, *case.losses]
+        assert records[0]["ratio"] == 1
+        assert records[0]["asked"] is None
+        assert all(record["median_ms"] > 0 for record in records)
+        if case.name != "rivals":
+            assert all(record["asked"] for record in records[1:] if case.name != "labels")
+
+
+def test_what_is_kept_and_allocated_is_counted_beyond_inputs_and_gradient(monkeypatch):
+    cases = [tiny(case, (8, 1, 256, 256)) for case in speed.CASES[1:2]]
+    monkeypatch.setattr(speed, "CASES", cases)
+    monkeypatch.setattr(speed, "SEGMENTATION", (8, 1, 256, 256))
     memory = {row["contender"]: row for row in speed.measure_memory()}
     assert memory["bce"]["saved_bytes_per_element"] == pytest.approx(8, abs=0.01)
     assert memory["bce"]["peak_bytes_per_element"] >= 8
-    assert memory["fixed"]["saved_bytes_per_element"] == pytest.approx(5, abs=0.01)
+    assert memory["sample"]["saved_bytes_per_element"] == pytest.approx(5, abs=0.01)
     assert memory["adaptive"]["saved_bytes_per_element"] == pytest.approx(5, abs=0.01)
+
+
+def test_the_path_that_is_taken_is_timed_beside_the_plain_one(monkeypatch):
+    monkeypatch.setattr(speed, "SIZES", (64, 1 << 18))
+    records = speed.compare_paths(threads=1, seconds=0.003)
+    assert [record["elements"] for record in records] == [64] * 5 + [1 << 18] * 5
+    for record in records:
+        assert record["of_plain"] == pytest.approx(record["own_ms"] / record["plain_ms"])
+        assert record["of_bce"] == pytest.approx(record["own_ms"] / record["bce_ms"])
 
 
 def test_the_histogram_is_timed_beside_torchmetrics(monkeypatch):
