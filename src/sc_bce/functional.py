@@ -182,8 +182,8 @@ def sc_bce_with_logits(
         A prior other than 1/2 moves the decision: P(y = 1) >= 1/2 then means
         ``sigmoid(x) >= (1 - s) / 2 + s * c``, which a repair after training brings back to 1/2.
 
-        Large contiguous batches on a CPU, without weights or ignored elements and reduced, take
-        one fused sweep: the same gradient, and a loss within 1.2e-7 per element in float32.
+        Large contiguous batches on a CPU, reduced and without ``pos_weight``, take one fused
+        sweep: the same gradient, and a loss within 1.2e-7 per element in float32.
         Backward reads the target mask that you passed; do not modify it in place before.
 
     References:
