@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,26 @@ from tqdm import tqdm
 from sc_bce import AdaptivePerturbation, CalibrationHistogram
 
 Run = tuple[str, str, int]  # task, row, seed
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task comes from, in each process that needs it.
+
+    Args:
+        make: the task, from the seed of the run where it is ``seeded``, else from nothing.
+        corrupt: whether networks are judged on corrupted test data too.
+    """
+
+    make: Callable[..., Task]
+    seeded: bool = False
+    corrupt: bool = True
+
+    def task(self, seed: int) -> Task:
+        return self.make(seed) if self.seeded else self.make()
+
+
+Sources = dict[str, Source]
 
 FORMAT = 1  # of a kept run: raised when it means something else
 HERE = Path(__file__).parent
@@ -250,21 +270,21 @@ def rounded(value: Any) -> Any:
 # ---------------------------------------------------------------- which runs, in which order
 
 
-def makers(photographs: Path | None, streets: Path | None) -> dict[str, Callable[[int], Task]]:
-    """Every task that has data, from the seed of the run: most are the same for all seeds."""
-    found: dict[str, Callable[[int], Task]] = {
-        "digits": lambda seed: tasks.scenes(),
-        "cancer": tasks.cancer,
-        "rates": tasks.rates,
-        "digits-25": lambda seed: tasks.fewer_scenes(0.25),
-        "digits-50": lambda seed: tasks.fewer_scenes(0.5),
-        "digits-replaced": lambda seed: tasks.replaced_scenes(),
-        "digits-borders": lambda seed: tasks.careless_scenes(),
+def study_tasks(photographs: Path | None, streets: Path | None) -> dict[str, Source]:
+    """Every task that has data."""
+    found: dict[str, Source] = {
+        "digits": Source(tasks.scenes),
+        "cancer": Source(tasks.cancer, seeded=True),
+        "rates": Source(tasks.rates, seeded=True),
+        "digits-25": Source(partial(tasks.fewer_scenes, 0.25), corrupt=False),
+        "digits-50": Source(partial(tasks.fewer_scenes, 0.5), corrupt=False),
+        "digits-replaced": Source(tasks.replaced_scenes, corrupt=False),
+        "digits-borders": Source(tasks.careless_scenes, corrupt=False),
     }
     if photographs is not None:
-        found["photographs"] = lambda seed: tasks.objects(photographs)
+        found["photographs"] = Source(partial(tasks.objects, photographs))
     if streets is not None:
-        found["streets"] = lambda seed: tasks.streets(streets)
+        found["streets"] = Source(partial(tasks.streets, streets))
     return found
 
 
@@ -329,17 +349,18 @@ def resolved(folder: Path, run: Run) -> Run | None:
 class Worker:
     """What each process is given once, and the last task that it had."""
 
-    makers: tuple[Path | None, Path | None]
+    sources: Sources
     folder: Path
     epochs: Any
-    held: dict[Any, tuple[Task, Judge]] = field(default_factory=dict)
+    held: dict[tuple[str, int], tuple[Task, Judge]] = field(default_factory=dict)
 
     def task(self, name: str, seed: int) -> tuple[Task, Judge]:
-        key = (name, seed if name in ("cancer", "rates") else 0)
+        source = self.sources[name]
+        key = name, seed if source.seeded else 0
         if key not in self.held:
             self.held.clear()
-            task = makers(*self.makers)[name](seed)
-            self.held[key] = task, Judge(task, corrupt=not name.startswith("digits-"))
+            task = source.task(seed)
+            self.held[key] = task, Judge(task, source.corrupt)
         return self.held[key]
 
     def tick(self) -> None:
@@ -350,9 +371,9 @@ class Worker:
 _worker: list[Worker] = []
 
 
-def _start_worker(paths: tuple[Path | None, Path | None], folder: Path, epochs: Any) -> None:
+def _start_worker(sources: Sources, folder: Path, epochs: Any) -> None:
     torch.set_num_threads(1)
-    _worker.append(Worker(paths, folder, epochs))
+    _worker.append(Worker(sources, folder, epochs))
 
 
 def _run(run: Run) -> Run:
@@ -369,57 +390,52 @@ def _run(run: Run) -> Run:
 
 
 def run_all(
-    wanted: Sequence[Run], paths: tuple[Path | None, Path | None], folder: Path, jobs: int
+    wanted: Sequence[Run], sources: Sources, folder: Path, jobs: int, epochs: int = 0
 ) -> None:
-    """Do what is not yet in ``folder``; a run that fails, or kills its process, is passed over."""
+    """Do what is not yet in ``folder``; a run that fails, or kills its process, is passed over.
+
+    The bar counts runs or, where each has as many, ``epochs``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     failed: dict[Run, str] = {}
     died: dict[Run, int] = {}
-    while not _run_pool(wanted, paths, folder, jobs, failed, died):
-        pass
+    left = len(wanted) - sum(is_done(folder, run) for run in wanted)
+    unit = {"unit": " epochs"} if epochs else {"unit": " runs", "smoothing": 0.05}
+    with tqdm(total=left * max(epochs, 1), desc=f"{left} runs", **unit) as bar:
+        while not _run_pool(wanted, sources, folder, jobs, failed, died, bar, bool(epochs)):
+            pass
     if failed:
-        sys.exit("runs.py: " + "; ".join(f"{run}: {why}" for run, why in failed.items()))
+        sys.exit("; ".join(f"{'--'.join(map(str, run))}: {why}" for run, why in failed.items()))
 
 
 def _run_pool(
     wanted: Sequence[Run],
-    paths: tuple[Path | None, Path | None],
+    sources: Sources,
     folder: Path,
     jobs: int,
     failed: dict[Run, str],
     died: dict[Run, int],
+    bar: Any,
+    by_epoch: bool,
 ) -> bool:
     """Whether all is done that can be; if not, a process has died."""
     context = multiprocessing.get_context("spawn")
-    epochs = context.Value("q", 0)
+    epochs, begun = context.Value("q", 0), bar.n
     running: dict[Future[Run], Run] = {}
-    with (
-        ProcessPoolExecutor(jobs, context, _start_worker, (paths, folder, epochs)) as pool,
-        tqdm(total=len(wanted), desc="runs", unit="run", smoothing=0.05) as bar,
-    ):
+    with ProcessPoolExecutor(jobs, context, _start_worker, (sources, folder, epochs)) as pool:
         try:
             while True:
-                ready = [resolved(folder, run) for run in wanted]
-                bar.n = sum(run is not None and is_done(folder, run) for run in ready)
-                bar.set_postfix(epochs=epochs.value, refresh=True)
-                busy = set(running.values())
-                waiting = [
-                    run
-                    for run in dict.fromkeys(ready)
-                    if run is not None
-                    and run not in busy
-                    and run not in failed
-                    and not is_done(folder, run)
-                ]
-                for run in waiting[: jobs - len(running)]:
-                    running[pool.submit(_run, run)] = run
+                _submit(pool, wanted, folder, jobs, failed, running)
                 if not running:
                     return True
-                done, _ = wait(running, timeout=60, return_when=FIRST_COMPLETED)
+                done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+                if by_epoch:
+                    bar.update(begun + epochs.value - bar.n)
                 for future in done:
                     run = running.pop(future)
                     try:
                         future.result()
+                        bar.update(0 if by_epoch else 1)
                     except BrokenProcessPool:
                         died[run] = died.get(run, 0) + 1
                         if died[run] > 2:
@@ -431,6 +447,25 @@ def _run_pool(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _submit(
+    pool: ProcessPoolExecutor,
+    wanted: Sequence[Run],
+    folder: Path,
+    jobs: int,
+    failed: dict[Run, str],
+    running: dict[Future[Run], Run],
+) -> None:
+    """Give each idle process the next run that is neither done nor under way."""
+    if len(running) == jobs:
+        return
+    for run in dict.fromkeys(resolved(folder, run) for run in wanted):
+        if run is None or run in running.values() or run in failed or is_done(folder, run):
+            continue
+        running[pool.submit(_run, run)] = run
+        if len(running) == jobs:
+            return
 
 
 # ---------------------------------------------------------------- what is committed
@@ -471,8 +506,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.collect:
         collect(args.out, args.results)
         return
-    paths = (args.photographs, args.streets)
-    chosen = args.tasks or list(makers(*paths))
+    sources = study_tasks(args.photographs, args.streets)
+    chosen = args.tasks or list(sources)
     wanted = [
         run
         for run in planned(chosen)
@@ -480,7 +515,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         and (args.seeds is None or run[2] in args.seeds)
     ]
     try:
-        run_all(wanted, paths, args.out, args.jobs)
+        run_all(wanted, sources, args.out, args.jobs)
     except KeyboardInterrupt:
         sys.exit("runs.py: stopped; the same line goes on with what is missing")
 

@@ -86,10 +86,10 @@ class Task:
 
 
 def _parts(data: SaliencyData) -> tuple[Part, Part, Part]:
-    return _part(data.train), _part(data.val), _part(data.test)
+    return part_of(data.train), part_of(data.val), part_of(data.test)
 
 
-def _part(split: Split) -> Part:
+def part_of(split: Split) -> Part:
     images, masks = to_tensors(split)
     return Part(images, masks.to(torch.uint8))
 
@@ -153,37 +153,39 @@ def _table_network() -> nn.Module:
     )
 
 
-def streets(folder: Path, width: int = 80, height: int = 60) -> Task:
+def streets(folder: Path, width: int = 80, height: int = 60, labels: int = STREET_LABELS) -> Task:
     """Street scenes (CamVid): ``folder/PART/images/NAME.jpg`` and ``folder/PART/labels/NAME.png``.
 
     PART is train, val or test. A label image holds 0 to 10, and 11 where it says nothing. Each
     label is a yes or no of its own, so the target is (N, 11, H, W).
     """
-    train, val, test = (street_part(folder / part, width, height) for part in STREET_PARTS)
+    train, val, test = (street_part(folder / part, width, height, labels) for part in STREET_PARTS)
     return Task(
         "streets",
         train,
         val,
         test,
-        lambda: SmallUNet(8, STREET_LABELS),
+        lambda: SmallUNet(8, labels),
         epochs=40,
         batch=16,
         lr=2e-3,
-        labels=STREET_LABELS,
+        labels=labels,
         mirror=True,
     )
 
 
-def street_part(folder: Path, width: int, height: int) -> Part:
+def street_part(folder: Path, width: int, height: int, count: int = STREET_LABELS) -> Part:
     """One part of the street scenes at ``width`` x ``height`` pixels."""
     images, labels = files_of(folder / "images"), files_of(folder / "labels")
     for stem in sorted(images.keys() ^ labels.keys()):
         raise ValueError(f"{folder} has not both an image and a label image {stem}: add or remove")
     size = width, height
     pictures = [_resized(open_image(images[s], "RGB"), size, smooth=True) for s in sorted(images)]
-    maps = [_resized(_label_map(labels[stem]), size, smooth=False) for stem in sorted(images)]
+    maps = [
+        _resized(_label_map(labels[stem], count), size, smooth=False) for stem in sorted(images)
+    ]
     seen = Split(np.stack(pictures), np.stack(maps))
-    return Part(to_tensors(seen)[0], label_planes(torch.from_numpy(seen.masks)))
+    return Part(to_tensors(seen)[0], label_planes(torch.from_numpy(seen.masks), count))
 
 
 def _resized(image: Image.Image, size: tuple[int, int], smooth: bool) -> Pixels:
@@ -192,22 +194,22 @@ def _resized(image: Image.Image, size: tuple[int, int], smooth: bool) -> Pixels:
     return np.asarray(image.resize(size, way))
 
 
-def _label_map(path: Path) -> Image.Image:
+def _label_map(path: Path, count: int) -> Image.Image:
     """The labels of one image, palette images too: their indices, not their colours."""
     try:
         with Image.open(path) as image:
             labels = np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} can't be read as an image ({error})") from error
-    if labels.ndim != 2 or labels.max() > STREET_LABELS:
-        raise ValueError(f"Expected {path} to hold one label of 0 to {STREET_LABELS} per pixel")
+    if labels.ndim != 2 or labels.max() > count:
+        raise ValueError(f"Expected {path} to hold one label of 0 to {count} per pixel")
     return Image.fromarray(labels.astype(np.uint8))
 
 
-def label_planes(maps: Tensor) -> Tensor:
-    """(N, H, W) labels as (N, 11, H, W) of 0 and 1, ``IGNORED`` where nothing is said."""
-    planes = (maps[:, None] == torch.arange(STREET_LABELS).view(-1, 1, 1)).to(torch.uint8)
-    return planes.masked_fill_(maps[:, None] >= STREET_LABELS, IGNORED)
+def label_planes(maps: Tensor, count: int = STREET_LABELS) -> Tensor:
+    """(N, H, W) labels as (N, count, H, W) of 0 and 1, ``IGNORED`` where nothing is said."""
+    planes = (maps[:, None] == torch.arange(count).view(-1, 1, 1)).to(torch.uint8)
+    return planes.masked_fill_(maps[:, None] >= count, IGNORED)
 
 
 # ---------------------------------------------------------------- the tasks of the study
@@ -227,7 +229,7 @@ def scenes() -> Task:
         epochs=100,
         batch=10,
         lr=5e-3,
-        ood=_part(data.ood),
+        ood=part_of(data.ood),
     )
 
 
@@ -272,7 +274,7 @@ def objects(folder: Path) -> Task:
         batch=16,
         lr=2e-3,
         mirror=True,
-        ood=_part(data.ood),
+        ood=part_of(data.ood),
     )
 
 
