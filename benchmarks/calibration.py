@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -235,9 +236,9 @@ def report(kept: Kept, task: Task, seeds: Sequence[int], out: Path) -> None:
     }
     (out / "calibration.json").write_text(json.dumps(summary, indent=1) + "\n")
     figure(kept).savefig(out / "calibration.png", metadata={"Software": None})
-    print(
-        f"{table(kept)}\n\n{said}\nwritten: {out / 'calibration.png'}, {out / 'calibration.json'}"
-    )
+    told = textwrap.fill(said, 100, break_on_hyphens=False)
+    written = ", ".join(str(out / f"calibration.{kind}") for kind in ("png", "json"))
+    print(f"{table(kept)}\n\n{told}\nwritten: {written}")
 
 
 # ---------------------------------------------------------------- command line

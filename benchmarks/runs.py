@@ -8,6 +8,7 @@ stopped in the middle loses only itself. ``--collect`` writes what is kept into 
 
 import argparse
 import copy
+import io
 import json
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ import numpy as np
 import rivals
 import tasks
 import torch
-from evaluation import Judge, Predict, Result, histogram, packed
+from evaluation import MAPS, SCALE, Judge, Predict, Result, histogram, packed, unpacked
 from rows import CORE, FAMILIES, FIRST, LEVELS, OTHERS, ROWS, Row, Setting, base_rate
 from tasks import IGNORED, Task
 from torch import Generator, Tensor, nn
@@ -60,6 +61,8 @@ class Source:
 
 Sources = dict[str, Source]
 
+EPOCHS = ("last", "best")
+GROUPS_KEPT = 125  # of test samples, in what is committed
 FORMAT = 1  # of a kept run: raised when it means something else
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "study"
@@ -213,7 +216,7 @@ def finish(task: Task, name: str, seed: int, judge: Judge, tick: Callable[[], No
         "training_seconds": sum(each.seconds for each in members),
     }
     arrays: dict[str, Any] = {}
-    for which in ("last", "best"):
+    for which in EPOCHS:
         predict = mean_of([each.predict(which) for each in members])
         result[which], sums = judge.judge(predict, few, seed)
         arrays |= {f"{which}-{key}": value for key, value in packed(sums)}
@@ -290,6 +293,9 @@ def study_tasks(photographs: Path | None, streets: Path | None) -> dict[str, Sou
 
 PLAN: tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("digits", CORE, SEEDS),
+    ("cancer", FIRST, MANY_SEEDS),
+    ("rates", FIRST, MANY_SEEDS),
+    ("photographs", FIRST, SEEDS),
     ("cancer", (*CORE, *LEVELS), MANY_SEEDS),
     ("rates", (*CORE, *LEVELS), MANY_SEEDS),
     ("photographs", CORE, SEEDS),
@@ -317,6 +323,21 @@ def planned(chosen: Sequence[str]) -> list[Run]:
                     else:
                         found[task, row, seed] = None
     return list(found)
+
+
+def is_planned(task: str, row: str, seed: int) -> bool:
+    """Whether a finished run is one that the plan asks for, be it as a family's best."""
+    return any((task, name, seed) in _plan() for name in _names(row))
+
+
+def _names(row: str) -> set[str]:
+    """A row's own name and its family's."""
+    return {row, *(family for family, members in FAMILIES.items() if row in members)}
+
+
+@lru_cache
+def _plan() -> frozenset[Run]:
+    return frozenset(planned([task for task, _, _ in PLAN]))
 
 
 def run_file(folder: Path, run: Run) -> Path:
@@ -472,23 +493,32 @@ def _submit(
 
 
 def collect(folder: Path, results: Path) -> None:
-    """All kept runs of each task in one file."""
+    """All kept runs of each task in one file; the same runs are the same file, byte for byte."""
     results.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*--*--*.json")):
         runs.setdefault(path.stem.split("--")[0], []).append(path)
     for task, paths in runs.items():
+        lines = "".join(path.read_text() + "\n" for path in paths)
+        stored = io.BytesIO()
+        np.save(stored, np.stack([_thinned(path.with_suffix(".npz")) for path in paths]))
         with zipfile.ZipFile(results / f"{task}.zip", "w") as file:
-            lines = "".join(path.read_text() + "\n" for path in paths)
-            _write(file, "runs.jsonl", lines.encode())
-            for path in paths:
-                _write(file, f"{path.stem}.npz", path.with_suffix(".npz").read_bytes(), pack=False)
+            for name, content in (("runs.jsonl", lines.encode()), ("sums.npy", stored.getvalue())):
+                file.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_LZMA)
 
 
-def _write(file: zipfile.ZipFile, name: str, content: bytes, pack: bool = True) -> None:
-    """Without the time, so that the same runs are the same file."""
-    kind = zipfile.ZIP_LZMA if pack else zipfile.ZIP_STORED
-    file.writestr(zipfile.ZipInfo(name), content, kind)
+def _thinned(path: Path) -> Any:
+    """(epochs, maps, scores, groups): steps of 1 / 65535 of each row's largest, groups joined.
+
+    The page scales each row to the score that the JSON holds.
+    """
+    with np.load(path) as kept:
+        rows = np.stack([[unpacked(kept, f"{epoch}-{name}") for name in MAPS] for epoch in EPOCHS])
+    joint = -(-rows.shape[-1] // GROUPS_KEPT)
+    rows = np.add.reduceat(rows, np.arange(0, rows.shape[-1], joint), -1)
+    return np.round(rows / np.maximum(rows.max(-1, keepdims=True), 1e-300) * SCALE).astype(
+        np.uint16
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -511,7 +541,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = [
         run
         for run in planned(chosen)
-        if (args.rows is None or run[1] in args.rows)
+        if (args.rows is None or not _names(run[1]).isdisjoint(args.rows))
         and (args.seeds is None or run[2] in args.seeds)
     ]
     try:
