@@ -687,6 +687,8 @@ def slopes_figure(kept: Tasks) -> "Figure":
             )
         one.set_title(words, fontsize=9)
         one.set_xlabel("calibration slope of plain BCE (validation)", fontsize=8)
+        most = max((abs(values[1].value) for values in found.values()), default=0.0)
+        one.set_ylim(-1.5 * most - 5, 1.5 * most + 5)  # a wide interval is cut
     axes[0].set_ylabel("NLL of moderation .2 against plain BCE, %", fontsize=8)
     return figure
 
