@@ -27,8 +27,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from calibration import Settings, train_one
-from saliency import SaliencyData, digit_scenes
+from rows import PLAIN, ROWS
+from runs import train
+from saliency import SmallUNet, digit_scenes
+from tasks import Task, part_of
 from torch import Tensor
 
 from sc_bce import CalibrationHistogram, IsotonicCalibration, TemperatureScaling, posthoc
@@ -41,7 +43,7 @@ IMAGES = (2, 5, 10, 20, 40, 80, 160, 320, 640)
 DRAWS = 8  # of as many images among all validation images
 PIXELS = (10**5, 10**6, 10**7, 10**8, 10**9)
 RAW_AT_MOST = 10**7  # pixels that isotonic regression on raw values gets: it keeps all of them
-SETTINGS = Settings(epochs=40, size=64, width=8, batch=10, lr=5e-3, mirror=False)
+SIZE = 64  # of the scenes
 
 Map = Callable[[Tensor], Tensor]
 Pair = tuple[Tensor, Tensor]
@@ -49,14 +51,16 @@ Pair = tuple[Tensor, Tensor]
 
 def trained(seed: int) -> dict[str, Pair]:
     """Logits and masks of plain BCE on validation and test images."""
-    scenes = digit_scenes(SETTINGS.size, train=40, val=max(IMAGES), test=250, ood=1, seed=seed)
-    # Few validation images to look at after each epoch; all of them at the end, as a third part.
-    data = SaliencyData("digits", scenes.train, scenes.val.thin(10), scenes.test, scenes.val)
-    _, arrays = train_one("bce", seed, data, SETTINGS)
-    parts = {"val": (arrays["ood"], data.ood), "test": (arrays["test"], data.test)}
+    scenes = digit_scenes(SIZE, train=40, val=max(IMAGES), test=250, ood=1, seed=seed)
+    # Few validation images to look at after each epoch; all of them at the end.
+    few, val, test = part_of(scenes.val.thin(10)), part_of(scenes.val), part_of(scenes.test)
+    task = Task(
+        "digits", part_of(scenes.train), few, test, lambda: SmallUNet(8), 40, batch=10, lr=5e-3
+    )
+    predict = train(task, ROWS[PLAIN], seed, lambda: None).predict("last")
     return {
-        part: (torch.from_numpy(logits), torch.from_numpy(split.masks).reshape(logits.shape) > 0)
-        for part, (logits, split) in parts.items()
+        name: (predict(part.inputs), part.target > 0)
+        for name, part in (("val", val), ("test", test))
     }
 
 

@@ -218,12 +218,6 @@ def folder_data(folder: Path, size: int, ood: int, seed: int = 0) -> SaliencyDat
     return SaliencyData(folder.resolve().name, splits[0], splits[1], splits[2], _empty(crops))
 
 
-def folder_ood(folder: Path, size: int) -> Split:
-    """Every image of ``folder``, taken as showing no object at all."""
-    files = files_of(folder)
-    return _empty([_resized(open_image(path, "RGB"), size) for _, path in sorted(files.items())])
-
-
 def files_of(folder: Path) -> dict[str, Path]:
     """The PNG and JPEG files of a folder by stem."""
     if not folder.is_dir():

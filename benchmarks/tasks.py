@@ -6,8 +6,9 @@ task is the one of the page that gets a user started. No task needs a download b
 that are given a folder.
 """
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,9 @@ class Task:
         labels: how many labels dimension 1 holds that have base rates of their own.
         cosine: whether the learning rate falls to 0 along a cosine.
         mirror: whether training samples are mirrored at random.
+        ood: inputs out of distribution, whose labels are all 0.
+        chance: the true probabilities of the test data, where they are known.
+        wrong: the training samples whose labels were spoilt.
     """
 
     name: str
@@ -64,16 +68,28 @@ class Task:
     labels: int = 1
     cosine: bool = True
     mirror: bool = False
+    ood: Part | None = None
+    chance: Tensor | None = None
+    wrong: Tensor | None = None
+
+    def fingerprint(self) -> str:
+        """A short hash of all data, so that kept runs are never mixed with those of others."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.val, self.test, self.ood):
+            if part is not None:
+                for tensor in (part.inputs, part.target):
+                    digest.update(str(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- one label
 
 
 def _parts(data: SaliencyData) -> tuple[Part, Part, Part]:
-    return _part(data.train), _part(data.val), _part(data.test)
+    return part_of(data.train), part_of(data.val), part_of(data.test)
 
 
-def _part(split: Split) -> Part:
+def part_of(split: Split) -> Part:
     images, masks = to_tensors(split)
     return Part(images, masks.to(torch.uint8))
 
@@ -137,37 +153,39 @@ def _table_network() -> nn.Module:
     )
 
 
-def streets(folder: Path, width: int = 80, height: int = 60) -> Task:
+def streets(folder: Path, width: int = 80, height: int = 60, labels: int = STREET_LABELS) -> Task:
     """Street scenes (CamVid): ``folder/PART/images/NAME.jpg`` and ``folder/PART/labels/NAME.png``.
 
     PART is train, val or test. A label image holds 0 to 10, and 11 where it says nothing. Each
     label is a yes or no of its own, so the target is (N, 11, H, W).
     """
-    train, val, test = (street_part(folder / part, width, height) for part in STREET_PARTS)
+    train, val, test = (street_part(folder / part, width, height, labels) for part in STREET_PARTS)
     return Task(
         "streets",
         train,
         val,
         test,
-        lambda: SmallUNet(8, STREET_LABELS),
+        lambda: SmallUNet(8, labels),
         epochs=40,
         batch=16,
         lr=2e-3,
-        labels=STREET_LABELS,
+        labels=labels,
         mirror=True,
     )
 
 
-def street_part(folder: Path, width: int, height: int) -> Part:
+def street_part(folder: Path, width: int, height: int, count: int = STREET_LABELS) -> Part:
     """One part of the street scenes at ``width`` x ``height`` pixels."""
     images, labels = files_of(folder / "images"), files_of(folder / "labels")
     for stem in sorted(images.keys() ^ labels.keys()):
         raise ValueError(f"{folder} has not both an image and a label image {stem}: add or remove")
     size = width, height
     pictures = [_resized(open_image(images[s], "RGB"), size, smooth=True) for s in sorted(images)]
-    maps = [_resized(_label_map(labels[stem]), size, smooth=False) for stem in sorted(images)]
+    maps = [
+        _resized(_label_map(labels[stem], count), size, smooth=False) for stem in sorted(images)
+    ]
     seen = Split(np.stack(pictures), np.stack(maps))
-    return Part(to_tensors(seen)[0], label_planes(torch.from_numpy(seen.masks)))
+    return Part(to_tensors(seen)[0], label_planes(torch.from_numpy(seen.masks), count))
 
 
 def _resized(image: Image.Image, size: tuple[int, int], smooth: bool) -> Pixels:
@@ -176,19 +194,147 @@ def _resized(image: Image.Image, size: tuple[int, int], smooth: bool) -> Pixels:
     return np.asarray(image.resize(size, way))
 
 
-def _label_map(path: Path) -> Image.Image:
+def _label_map(path: Path, count: int) -> Image.Image:
     """The labels of one image, palette images too: their indices, not their colours."""
     try:
         with Image.open(path) as image:
             labels = np.asarray(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} can't be read as an image ({error})") from error
-    if labels.ndim != 2 or labels.max() > STREET_LABELS:
-        raise ValueError(f"Expected {path} to hold one label of 0 to {STREET_LABELS} per pixel")
+    if labels.ndim != 2 or labels.max() > count:
+        raise ValueError(f"Expected {path} to hold one label of 0 to {count} per pixel")
     return Image.fromarray(labels.astype(np.uint8))
 
 
-def label_planes(maps: Tensor) -> Tensor:
-    """(N, H, W) labels as (N, 11, H, W) of 0 and 1, ``IGNORED`` where nothing is said."""
-    planes = (maps[:, None] == torch.arange(STREET_LABELS).view(-1, 1, 1)).to(torch.uint8)
-    return planes.masked_fill_(maps[:, None] >= STREET_LABELS, IGNORED)
+def label_planes(maps: Tensor, count: int = STREET_LABELS) -> Tensor:
+    """(N, H, W) labels as (N, count, H, W) of 0 and 1, ``IGNORED`` where nothing is said."""
+    planes = (maps[:, None] == torch.arange(count).view(-1, 1, 1)).to(torch.uint8)
+    return planes.masked_fill_(maps[:, None] >= count, IGNORED)
+
+
+# ---------------------------------------------------------------- the tasks of the study
+
+SCENES = {"train": 40, "val": 150, "test": 250, "ood": 200}
+WRONG = 0.1  # share of the training masks that are spoilt
+RATES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
+
+
+def scenes() -> Task:
+    """Digits over photographs, as many and as large as version 0.1 had them."""
+    data = digit_scenes(32, **SCENES)
+    return Task(
+        "digits",
+        *_parts(data),
+        lambda: SmallUNet(12),
+        epochs=100,
+        batch=10,
+        lr=5e-3,
+        ood=part_of(data.ood),
+    )
+
+
+def fewer_scenes(share: float) -> Task:
+    """The first part of the training scenes alone."""
+    task = scenes()
+    kept = round(share * len(task.train))
+    train = Part(task.train.inputs[:kept], task.train.target[:kept])
+    return replace(task, name=f"digits-{round(100 * share)}", train=train)
+
+
+def replaced_scenes() -> Task:
+    """A tenth of the training masks, drawn at random, passed round among themselves."""
+    task, rng = scenes(), Generator().manual_seed(0)
+    wrong = torch.randperm(len(task.train), generator=rng)[: round(WRONG * len(task.train))]
+    target = task.train.target.clone()
+    target[wrong] = target[wrong.roll(1)]
+    train = Part(task.train.inputs, target)
+    return replace(task, name="digits-replaced", train=train, wrong=wrong)
+
+
+def careless_scenes() -> Task:
+    """A tenth of the training masks with their borders moved: out by two pixels, or in by one."""
+    task, rng = scenes(), Generator().manual_seed(0)
+    wrong = torch.randperm(len(task.train), generator=rng)[: round(WRONG * len(task.train))]
+    target = task.train.target.float()
+    wide, narrow = wrong[::2], wrong[1::2]
+    target[wide] = nn.functional.max_pool2d(target[wide], 5, 1, 2)
+    target[narrow] = -nn.functional.max_pool2d(-target[narrow], 3, 1, 1)
+    train = Part(task.train.inputs, target.to(torch.uint8))
+    return replace(task, name="digits-borders", train=train, wrong=wrong)
+
+
+def objects(folder: Path) -> Task:
+    """Photographs with salient objects, as large as version 0.1 had them."""
+    data = folder_data(folder, 48, ood=200)
+    return Task(
+        "photographs",
+        *_parts(data),
+        lambda: SmallUNet(12),
+        epochs=40,
+        batch=16,
+        lr=2e-3,
+        mirror=True,
+        ood=part_of(data.ood),
+    )
+
+
+def cancer(seed: int) -> Task:
+    """Benign or malignant from ten mean measures of cells; each seed is another split."""
+    from sklearn.datasets import load_breast_cancer
+
+    features, label = load_breast_cancer(return_X_y=True)
+    features = features[:, :10]  # with all thirty, whole validation sets are told apart
+    order = np.random.default_rng(seed).permutation(len(label))
+    train, val, test = np.split(order, [200, 350])
+    middle, spread = features[train].mean(0), features[train].std(0)
+    inputs = torch.from_numpy((features - middle) / spread).float()
+    # malignant, the rarer one, is what is looked for
+    target = torch.from_numpy(1 - label).to(torch.uint8)[:, None]
+    one, two, three = (Part(inputs[i], target[i]) for i in (train, val, test))
+    return Task("cancer", one, two, three, lambda: _mlp(10, 1), epochs=60, batch=20, lr=2e-3)
+
+
+def rates(seed: int) -> Task:
+    """Seven labels of a table, whose base rates fall from .5 to .01 and whose chances are known."""
+    rng = np.random.default_rng(seed)
+    weights = rng.normal(size=(10, len(RATES)))
+    weights *= 2 / np.linalg.norm(weights, axis=0)
+    shift = np.array([_shift(rate, 2.0) for rate in RATES])
+    parts, chances = [], []
+    for count in (1000, 2000, 4000):
+        features = rng.normal(size=(count, len(weights)))
+        chance = 1 / (1 + np.exp(-(features @ weights + shift)))
+        target = torch.from_numpy(rng.random(chance.shape) < chance).to(torch.uint8)
+        parts.append(Part(torch.from_numpy(features).float(), target))
+        chances.append(torch.from_numpy(chance))
+    train, val, test = parts
+    return Task(
+        "rates",
+        train,
+        val,
+        test,
+        lambda: _mlp(10, len(RATES)),
+        epochs=80,
+        batch=32,
+        lr=2e-3,
+        labels=len(RATES),
+        chance=chances[2],
+    )
+
+
+def _shift(rate: float, spread: float) -> float:
+    """What must be added to a normal score of this spread for a mean chance of ``rate``."""
+    score = spread * np.sqrt(2) * np.polynomial.hermite.hermgauss(60)[0]
+    weight = np.polynomial.hermite.hermgauss(60)[1] / np.sqrt(np.pi)
+    low, high = -20.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        mean = float((weight / (1 + np.exp(-(score + middle)))).sum())
+        low, high = (middle, high) if mean < rate else (low, middle)
+    return middle
+
+
+def _mlp(inputs: int, labels: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, labels)
+    )

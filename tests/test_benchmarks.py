@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import re
 from importlib import metadata
 from pathlib import Path
 
 import defaults
 import numpy as np
-import posthoc
 import pytest
 import reference as ref
 import repair
@@ -16,10 +14,10 @@ import scale
 import speed
 import tasks
 import torch
-from calibration import main
+from calibration import LINES, main
 from performance import main as performance_page
 from PIL import Image
-from saliency import SmallUNet, digit_scenes, folder_data, folder_ood
+from saliency import SmallUNet, digit_scenes, folder_data
 from study import main as study_page
 
 COUNTS = dict(train=12, val=6, test=8, ood=5)
@@ -119,7 +117,6 @@ def test_a_spoilt_folder_is_refused_in_one_line(tmp_path, what, text):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--methods", "magic"], "Expected --methods from bce,.* but got magic"),
         (["--size", "30"], "multiple of 4 from 16 on, but got 30"),
         (["--epochs", "0"], "above 0, but got 0"),
     ],
@@ -129,90 +126,45 @@ def test_bad_options_are_refused(arguments, text, tmp_path):
         main([*arguments, "--out", str(tmp_path)])
 
 
-def test_images_without_objects_have_empty_masks(tmp_path):
-    split = folder_ood(paint(tmp_path / "squares") / "images", 16)
-    assert len(split) == 20
-    assert not split.masks.any()
-
-
-def report(result, folder):
-    """The page of the study, made from its JSON: every table and figure of the words."""
-    study_page([str(result), "--out", str(folder)])
-    text = (folder / "study.md").read_text("utf-8")
-    assert not re.search(r"^@|{{", text, re.M)
-    assert "| ASLP feedback, focus 2" in text
-    pictures = re.findall(r"\]\((study/.+?)\)", text)
-    assert len(pictures) == 3
-    for picture in pictures:
-        assert (folder / picture).stat().st_size > 5000
-
-
 def test_a_small_study_writes_its_files_and_goes_on_where_it_stopped(tmp_path, capsys):
     folder = paint(tmp_path / "squares")
     line = ["--data", str(folder), "--size", "16", "--epochs", "2", "--jobs", "1"]
-    line += ["--out", str(tmp_path / "out"), "--methods", "feedback-focus-2"]
-    # A fit after training and a replay of the learned levels need the runs before them.
-    line += ["feedback-focus-2+flip-temperature", "feedback-focus-2-mean", "bce+isotonic"]
+    line += ["--out", str(tmp_path / "out")]
     main([*line, "--seeds", "0"])
     runs = tmp_path / "out" / "runs"
-    kept = {path.name: path.stat().st_mtime_ns for path in runs.glob("*-seed0.json")}
-    assert {"bce-seed0.json", "feedback-focus-2-seed0.json"} < set(kept)
+    kept = {path.name: path.stat().st_mtime_ns for path in runs.glob("*--0.json")}
+    assert len(kept) == 3
     main([*line, "--seeds", "0", "1"])
     assert {name: (runs / name).stat().st_mtime_ns for name in kept} == kept
     summary = json.loads((tmp_path / "out" / "calibration.json").read_text())
     assert summary["seeds"] == [0, 1]
     assert summary["versions"]["torch"] == metadata.version("torch")
-    for measures in (summary["methods"][name]["measures"] for name in ("bce", "feedback-focus-2")):
-        for name in ("accuracy", "nll", "brier", "ece", "oe", "confidence"):
-            assert np.isfinite(measures["test"][name]["mean"])
-        assert len(measures["test"]["ece"]["interval"]) == 2
-        assert 0 <= measures["shift"]["auroc_pixel"]["mean"] <= 1
-    for picture in ("reliability.png", "levels.png"):
-        with Image.open(tmp_path / "out" / picture) as image:
-            assert min(image.size) > 300
+    assert list(summary["lines"]) == [one.title for one in LINES]
+    for measures in summary["lines"].values():
+        assert np.isfinite(measures["nll"])
+        assert measures["nll_refined"] <= measures["nll"]
+    with Image.open(tmp_path / "out" / "calibration.png") as image:
+        assert min(image.size) > 200
     printed = capsys.readouterr().out
-    assert "plain BCE" in printed
-    assert "ASLP feedback, focus 2" in printed
-    report(tmp_path / "out" / "calibration.json", tmp_path)
+    assert printed.count("stopped early, repaired") == 4
+    assert summary["sentence"] in printed.replace("\n", " ")
     with pytest.raises(SystemExit, match="holds runs of other settings"):
         main([*line, "--seeds", "0", "--size", "20"])
 
 
-# --- fits after training, as the study puts them -----------------------------------------------
-
-
-def test_the_flip_removal_of_the_study_is_that_of_the_library():
+def test_several_labels_are_studied_alike(tmp_path, capsys):
     rng = np.random.default_rng(0)
-    logits = rng.normal(0, 3, (20, 1, 8, 8))
-    masks = (rng.random(logits.shape) < 1 / (1 + np.exp(-logits / 2))).astype(np.float32)
-    want = posthoc.flip_temperature(logits, masks, 0.06)(logits)
-    same = posthoc.clipped_flip(1e-3)(logits, masks, 0.06)(logits)
-    np.testing.assert_allclose(same, want, atol=1e-5)
-    for fit in (posthoc.clipped_flip(1e-2), posthoc.smooth_flip):
-        other = fit(logits, masks, 0.06)(logits)
-        assert np.isfinite(other).all()
-        assert ((other >= 0) == (logits >= 0)).all()
-        assert np.abs(other - want).max() > 0.1
-        plain = posthoc.temperature(logits, masks, 0.0)(logits)
-        np.testing.assert_allclose(fit(logits, masks, 0.0)(logits), plain)
-
-
-def test_the_fits_of_the_study_agree_with_scikit_learn():
-    from sklearn.isotonic import IsotonicRegression
-    from sklearn.linear_model import LogisticRegression
-
-    rng = np.random.default_rng(1)
-    logits = rng.normal(0, 3, (50, 1, 16, 16))
-    masks = (rng.random(logits.shape) < 1 / (1 + np.exp(1 - logits / 2))).astype(np.float32)
-    z, y = logits.reshape(-1, 1), masks.ravel()
-    line = LogisticRegression(C=np.inf, tol=1e-10).fit(z, y)
-    np.testing.assert_allclose(
-        posthoc.platt(logits, masks, 0.0)(logits).ravel(), line.decision_function(z), atol=1e-3
-    )
-    curve = IsotonicRegression(y_min=1e-4, y_max=1 - 1e-4).fit(z[:, 0], y).predict(z[:, 0])
-    ours = 1 / (1 + np.exp(-posthoc.isotonic(logits, masks, 0.0)(logits).ravel()))
-    assert np.abs(ours - curve).mean() < 1e-3
-    assert np.quantile(np.abs(ours - curve), 0.99) < 0.02
+    for part, count in {"train": 4, "val": 4, "test": 4}.items():
+        for kind in ("images", "labels"):
+            (tmp_path / "town" / part / kind).mkdir(parents=True)
+        for i in range(count):
+            labels = rng.integers(0, 3, (12, 16)).astype(np.uint8)  # 2 says nothing
+            shade = np.stack([labels * 80] * 3, -1)
+            Image.fromarray(shade).save(tmp_path / "town" / part / "images" / f"{i}.png")
+            Image.fromarray(labels).save(tmp_path / "town" / part / "labels" / f"{i}.png")
+    line = ["--data", str(tmp_path / "town"), "--labels", "2", "--size", "16", "--epochs", "1"]
+    main([*line, "--jobs", "1", "--out", str(tmp_path / "out")])
+    assert "Seen on 4 test images and one seed" in capsys.readouterr().out
 
 
 # --- repair ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import calibration
 import performance
 import pytest
 import study
@@ -77,26 +78,17 @@ def test_the_theorys_picture_is_what_its_script_draws(tmp_path):
 
 def test_the_readmes_table_is_the_committed_result():
     results = ROOT / "benchmarks" / "results" / "quick" / "calibration.json"
-    methods = json.loads(results.read_text("utf-8"))["methods"]
+    kept = json.loads(results.read_text("utf-8"))
     printed = blocks(ROOT / "README.md", "text")[0]
-    columns = [
-        ("accuracy", "test", 4), ("nll", "test", 3), ("brier", "test", 4), ("ece", "test", 4),
-        ("oe", "test", 4), ("confidence", "test", 3), ("confidence", "ood", 3), ("ece", "ood", 4),
-        ("oe", "ood", 4), ("auroc_pixel", "shift", 3),
-    ]  # fmt: skip
-    assert len(printed.splitlines()) == 2 + len(methods)
-    for method in methods.values():
-        values = [
-            f"{method['measures'][part][key]['mean']:.{digits}f}" for key, part, digits in columns
-        ]
-        assert re.search(rf"^{re.escape(method['title'])} +{' +'.join(values)}$", printed, re.M)
+    for title, found in kept["lines"].items():
+        values = [f"{found[key]:.{digits}f}" for _, key, digits in calibration.COLUMNS]
+        assert re.search(rf"^{re.escape(title)} +{' +'.join(values)}$", printed, re.M)
+    assert kept["sentence"] in printed.replace("\n", " ")
 
 
 def test_the_readmes_summaries_are_the_committed_results():
     readme = (ROOT / "README.md").read_text("utf-8")
-    studies = [json.loads(path.read_text("utf-8")) for path in study.kept_studies()]
-    assert study.summary(studies) in readme
-    assert all(one["date"] in readme for one in studies)
+    assert study.readme(study.load(study.RESULTS)) in readme
     speed = json.loads((ROOT / "benchmarks/results/speed.json").read_text("utf-8"))
     assert performance.summary(speed) in readme
 

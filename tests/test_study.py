@@ -1,0 +1,213 @@
+"""The study: what it measures, how its runs are kept, and what its page may say."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import runs
+import tasks
+import torch
+from compare import over_both, over_seeds
+from corruptions import corrupted, from_pixels, to_pixels
+from evaluation import (
+    MAPS,
+    Judge,
+    against_chance,
+    f1,
+    histogram,
+    packed,
+    per_group,
+    separation,
+    smooth_ece,
+    unpacked,
+)
+from kept import Kept
+from rows import CORE, FAMILIES, OTHERS, ROWS, base_rate
+from study import main as study_page
+
+# --- measures ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def answers():
+    rng = torch.Generator().manual_seed(0)
+    z = 2 * torch.randn(50, 1, 8, 8, generator=rng)
+    y = (torch.rand(z.shape, generator=rng) < torch.sigmoid(z / 2 - 0.5)).float()
+    return z, y
+
+
+def test_smooth_ece_is_the_fixed_point_of_its_definition(answers):
+    z, y = answers
+    table = histogram(z, y, None).reliability(1000, "positive_class")
+    found = smooth_ece(table.count, table.confidence, table.accuracy)
+    p, grid = torch.sigmoid(z).flatten().double().numpy(), (np.arange(2000) + 0.5) / 2000
+    residual = (y.flatten().numpy() - p) / len(p)
+    smooth = np.zeros(len(grid))
+    for centre in (grid, -grid, 2 - grid):  # reflected at both ends
+        kernel = np.exp(-(((centre[:, None] - p) / found) ** 2) / 2)
+        smooth += (kernel / (found * np.sqrt(2 * np.pi))) @ residual
+    assert np.abs(smooth).mean() == pytest.approx(found, rel=0.01)
+
+
+def test_f1_and_separation_agree_with_scikit_learn(answers):
+    from sklearn.metrics import f1_score, roc_auc_score
+
+    z, y = answers
+    want = f1_score(y.flatten().numpy(), (z >= 0).flatten().numpy())
+    assert f1(histogram(z, y, None)) == pytest.approx(want)
+    outside = z[:20] / 2
+    pixels, images = separation(z, outside)
+    kinds = np.repeat([1, 0], [z.numel(), outside.numel()])
+    sure = torch.cat([z.flatten(), outside.flatten()]).abs().numpy()
+    assert pixels == pytest.approx(roc_auc_score(kinds, sure), abs=1e-3)
+    means = [torch.sigmoid(x.abs()).flatten(1).mean(1).numpy() for x in (z, outside)]
+    want = roc_auc_score(np.repeat([1, 0], [50, 20]), np.concatenate(means))
+    assert images == pytest.approx(want)
+
+
+def test_the_truth_has_no_distance_from_the_truth():
+    chance = torch.rand(500, 2, generator=torch.Generator().manual_seed(0)).double()
+    found = against_chance(torch.logit(chance), chance)
+    for values in found.values():
+        np.testing.assert_allclose(values, 0, atol=1e-9)
+    bent = against_chance(2 * torch.logit(chance), chance)  # an increasing map: all calibration
+    np.testing.assert_allclose(bent["calibration"], bent["squared"], rtol=1e-6)
+    assert min(bent["divergence"]) > 0
+
+
+def test_sums_of_samples_keep_their_digits_and_leave_the_ignored_out(answers):
+    z, y = answers
+    y[0] = tasks.IGNORED
+    sums = per_group(z, y)
+    assert sums.shape == (2, 50)
+    assert (sums[:, 0] == 0).all()
+    want = torch.nn.functional.binary_cross_entropy_with_logits(z[1:], y[1:])
+    assert sums[0].sum() / y[1:].numel() == pytest.approx(float(want), rel=1e-6)
+    np.testing.assert_allclose(
+        unpacked(dict(packed({"raw": sums})), "raw"), sums, atol=sums.max() / 65535
+    )
+
+
+# --- data --------------------------------------------------------------------------------------
+
+
+def test_corruptions_get_worse_and_are_repeatable():
+    inputs = tasks.scenes().test.inputs[:4]
+    assert torch.equal(from_pixels(to_pixels(inputs)), inputs)
+    found = {(kind, step): x for kind, step, x in corrupted(inputs)}
+    assert len(found) == 20
+    for kind in ("noise", "blur", "contrast", "jpeg"):
+        away = [float((found[kind, step] - inputs).abs().mean()) for step in range(1, 6)]
+        assert away == sorted(away)
+        assert away[0] > 0
+    assert all(torch.equal(x, found[kind, step]) for kind, step, x in corrupted(inputs))
+    assert len(list(corrupted(torch.zeros(3, 2)))) == 5
+
+
+def test_the_tables_are_what_they_say():
+    task = tasks.rates(0)
+    assert not torch.equal(task.train.inputs, tasks.rates(1).train.inputs)
+    rates = task.chance.mean(0)
+    np.testing.assert_allclose(rates, tasks.RATES, rtol=0.25)
+    np.testing.assert_allclose(task.test.target.float().mean(0), rates, atol=0.02)
+    cancer = tasks.cancer(0)
+    assert [len(part) for part in (cancer.train, cancer.val, cancer.test)] == [200, 150, 219]
+    assert cancer.fingerprint() != tasks.cancer(1).fingerprint()
+
+
+def test_spoilt_masks_are_a_tenth():
+    clean = tasks.scenes().train.target
+    for task in (tasks.replaced_scenes(), tasks.careless_scenes()):
+        changed = (task.train.target != clean).flatten(1).any(1).nonzero().flatten()
+        assert sorted(task.wrong.tolist()) == changed.tolist()
+        assert len(changed) == 4
+        assert set(task.train.target.unique().tolist()) == {0, 1}
+    assert len(tasks.fewer_scenes(0.25).train) == 10
+
+
+def test_the_base_rate_is_that_of_each_label():
+    target = torch.tensor([[1, 0], [0, 0], [255, 1]], dtype=torch.uint8)
+    torch.testing.assert_close(base_rate(target, 2), torch.tensor([1.5 / 3, 1.5 / 4]))
+    assert base_rate(target[:, :1], 1) == pytest.approx(1.5 / 3)
+    assert base_rate(target[..., None, None], 2).shape == (2, 1, 1)
+
+
+# --- runs --------------------------------------------------------------------------------------
+
+
+def test_every_row_trains_and_the_same_again_gives_the_same():
+    task = replace(tasks.scenes(), epochs=1)
+    few = tasks.Part(task.train.inputs[:10], task.train.target[:10])
+    small = [tasks.Part(p.inputs[:20], p.target[:20]) for p in (task.val, task.test)]
+    task = replace(task, name="small", train=few, val=small[0], test=small[1], ood=None)
+    judge = Judge(task, corrupt=False)
+    for name in ROWS:
+        trained = runs.train(task, ROWS[name], 0, lambda: None)
+        assert np.isfinite(trained.history["val"]).all(), name
+    one, two = (runs.finish(task, "adaptive", 0, judge, lambda: None) for _ in range(2))
+    for result, _ in (one, two):
+        del result["seconds"], result["training_seconds"]
+    assert json.dumps(one[0]) == json.dumps(two[0])
+    assert all(np.array_equal(one[1][key], two[1][key]) for key in two[1])
+
+
+def test_the_plan_names_rows_that_are_there():
+    for task, rows, _ in runs.PLAN:
+        assert all(row in ROWS or row in FAMILIES for row in rows), task
+    assert {*CORE, *OTHERS}.isdisjoint(one for rows in FAMILIES.values() for one in rows)
+    wanted = runs.planned(["digits"])
+    assert wanted[:3] == [("digits", row, 3) for row in ("bce", "adaptive", "moderation-base-0.2")]
+    assert len(wanted) == len(set(wanted))
+
+
+def test_runs_are_kept_resumed_collected_and_told(tmp_path):
+    line = ["--tasks", "cancer", "--rows", "bce", "adaptive", "decay", "moderation-base-0.2"]
+    line += ["--jobs", "1", "--out", str(tmp_path / "out")]
+    runs.main([*line, "--seeds", "3", "4"])
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.json")}
+    # three rows of each seed; of the tuned one all three with the first, the best with the other
+    assert len(kept) == 2 * 3 + 3 + 1
+    runs.main([*line, "--seeds", "3", "4", "5"])
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    files = []
+    for name in ("one", "two"):
+        runs.main(["--collect", "--out", str(tmp_path / "out"), "--results", str(tmp_path / name)])
+        files.append((tmp_path / name / "cancer.zip").read_bytes())
+    assert files[0] == files[1]
+    found = Kept(tmp_path / "one" / "cancer.zip")
+    assert found.seeds("bce", "decay") == [3, 4, 5]
+    for name in MAPS:
+        scores = found.samples("bce", "last", name, [3, 4, 5])
+        assert scores.mean() == pytest.approx(found.mean("bce", "last", name, "nll"))
+    study_page(["--results", str(tmp_path / "one"), "--out", str(tmp_path)])
+    text = (tmp_path / "study.md").read_text("utf-8")
+    assert "**Partial:**" in text
+    assert "@" not in text
+    assert "{{" not in text
+
+
+# --- intervals ---------------------------------------------------------------------------------
+
+
+def test_the_interval_over_seeds_is_students():
+    from scipy.stats import ttest_rel
+
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1, 1, 5), rng.normal(0, 1, 5)
+    gap = over_seeds(a, b)
+    want = ttest_rel(a, b).confidence_interval(0.95)
+    assert (gap.low, gap.high) == pytest.approx((want.low, want.high))
+    wide = over_seeds(a, b, overlap=1.0)
+    assert wide.high - wide.low == pytest.approx((gap.high - gap.low) * 6**0.5)
+    assert gap.percent.value == pytest.approx(100 * (a.mean() - b.mean()) / b.mean())
+
+
+def test_the_interval_over_seeds_and_images_covers():
+    rng = np.random.default_rng(0)
+    hits = []
+    for _ in range(400):
+        noise = rng.normal(0, 1, (5, 1)) + rng.normal(0, 3, (1, 60)) + rng.normal(0, 2, (5, 60))
+        gap = over_both(noise + 1, np.zeros_like(noise))
+        hits.append(gap.low < 1 < gap.high)
+    assert 0.95 <= np.mean(hits) <= 0.995
