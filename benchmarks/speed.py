@@ -275,7 +275,7 @@ def stepper(loss: Loss, given: Sequence[Batch]) -> Callable[[], object]:
 
 
 def time_steps(
-    steps: dict[str, Callable[[], object]], threads: int, seconds: float
+    steps: dict[str, Callable[[], object]], threads: int, seconds: float, warm: int = COPIES
 ) -> dict[str, dict[str, float]]:
     """Median and interquartile range of each, all in turn in every round."""
     timers = {
@@ -285,7 +285,7 @@ def time_steps(
     times: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(ROUNDS):
         for name, timer in timers.items():
-            timer.timeit(COPIES)  # what ran before has left the caches and the memory cold
+            timer.timeit(warm)  # what ran before has left the caches and the memory cold
             times[name] += timer.blocked_autorange(min_run_time=seconds / ROUNDS).times
     return {name: spread(found) for name, found in times.items()}
 
@@ -369,7 +369,7 @@ def compare_paths(threads: int, seconds: float) -> list[Record]:
             "plain": stepper(plain, given),
             BASELINE: stepper(build(BASELINE, case), given),
         }
-        timed = time_steps(steps, threads, seconds)
+        timed = time_steps(steps, threads, seconds, warm=1 if case.elements > 1 << 22 else COPIES)
         found = {key: value["median_ms"] for key, value in timed.items()}
         records.append(
             {"loss": title, "elements": case.elements, "threads": threads}

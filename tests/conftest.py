@@ -113,7 +113,7 @@ def path(request):
         return
     if torch.get_default_device().type != "cpu":
         pytest.skip("CPU only: the fused sweep is for CPUs")
-    with mock.patch.multiple(_fused, _MIN_ELEMENTS=1, _MIN_PER_ROW=1, _BLOCK=5):
+    with mock.patch.multiple(_fused, _MIN_ELEMENTS=1, _MIN_DRAWN=1, _MIN_PER_ROW=1, _BLOCK=5):
         yield
 
 

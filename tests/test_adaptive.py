@@ -10,7 +10,7 @@ import torch._dynamo.testing
 from devices import array, refused, rng_state, seeded, tensor
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import seeds
+from strategies import MASKS, seeds
 from tables import SETTING, assert_same, build, moving, saved, trained
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -1385,3 +1385,15 @@ def test_step_pools_what_can_be_pooled():
     assert float(criterion.epoch.budget) == 0  # nothing was trained: it stays
     trained(criterion).step(Whole())
     assert float(criterion.epoch.budget) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("mask", [*MASKS, torch.uint16, torch.uint32, torch.uint64, torch.bfloat16])
+def test_hits_and_labels_are_counted_in_masks_of_any_dtype(mask):
+    x, y = torch.randn(5, 9), torch.rand(5, 9) > 0.5
+    criterion = AdaptivePerturbation(5, focus=1.0, warmup=1)
+    criterion.step(0.9, 0.95)
+    criterion(x, y.to(mask), torch.arange(5))
+    want = 0.9 * 0.5 + 0.1 * ((x >= 0) == y).float().mean(1)
+    assert_close(criterion.sample_accuracy, want)
+    positives = int(y.sum())
+    assert criterion.fresh.flatten().tolist() == [45, positives << 20, positives]

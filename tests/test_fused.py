@@ -21,7 +21,7 @@ blocks = st.sampled_from([1, 3, 8, 64, 1 << 20])
 
 def fusing(block=8):
     """Every batch that the sweep can take takes it, in blocks of a few elements."""
-    return mock.patch.multiple(_fused, _MIN_ELEMENTS=1, _MIN_PER_ROW=1, _BLOCK=block)
+    return mock.patch.multiple(_fused, _MIN_ELEMENTS=1, _MIN_DRAWN=1, _MIN_PER_ROW=1, _BLOCK=block)
 
 
 def watched():
@@ -221,7 +221,7 @@ def test_every_dtype_is_that_of_the_reference_path(dtype, mask, prior):
 @pytest.mark.parametrize("prior", [0.5, 0.02, torch.tensor([0.02, 0.3])[:, None, None]])
 @pytest.mark.parametrize("drawn", [False, True])
 def test_a_large_batch_takes_it_and_float32_agrees_with_float64(prior, drawn):
-    x = (6 * torch.randn(2, 2, 512, 257)).requires_grad_()
+    x = (6 * torch.randn(2, 2, 512, 513)).requires_grad_()
     y = torch.rand(x.shape) < 0.3
     alpha = torch.rand(x.shape) < 0.2 if drawn else torch.tensor([0.02, 0.2])
     with watched() as taken:
@@ -415,6 +415,8 @@ def test_what_it_can_not_serve_takes_the_reference_path():
         sc_bce_with_logits(x, y, 0.1, weight=one.long())
         sc_bce_with_logits(x, y.long(), 0.1, ignore_index=(1 << 24) + 1)
         sc_bce_with_logits(x, y, 0.1, reduction="none")
+        with mock.patch.object(_fused, "_MIN_DRAWN", 25):
+            sc_bce_with_logits(x, y, torch.rand(4, 6) < 0.5)
         with mock.patch.object(_fused, "_MIN_PER_ROW", 2):
             sc_bce_with_logits(x, y, torch.full((4, 6), 0.1))
             sc_bce_with_logits(x, y, 0.1, prior=torch.full((4, 6), 0.1))

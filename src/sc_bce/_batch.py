@@ -476,6 +476,8 @@ def at_least(value: Tensor, bound: float) -> Tensor:
     """1 and 0 of the value's dtype, where it can be: bools take many times as long."""
     if value.dtype == torch.bool:
         return value
+    if value.dtype in _UNREDUCIBLE:  # nor can it compare them
+        value = value.float()
     if readable(value):
         return torch.ge(value, bound, out=torch.empty_like(value))
     return value >= bound

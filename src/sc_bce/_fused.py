@@ -21,9 +21,9 @@ from ._batch import Batch, Perturbation, readable, require_labels, valid_element
 
 __all__ = ["Sums", "sums"]
 
-_BLOCK = 1 << 19  # elements that a thread works on at a time: few enough for a cache
-_THREADS = 4  # for which a block is made at most, since buffers are that large
+_BLOCK = 1 << 19  # elements worked on at a time: few enough for a cache, enough for two threads
 _MIN_ELEMENTS = 1 << 18  # from which on this is quicker than the reference path
+_MIN_DRAWN = 1 << 20  # the same where each element is drawn
 _MIN_PER_ROW = 1 << 10  # elements that share a strength and a prior, likewise
 _UNFIT = (torch.uint16, torch.uint32, torch.uint64)  # whose minimum torch can't find
 _LOOK = 1 << 16  # floating-point labels looked at: all would cost a twentieth of the sweep
@@ -67,6 +67,8 @@ def sums(
         return None
     drawn = _draw_per_element(given.alpha, x)
     if drawn is not None:
+        if x.numel() < _MIN_DRAWN:
+            return None
         given = given._replace(alpha=1.0)
     lead = max((_varying(value) for value in given.tensors), default=0)
     lead = max(lead, int(by_sample))
@@ -368,8 +370,7 @@ class _Work:
     def __init__(self, x: Tensor) -> None:
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self._shape = x.shape
-        block = _BLOCK * min(torch.get_num_threads(), _THREADS)
-        self._rows, self._columns = max(1, block // x.shape[1]), min(x.shape[1], block)
+        self._rows, self._columns = max(1, _BLOCK // x.shape[1]), min(x.shape[1], _BLOCK)
         self._buffers: dict[str, Tensor] = {}
 
     @property
