@@ -13,7 +13,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import sc_bce
 from sc_bce import AdaptivePerturbation, CalibrationHistogram
 
 BATCH = 256
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     result: Record = {
         "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("sc-bce", "torch")},
+        | {"sc-bce": sc_bce.__version__, "torch": torch.__version__},
         "machine": platform.machine(),
         "threads": args.threads,
         "rows": args.rows,

@@ -467,8 +467,13 @@ class IsotonicCalibration(_Repair):
         samples, results = logits.detach().reshape(shape), result.view(shape)
         rows = max(_BLOCK * len(samples) // max(logits.numel(), 1), 1)
         half, table = self.table.shape[-1] // 2, self.table.detach().reshape(-1)
-        first = torch.arange(labels, dtype=torch.int32).mul_(2 * half).add_(half).view(-1, 1)
-        buffers = [torch.empty(samples[:rows].numel()) for _ in range(4)]
+        first = (
+            torch.arange(labels, dtype=torch.int32, device="cpu")
+            .mul_(2 * half)
+            .add_(half)
+            .view(-1, 1)
+        )
+        buffers = [torch.empty(samples[:rows].numel(), device="cpu") for _ in range(4)]
         for some, answer in zip(
             torch.split(samples, rows), torch.split(results, rows), strict=True
         ):
