@@ -314,13 +314,31 @@ def fifth(kept: Tasks) -> tuple[str, str]:
         against = "" if least == PLAIN else f" ({cell(_under_corruption(k, least))} of plain BCE)"
         said.append(f"{NAMES[name]} {title(least)}{against}".replace("**", ""))
     answer = f"Least mean NLL over the corruptions, to the last epoch, raw: {'; '.join(said)}."
-    return answer, markdown(["", *(NAMES[name] for name in there)], rows)
+    both = {name: _under_corruption(k, DEFAULT, True) for name, k in there.items()}
+    answer += f" With both stopped early and repaired before, the default: {by_verdict(both)}."
+    head = ["", *(NAMES[name] for name in there)]
+    repaired = [
+        [
+            title(row),
+            *(
+                cell(_under_corruption(k, row, True)) if k.has(row, PLAIN) else ""
+                for k in there.values()
+            ),
+        ]
+        for row in SOFTER[1:]
+    ]
+    words = "The same, stopped early and repaired on validation data that are not corrupted:"
+    return answer, f"{markdown(head, rows)}\n\n{words}\n\n{markdown(head, repaired)}"
 
 
-def _under_corruption(k: Kept, row: str) -> Gap:
-    """Against plain BCE, over the seeds."""
+def _under_corruption(k: Kept, row: str, repaired: bool = False) -> Gap:
+    """Against plain BCE, over the seeds: the last epoch, raw, or stopped early and repaired."""
     seeds = k.seeds(row, PLAIN)
-    a, b = (corrupted(k, name, seeds) for name in (row, PLAIN))
+    epoch = "best" if repaired else "last"
+    a, b = (
+        corrupted(k, name, seeds, epoch, k.best_map(name, epoch, seeds) if repaired else RAW)
+        for name in (row, PLAIN)
+    )
     return over_seeds(a, b, SEEDED.get(k.task, 0.0)).percent
 
 
@@ -383,9 +401,11 @@ def truth(kept: Tasks) -> str:
     return f"{words}\n\n{markdown([cell.replace('|', '&#124;') for cell in head], rows)}"
 
 
-def corrupted(k: Kept, row: str, seeds: Sequence[int]) -> "NDArray[np.float64]":
-    """NLL of each seed, mean of the kinds and severities, last epoch, raw."""
-    each = k.each(row, seeds, "last", "corrupted", RAW)
+def corrupted(
+    k: Kept, row: str, seeds: Sequence[int], epoch: str = "last", fix: str = RAW
+) -> "NDArray[np.float64]":
+    """NLL of each seed, mean of the kinds and severities."""
+    each = k.each(row, seeds, epoch, "corrupted", fix)
     return np.array([np.mean([brief[0] for brief in one.values()]) for one in each])
 
 
