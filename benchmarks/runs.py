@@ -3,7 +3,8 @@
     python benchmarks/runs.py --photographs FOLDER --streets FOLDER
 
 Finished runs are kept under ``--out``: the same line goes on where it was stopped, and what was
-stopped in the middle loses only itself. ``--collect`` writes what is kept into results/study.
+stopped in the middle loses only itself. ``--collect`` writes what is kept into results/study,
+``--restore`` fetches it from there, for a fresh checkout to go on with.
 """
 
 import argparse
@@ -507,6 +508,25 @@ def collect(folder: Path, results: Path) -> None:
                 file.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_LZMA)
 
 
+def restore(results: Path, folder: Path) -> None:
+    """What ``collect`` wrote as kept runs again, so that a fresh checkout goes on with the rest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in sorted(results.glob("*.zip")):
+        with zipfile.ZipFile(source) as file:
+            sums = np.load(io.BytesIO(file.read("sums.npy")))
+            lines = file.read("runs.jsonl").decode().splitlines()
+        for line, rows in zip(lines, sums, strict=True):
+            run = json.loads(line)
+            path = run_file(folder, (run["task"], run["row"], run["seed"]))
+            arrays = {}
+            for epoch, maps in zip(EPOCHS, rows, strict=True):
+                for name, scores in zip(MAPS, maps, strict=True):
+                    arrays[f"{epoch}-{name}"] = scores
+                    arrays[f"{epoch}-{name}-top"] = np.full(len(scores), float(SCALE))
+            np.savez_compressed(path.with_name(path.name + ".npz"), **arrays)
+            path.with_name(path.name + ".json").write_text(line)
+
+
 def _thinned(path: Path) -> Any:
     """(epochs, maps, scores, groups): steps of 1 / 65535 of each row's largest, groups joined.
 
@@ -531,10 +551,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--out", type=Path, default=HERE / "out" / "study")
     parser.add_argument("--collect", action="store_true", help="write results/study and stop")
+    parser.add_argument("--restore", action="store_true", help="the other way round, and stop")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.collect:
         collect(args.out, args.results)
+        return
+    if args.restore:
+        restore(args.results, args.out)
         return
     sources = study_tasks(args.photographs, args.streets)
     chosen = args.tasks or list(sources)

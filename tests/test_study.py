@@ -175,6 +175,10 @@ def test_runs_are_kept_resumed_collected_and_told(tmp_path):
         runs.main(["--collect", "--out", str(tmp_path / "out"), "--results", str(tmp_path / name)])
         files.append((tmp_path / name / "cancer.zip").read_bytes())
     assert files[0] == files[1]
+    fresh = ["--out", str(tmp_path / "fresh")]
+    runs.main(["--restore", *fresh, "--results", str(tmp_path / "one")])
+    runs.main(["--collect", *fresh, "--results", str(tmp_path / "three")])
+    assert (tmp_path / "three" / "cancer.zip").read_bytes() == files[0]
     found = Kept(tmp_path / "one" / "cancer.zip")
     assert found.seeds("bce", "decay") == [3, 4, 5]
     for name in MAPS:
