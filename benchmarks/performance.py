@@ -187,6 +187,34 @@ def histogram(result: Result) -> str:
     return table([*head, "a stream"], rows)
 
 
+def scale(_: Result) -> str:
+    """What ``scale.py`` has left."""
+    found = json.loads((HERE / "results/scale.json").read_text("utf-8"))
+    rows = []
+    for record in found["steps"]:
+        shape = " x ".join(map(str, record["shape"]))
+        times = [f"{record[key]:.0f} us" for key in ("few_us", "many_us")]
+        rows.append([f"{shape}, focus {record['focus']:g}", *times, f"{record['ratio']:.2f}"])
+    few = f"{min(1000, found['rows']):,} rows"
+    parts = [table(["a step", few, f"{found['rows']:,} rows", "ratio"], rows)]
+    rows = [
+        [
+            f"focus {record['focus']:g}", f"{record['bytes_per_row']:.0f}",
+            f"{record['gigabytes_at_1e9']:.0f} GB",
+            *(f"{record[key]:.1f} s" for key in ("step_seconds", "save_seconds", "load_seconds")),
+        ]
+        for record in found["epoch"]
+    ]  # fmt: skip
+    head = ["an epoch", "bytes a sample", "10^9 samples", "`step`", "save", "load"]
+    parts.append(table(head, rows))
+    merge = found["merge"]
+    parts.append(
+        f"`step` between two gloo processes on this machine, with focus: {merge['seconds']:.0f} s, "
+        f"{merge['reduced_bytes_per_process'] / 1e9:.1f} GB reduced by each."
+    )
+    return "\n\n".join(parts)
+
+
 # ---------------------------------------------------------------- picture and page
 
 
@@ -221,6 +249,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "worst": worst,
     "memory": memories,
     "roofline": roofline,
+    "scale": scale,
     "histogram": histogram,
 }
 
