@@ -752,6 +752,7 @@ def test_probabilities_taken_for_logits_warn():
             build().fit(filled(p, y))
 
 
+@pytest.mark.cpu_only("only there they are read block by block")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("labels", [None, 3])
 @pytest.mark.parametrize("scale", [3.0, 300.0])
