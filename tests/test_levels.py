@@ -416,3 +416,14 @@ def test_a_generator_of_one_process_is_left_alone_and_packs_to_one_size():
     packed[8] = 3
     levels.unpack(packed, other)
     assert other.initial_seed() == (3 - 3) % 2**64
+
+
+@pytest.mark.cpu_only("elsewhere the host does not look")
+@given(st.integers(1, 4000), st.sampled_from([1, 8, 1000, 1 << 14, 1 << 40]), st.booleans(), seeds)
+def test_rows_are_seen_to_be_distinct(count, stride, twice, seed):
+    rng = np.random.default_rng(seed)
+    rows = stride * rng.permutation(4 * count)[:count]
+    if twice and count > 1:
+        first, second = rng.choice(count, 2, replace=False)
+        rows[first] = rows[second]
+    assert levels.distinct(torch.from_numpy(rows)) == (len(np.unique(rows)) == count)

@@ -249,6 +249,9 @@ def distinct(rows: Tensor) -> bool:
     losers = rows[lost]
     if bool((rows[other[lost]] == losers).any()):
         return False
+    if 2 * len(losers) > count:  # rows of equal last bits, as of a large step
+        ordered = rows.sort()[0]
+        return not bool((ordered[1:] == ordered[:-1]).any())
     return distinct(losers)
 
 
