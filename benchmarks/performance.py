@@ -229,8 +229,12 @@ def figure(result: Result) -> "Figure":
         for row, place in enumerate(reversed(places)):
             found = shown(result, place, name)["ratio"]
             axes.barh(row + shift, found, 0.38, color=COLOURS[name], label=label)
-            axes.text(found + 0.03, row + shift, f"{found:.2f}", va="center", fontsize=7)
-    axes.axvline(1, color="#999999", linewidth=1, linestyle="--")
+            clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # of the line at 1
+            axes.text(
+                found + 0.04, row + shift, f"{found:.2f}", va="center", fontsize=7, bbox=clear
+            )
+    axes.axvline(1, color="#999999", linewidth=1, linestyle="--", zorder=0)
+    axes.tick_params(axis="x", labelsize=8)
     axes.set_yticks(list(places), [SHOWN[place][0] for place in reversed(places)], fontsize=8)
     axes.set_xlabel("time of forward and backward, BCE = 1", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
