@@ -23,7 +23,8 @@ Loss = TypeVar("Loss", bound="SCBCEWithLogitsLoss")
 class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     r"""Binary cross entropy with label smoothing or random label perturbation (SC-BCE).
 
-    A drop-in replacement for :class:`torch.nn.BCEWithLogitsLoss` that improves calibration:
+    A drop-in replacement for :class:`torch.nn.BCEWithLogitsLoss` whose softer targets lower the
+    confidence of the network:
 
     .. math::
         \ell(x, y) = \mathrm{BCE}(x, q), \qquad q = y + \alpha\beta\,(c - y)
@@ -394,11 +395,11 @@ def _require_noise(noise: object, beta: float | None, prior: object, sampling: s
     if noise == 0:
         return
     if isinstance(prior, Tensor) or prior != 0.5 or beta is None:
-        raise ValueError(sentence("prior", "be 1/2 where noise is drawn", prior, "drop `noise`"))
+        raise ValueError(sentence("prior", "be 1/2 if noise is drawn", prior, "drop `noise`"))
     _checks.number("noise", noise, 0.0, min(beta, 2.0 - beta) / 2)
     if sampling == "expected":
-        wanted = "be 'sample' or 'element' where noise is drawn"
-        remedy = "the expectation has no noise, so drop `noise` or choose to draw"
+        wanted = "be 'sample' or 'element' if noise is drawn"
+        remedy = "the expectation has no noise, so drop `noise` or draw"
         raise ValueError(sentence("sampling", wanted, "'expected'", remedy))
 
 
@@ -411,7 +412,7 @@ def _require_lessons(loss: SCBCEWithLogitsLoss) -> None:
     shape = loss.prior.shape if isinstance(loss.prior, Tensor) else ()
     up, down = (rate.double().reshape(shape) for rate in loss.flip_rates)
     if bool((up + down > 1 - 1e-6).any()):
-        got = f"alpha * beta = {float((up + down).max()):g}, where no label is told from another"
+        got = f"alpha * beta = {float((up + down).max()):g}, which loses the order of the labels"
         raise ValueError(sentence("alpha", "be below 1 / beta", got, "lower one of them"))
     weight = 1.0 if loss.pos_weight is None else loss.pos_weight
     if isinstance(weight, Tensor):
