@@ -376,7 +376,7 @@ def flat(prior: float | Tensor) -> Tensor:
 
 def single_flip_rate(rates: tuple[Tensor, Tensor], prior: float | Tensor) -> Tensor:
     if isinstance(prior, Tensor) or prior != 0.5:
-        wanted = "be 1/2, where one flip rate holds for both labels"
+        wanted = "be 1/2, at which both labels share one flip rate"
         raise ValueError(sentence("prior", wanted, prior, "read `flip_rates`, a pair"))
     return rates[0]
 

@@ -565,7 +565,7 @@ _WARNINGS = {
     "the levels don't move and the loss is plain BCE; call `criterion.step(histogram)` after each "
     "epoch",
     "index": "the criterion was built with num_samples=None, one level for all samples, so `index` "
-    "is not used; pass num_samples=len(dataset) to give each its own",
+    "is not used; pass num_samples=len(dataset) to give each sample its own",
     "position": "since the last step the criterion saw {trained} samples but only {touched} of its "
     "{rows} rows; pass the index of each sample in the dataset, as IndexedDataset yields it, not "
     "its position in the batch",
@@ -574,9 +574,8 @@ _WARNINGS = {
     "pos_weight": "pos_weight shifts every probability, and the gap between confidence and "
     "accuracy with it, so the levels move against the shift; pass `step(histogram)` with focus=0, "
     "whose calibration slope does not see it",
-    "one side": "at the levels reached, pos_weight takes the answer to a sure negative or a sure "
-    "positive to the other side of 1/2; lower pos_weight, or take the base rate of the positives "
-    "as `prior`",
+    "one side": "at the levels reached, pos_weight moves the prediction for a sure negative or a "
+    "sure positive across 1/2; lower pos_weight, or set `prior` to the base rate of the positives",
     "eval": _checks.TRAINED_IN_EVAL.format("AdaptivePerturbation"),
 }
 
@@ -746,7 +745,7 @@ def _require_rows(num_samples: int | None, focus: float) -> None:
         _checks.positive_int("num_samples", num_samples)
     elif focus > 0:
         remedy = "give each sample its own with `num_samples=len(dataset)`"
-        raise ValueError(sentence("focus", "be 0 where one level is shared", focus, remedy))
+        raise ValueError(sentence("focus", "be 0 if all samples share one level", focus, remedy))
 
 
 def _rows_of(index: Tensor | None, input: Tensor, table: Tensor, shared: bool) -> Tensor:
@@ -797,8 +796,8 @@ def _require_index(index: object, shape: torch.Size, num_samples: int) -> Tensor
                 sentence(
                     "index", f"be in [0, {num_samples - 1}]", low if low < 0 else high,
                     f"num_samples={num_samples} must count every sample of the indexed dataset, "
-                    "also where a Subset around it (random_split) is trained on; `resize` makes "
-                    "room for new ones",
+                    "even if you train on a Subset of it (random_split); `resize` makes room for "
+                    "new ones",
                 )
             )  # fmt: skip
     return index

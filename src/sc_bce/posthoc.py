@@ -607,8 +607,8 @@ def suspect(cells: Cells) -> None:
     """Warn if the logits look like probabilities."""
     if cells.count.sum() >= _SUSPECT and measures.like_probabilities(cells.logit, cells.count):
         _checks.warn(
-            "All logits of this fit lie in [0, 1], as if they were probabilities; pass what the "
-            "network answers before the sigmoid, or `torch.logit(probabilities)`"
+            "All logits of this fit lie in [0, 1], as if they were probabilities; pass the output "
+            "of the network before the sigmoid, or `torch.logit(probabilities)`"
         )
 
 
