@@ -392,7 +392,7 @@ class Levels(nn.Module):
         budget = self.budget
         if hits is not None:
             old = self.sample_accuracy.index_select(0, rows)
-            recent = remembered(old, mean(hits))
+            recent = remembered(old, mean(hits))  # first, so that the budget is of this forward
             budget = shared_out(focus, budget, recent, self.difficulty)
             keep(self.sample_accuracy, old, recent)
         if climb is not None:
