@@ -461,7 +461,7 @@ class IsotonicCalibration(_Repair):
         return torch.where(z.isnan(), z, answer).to(logits.dtype)
 
     def _look_up(self, logits: Tensor) -> Tensor:
-        """There are 65,536 logits of 16 bits: each one's answer is formed once and then gathered."""
+        """There are 65,536 logits of 16 bits: form the answer of each once, then look it up."""
         labels = self.num_labels or 1
         first = torch.arange(labels, dtype=torch.int32, device="cpu").mul_(_CODES).add_(_CODES // 2)
         codes = torch.arange(_CODES, dtype=torch.int32, device="cpu").sub_(_CODES // 2)
