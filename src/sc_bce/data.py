@@ -72,7 +72,7 @@ class IndexedDataset(Dataset[Any]):
         # Most batches hold items of one type, so that one check is enough.
         kinds = set(map(type, items))
         if kinds == {tuple}:
-            return [(*item, index) for item, index in pairs]
+            return list(map(operator.add, items, zip(indices, strict=True)))
         if kinds == {dict} and not any(self.key in item for item in items):
             return [{**item, self.key: index} for item, index in pairs]
         return [self._join(item, index) for item, index in pairs]
