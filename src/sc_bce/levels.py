@@ -302,7 +302,16 @@ class Levels(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start again from level 0, as after construction."""
+        """Start again from level 0, as after construction.
+
+        Example:
+            >>> from sc_bce import AdaptivePerturbation
+            >>> criterion = AdaptivePerturbation(num_samples=2)
+            >>> _ = criterion.alpha.fill_(0.1)
+            >>> criterion.reset_parameters()
+            >>> criterion.alpha
+            tensor([0., 0.])
+        """
         rows, labels = self._size
         device = self.alpha.device if hasattr(self, "alpha") else None
         # Independent of torch's default dtype.
