@@ -215,7 +215,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     @classmethod
     def hard_inversion(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Build a loss with hard inversion: a sample's labels are flipped with probability ``alpha``.
+        """Build a loss with hard inversion: a sample's labels flip with probability ``alpha``.
 
         Args:
             alpha: perturbation probability, in [0, 1/2).
@@ -239,7 +239,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     @classmethod
     def soft_inversion(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Build a loss with soft inversion: with probability ``alpha`` 1 becomes 1/4 and 0 becomes 3/4.
+        """Build a loss with soft inversion: with probability ``alpha`` 1 becomes 1/4, 0 becomes 3/4.
 
         Args:
             alpha: probability that all labels of a sample are perturbed, in [0, 2/3).
@@ -258,7 +258,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     @classmethod
     def moderation(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Build a loss with moderation: with probability ``alpha`` a sample's labels become ``prior``.
+        """Build a loss with moderation: with probability ``alpha`` labels become ``prior``.
 
         Args:
             alpha: perturbation probability, in [0, 1).
