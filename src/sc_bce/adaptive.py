@@ -245,7 +245,7 @@ class AdaptivePerturbation(Levels):
     def published(
         cls: type[Criterion], num_samples: int | None, objective: str = "calibration", **kwargs: Any
     ) -> Criterion:
-        """Build the paper's setting (ASLP): strength 2 towards 1/2, explicit solver, warm-up of 5.
+        """The paper's setting (ASLP): strength 2 towards 1/2, explicit solver, warm-up of 5.
 
         Args:
             num_samples: as in the constructor.

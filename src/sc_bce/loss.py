@@ -167,7 +167,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     @classmethod
     def label_smoothing(cls: type[Loss], eps: float, **kwargs: Any) -> Loss:
-        """Build a loss with label smoothing, as in Keras: the target of a positive is 1 - eps/2.
+        """Label smoothing as Keras defines it: the target of a positive is 1 - eps/2.
 
         With ``prior`` c the target of a negative is eps c, that of a positive 1 - eps (1 - c).
 
@@ -190,9 +190,9 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     def disturb_label(
         cls: type[Loss], rate: float, sampling: str = "element", **kwargs: Any
     ) -> Loss:
-        """Build a loss with DisturbLabel: with probability ``rate`` a label is drawn at random.
+        """DisturbLabel: with probability ``rate`` a label is replaced by a random one.
 
-        The drawn label is 0 or 1 with equal probability, so half of the drawn labels change.
+        The random label is 0 or 1 with equal probability, so half of the replaced labels change.
 
         Args:
             rate: noise rate, in [0, 1).
@@ -215,7 +215,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     @classmethod
     def hard_inversion(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Build a loss with hard inversion: a sample's labels flip with probability ``alpha``.
+        """Hard inversion: with probability ``alpha`` all labels of a sample are flipped.
 
         Args:
             alpha: perturbation probability, in [0, 1/2).
@@ -239,10 +239,10 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     @classmethod
     def soft_inversion(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Build a loss with soft inversion: with probability ``alpha`` 1 becomes 1/4, 0 becomes 3/4.
+        """Soft inversion: with probability ``alpha`` a sample's 1 becomes 1/4 and its 0 becomes 3/4.
 
         Args:
-            alpha: probability that all labels of a sample are perturbed, in [0, 2/3).
+            alpha: perturbation probability, in [0, 2/3).
             **kwargs: other arguments of the constructor.
 
         References:
@@ -258,7 +258,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     @classmethod
     def moderation(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Build a loss with moderation: with probability ``alpha`` labels become ``prior``.
+        """Moderation: with probability ``alpha`` all labels of a sample become ``prior``.
 
         Args:
             alpha: perturbation probability, in [0, 1).
@@ -276,7 +276,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     @classmethod
     def dynamic_moderation(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Build a loss with dynamic moderation: perturbed labels are 1/2 plus truncated noise.
+        """Dynamic moderation: perturbed labels are 1/2 plus truncated normal noise.
 
         Args:
             alpha: perturbation probability, in [0, 1).
