@@ -239,7 +239,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     @classmethod
     def soft_inversion(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Soft inversion: with probability ``alpha`` a sample's 1 becomes 1/4 and its 0 becomes 3/4.
+        """Soft inversion: with probability ``alpha`` a sample's 1 becomes 1/4, its 0 becomes 3/4.
 
         Args:
             alpha: perturbation probability, in [0, 2/3).
