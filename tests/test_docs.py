@@ -58,6 +58,17 @@ def test_public_names_and_their_docstrings():
     assert sc_bce.__all__ == sorted(sc_bce.__all__)
 
 
+def test_every_public_method_has_an_example():
+    for name in sc_bce.__all__:
+        public = getattr(sc_bce, name)
+        assert ">>>" in public.__doc__, name
+        if not isinstance(public, type) or hasattr(public, "_fields"):
+            continue
+        for member, value in vars(public).items():
+            if not member.startswith("_") and value.__doc__:  # as the API page shows them
+                assert ">>>" in value.__doc__, (name, member)
+
+
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
