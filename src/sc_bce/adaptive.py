@@ -167,16 +167,18 @@ class AdaptivePerturbation(Levels):
 
     Example:
         >>> import torch
-        >>> from sc_bce import AdaptivePerturbation
-        >>> criterion = AdaptivePerturbation.published(num_samples=4, warmup=1, sampling="expected")
+        >>> from sc_bce import AdaptivePerturbation, CalibrationHistogram
+        >>> criterion = AdaptivePerturbation(num_samples=4)
         >>> logits = torch.tensor([[4.0], [-2.0]], requires_grad=True)
         >>> target = torch.tensor([[1], [0]])
-        >>> index = torch.tensor([0, 3])
-        >>> criterion.step(accuracy=0.9)  # once per epoch, after validation
-        >>> criterion(logits, target, index).detach()
-        tensor(0.0725)
-        >>> criterion.alpha
-        tensor([0.0080, 0.0000, 0.0000, 0.0040])
+        >>> criterion(logits, target, index=torch.tensor([0, 3])).backward()  # in training
+        >>> validation = torch.tensor([3.0] * 100 + [-3.0] * 100)  # confidence 0.95
+        >>> labels = (validation > 0) == (torch.arange(200) % 100 < 80)  # accuracy 0.8
+        >>> histogram = CalibrationHistogram()
+        >>> histogram.update(validation, labels)
+        >>> criterion.step(histogram)  # after each epoch
+        >>> criterion.alpha  # over-confident, so the level rises
+        tensor([0.0538, 0.0538, 0.0538, 0.0538])
     """
 
     prior: float | Tensor
@@ -257,10 +259,17 @@ class AdaptivePerturbation(Levels):
             Liu et al., ICCV 2023, arXiv 2307.13539.
 
         Example:
+            >>> import torch
             >>> from sc_bce import AdaptivePerturbation
-            >>> criterion = AdaptivePerturbation.published(num_samples=100)
-            >>> criterion.objective, criterion.beta, criterion.solver, criterion.warmup
-            ('calibration', 2.0, 'explicit', 5)
+            >>> setting = {"warmup": 1, "sampling": "expected"}
+            >>> criterion = AdaptivePerturbation.published(num_samples=4, **setting)
+            >>> criterion.step(accuracy=0.9)  # after each epoch
+            >>> logits = torch.tensor([[4.0], [-2.0]], requires_grad=True)
+            >>> target = torch.tensor([[1], [0]])
+            >>> criterion(logits, target, index=torch.tensor([0, 3])).detach()
+            tensor(0.0725)
+            >>> criterion.alpha  # the forward moves the levels of its batch
+            tensor([0.0080, 0.0000, 0.0000, 0.0040])
         """
         own = {"beta": 2.0, "prior": 0.5, "solver": "explicit", "focus": 0.0, "warmup": 5}
         return cls(num_samples, objective=objective, **{**own, **kwargs})
