@@ -16,7 +16,7 @@ from PIL import Image, ImageChops, ImageStat
 import sc_bce.plot
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page, language):
@@ -27,14 +27,30 @@ def blocks(page, language):
 RUN_HERE = [p for p in PAGES if blocks(p, "python") and p.name != "frameworks.md"]
 
 
+def run(page, optional=()):
+    """The blocks of a page in one namespace, without those that name a package to be left out."""
+    namespace = {"__name__": "page"}
+    for number, block in enumerate(blocks(page, "python")):
+        if not any(name in block for name in optional):
+            exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+
+
 @pytest.mark.parametrize("page", RUN_HERE, ids=lambda p: p.name)
 @pytest.mark.filterwarnings("ignore:AdaptivePerturbation has trained past its warm-up")
 def test_code_of_the_page_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "page"}
-    for number, block in enumerate(blocks(page, "python")):
-        code = compile(block, f"{page.name}, block {number}", "exec")
-        exec(code, namespace)
+    run(page, optional=["onnxruntime"])
+
+
+# What torch's exporter uses, and torch deprecates.
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+def test_the_export_to_onnx_runs(tmp_path, monkeypatch, capsys):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "guide" / "repair.md"
+    assert any("onnxruntime" in block for block in blocks(page, "python"))
+    run(page)
 
 
 def test_api_page_shows_every_public_name():
@@ -106,7 +122,7 @@ def test_the_readmes_summaries_are_the_committed_results():
 
 def test_the_guides_timings_are_the_committed_result():
     result = json.loads((ROOT / "benchmarks/results/scale.json").read_text("utf-8"))
-    guide = " ".join((ROOT / "docs" / "guide.md").read_text("utf-8").split())
+    guide = " ".join((ROOT / "docs" / "guide" / "scale.md").read_text("utf-8").split())
     ratios = [record["ratio"] for record in result["steps"]]
     assert f"takes {min(ratios):.2f} to {max(ratios):.2f} times as long" in guide
     seconds = result["merge"]["seconds"]
