@@ -89,6 +89,24 @@ def test_focus_climbs_though_a_slope_was_measured():
     assert (criterion.alpha > 0).all()
 
 
+def test_one_shared_level_trains_as_a_table_does():
+    """With a slope all rows have one level, so that nothing depends on the index."""
+    losses, histogram = {}, over_confident(0.4)
+    x, y = torch.randn(12, 5), torch.rand(12, 1) > 0.7
+    for rows in (12, None):
+        torch.manual_seed(0)
+        model, criterion = torch.nn.Linear(5, 1), AdaptivePerturbation(rows)
+        for _ in range(3):
+            for index in torch.randperm(12).split(4):
+                extra = () if rows is None else (index,)
+                loss = criterion(model(x[index]), y[index], *extra)
+                loss.backward()
+                losses.setdefault(rows, []).append(loss.item())
+            criterion.step(histogram)
+        assert float(criterion.alpha.mean()) > 0.1
+    assert losses[12] == losses[None]
+
+
 def test_a_histogram_of_one_class_holds_the_level():
     criterion = AdaptivePerturbation(4)
     criterion.alpha.fill_(0.1)

@@ -880,6 +880,21 @@ def test_summary_advises(scale, shift, advice):
         assert line.split() == [key, f"{told[key]:.4f}"]
 
 
+@pytest.mark.parametrize("shift", [0.0, -3.0])
+def test_summary_does_not_take_luck_for_miscalibration(shift):
+    generator = torch.Generator("cpu").manual_seed(0)
+    said = []
+    for _ in range(20):
+        truth = 1.5 * torch.randn(3000, generator=generator, device="cpu") + shift
+        y = torch.rand(3000, generator=generator, device="cpu") < torch.sigmoid(truth)
+        histogram = CalibrationHistogram()
+        histogram.update(truth, y)
+        said.append(histogram.summary().splitlines()[-1])
+    # Two standard errors leave one in twenty; the slope of rare labels is off by a tenth at times.
+    assert sum("a repair does" in line for line in said) <= 2
+    assert said.count("Well calibrated: nothing to repair.") >= 15
+
+
 def test_summary_of_labels_and_of_nothing():
     text = _two_labels(torch.randn(1000), torch.rand(1000) > 0.5).summary()
     assert text.splitlines()[0].split() == ["label", "0", "label", "1"]

@@ -962,8 +962,14 @@ def _advice_of(histogram: CalibrationHistogram) -> str:
         return "A threshold separates the classes, so the slope is infinite. Measure more data."
     if slope <= 0:
         return "The logits rank the labels backwards (slope below 0): check the data first."
-    gain = float(histogram.decomposition().miscalibration) / nll
-    shift = abs(mean - rate) > 0.05 * min(rate, 1 - rate)
+    (cells,) = histogram.cells_by_label()
+    elements = float(cells.count.sum())
+    # What luck gives, on data that are calibrated: about one nat for each block of the curve, and
+    # a base rate within two standard errors.
+    lucky = len(measures.isotonic(cells.count, cells.positive).count) / elements
+    gain = (float(histogram.decomposition().miscalibration) - lucky) / nll
+    error = math.sqrt(float(histogram.brier()) / elements)
+    shift = abs(mean - rate) > max(0.05 * min(rate, 1 - rate), 2 * error)
     if slope < 0.9:
         text = "Over-confident (slope below 1): softer labels help, and so does a repair."
     elif slope > 1.1:
