@@ -23,6 +23,20 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.M)
 
 
+def steps(page):
+    """Each Python block, and the block of text that follows it at once: what it prints."""
+    text = page.read_text("utf-8")
+    return re.findall(r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", text, re.DOTALL | re.M)
+
+
+def assert_printed(printed, shown):
+    """The same words; numbers as near as trainings on two machines are."""
+    number = r"-?\d+(?:\.\d+)?"
+    assert re.sub(number, "#", printed).split() == re.sub(number, "#", shown).split()
+    values, wanted = ([float(x) for x in re.findall(number, text)] for text in (printed, shown))
+    assert values == pytest.approx(wanted, rel=0.1, abs=0.02)
+
+
 # frameworks.md runs in test_integrations.py, which also looks at what it leaves behind.
 RUN_HERE = [p for p in PAGES if blocks(p, "python") and p.name != "frameworks.md"]
 
@@ -32,9 +46,12 @@ RUN_HERE = [p for p in PAGES if blocks(p, "python") and p.name != "frameworks.md
 def test_code_of_the_page_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}
-    for number, block in enumerate(blocks(page, "python")):
+    for number, (block, shown) in enumerate(steps(page)):
         code = compile(block, f"{page.name}, block {number}", "exec")
+        capsys.readouterr()
         exec(code, namespace)
+        if shown:
+            assert_printed(capsys.readouterr().out, shown)
 
 
 def test_api_page_shows_every_public_name():
