@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tasks
 import torch
 from corruptions import STRENGTHS, corrupted, to_pixels
@@ -103,7 +104,7 @@ def _figure(width: float, height: float) -> "Figure":
 
 def _picture(axes: "Axes", pixels: Any) -> None:
     """An image in colours, or a map of probabilities from black (0) to white (1)."""
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(np.asarray(pixels), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set(xticks=[], yticks=[])
 
 
@@ -115,7 +116,9 @@ def _scene(column: "Sequence[Axes]", shown: Shown, i: int, names: Sequence[str])
     for axes, name in zip(column[2:], names, strict=True):
         _picture(axes, torch.sigmoid(shown.logits[name][i, 0]))
         rows, columns = torch.nonzero(shown.wrong(name)[i, 0]).T
-        axes.plot(columns, rows, "s", color=ORANGE, markersize=2.2, markeredgewidth=0)
+        axes.plot(
+            columns.tolist(), rows.tolist(), "s", color=ORANGE, markersize=2.2, markeredgewidth=0
+        )
         found.append(len(rows))
     return found
 
@@ -130,7 +133,7 @@ def _line(axes: "Axes", xs: Any, ys: Any, name: str) -> None:
 
 def problem(shown: Shown) -> "Figure":
     """README's: the median scene, and the reliability curves of all test images."""
-    figure = _figure(7.2, 3.9)
+    figure = _figure(6.4, 3.7)
     grid = figure.add_gridspec(2, 4)
     four = [figure.add_subplot(grid[i // 2, i % 2]) for i in range(4)]
     names = (BEFORE, OURS)
@@ -138,16 +141,16 @@ def problem(shown: Shown) -> "Figure":
     for axes, title in zip(four, ("image", "true mask", *names), strict=True):
         axes.set_title(title, fontsize=11)
     for axes, count in zip(four[2:], counts, strict=True):
-        axes.set_xlabel(f"sure and wrong: {count} px", fontsize=10, color=ORANGE)
+        axes.set_xlabel(f"sure and wrong\n(orange): {count} px", fontsize=10)
     curve = figure.add_subplot(grid[:, 2:])
     curve.plot([0.5, 1], [0.5, 1], color="#999999", linewidth=1)
     for name in names:
         table = shown.seen[name].reliability(20)
-        _line(curve, table.confidence, table.accuracy, name)
+        _line(curve, table.confidence.tolist(), table.accuracy.tolist(), name)
     curve.set(xlim=(0.5, 1), ylim=(0.5, 1), aspect="equal")
     curve.set_xlabel("confidence", fontsize=11)
     curve.set_ylabel("accuracy", fontsize=11)
-    curve.text(0.97, 0.04, "below the line: too sure", transform=curve.transAxes, ha="right")
+    curve.text(0.97, 0.04, "below the line:\ntoo sure", transform=curve.transAxes, ha="right")
     curve.legend(fontsize=11, frameon=False, loc="upper left")
     return figure
 

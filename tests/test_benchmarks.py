@@ -371,7 +371,7 @@ def test_spoilt_street_scenes_are_refused(tmp_path, what, text):
         tasks.streets(folder, 16, 12)
 
 
-def test_the_table_has_rare_labels_and_the_start_is_that_of_the_page():
+def test_the_table_has_rare_labels_and_the_start_has_its_parts():
     rates = tasks.rare().train.target.float().mean(0)
     assert 0.01 <= rates.mean() <= 0.03
     start = tasks.start()
