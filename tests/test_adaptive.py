@@ -1216,7 +1216,7 @@ CONSTRUCTION = [
     (make(prior="rate", beta=1.0), ValueError, "`prior` to be one of 'observed', but got 'rate'"),
     (make(num_labels=0), ValueError, "`num_labels` to be a positive int, but got 0"),
     (make(prior=torch.full((3,), 0.2), num_labels=2), ValueError, "num_labels=2 values, .* 3"),
-    (make(num_samples=None, focus=1.0), ValueError, "`focus` to be 0 where one level is shared"),
+    (make(num_samples=None, focus=1.0), ValueError, "`focus` to be 0 if all samples share one"),
     (make(weight=2.0), TypeError, r"`weight` .*pass `torch.tensor\(2.0\)`"),
     (make(pos_weight=2.0), TypeError, r"`pos_weight` .*pass `torch.tensor\(2.0\)`"),
     (make(objective="mc"), ValueError, "'feedback', 'calibration', 'max_entropy', but got 'mc'"),

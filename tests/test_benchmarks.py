@@ -199,7 +199,7 @@ def test_the_kept_bounds_are_met_and_told():
                 assert abs(ours / raw - 1) < limit
         ours, raw = row["temperature"]
         assert abs(ours / raw - 1) < 0.01
-    page = (ROOT / "docs" / "guide.md").read_text("utf-8")
+    page = (ROOT / "docs" / "guide" / "repair.md").read_text("utf-8")
     for name, title in (("temperature", "temperature"), ("affine", "temperature and bias"),
                         ("steps, half a count", "isotonic")):  # fmt: skip
         means = []

@@ -16,7 +16,7 @@ from PIL import Image, ImageChops, ImageStat
 import sc_bce.plot
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page, language):
@@ -41,17 +41,34 @@ def assert_printed(printed, shown):
 RUN_HERE = [p for p in PAGES if blocks(p, "python") and p.name != "frameworks.md"]
 
 
+def run(page, capsys, optional=()):
+    """The steps of a page in one namespace, without those that name a package to be left out."""
+    namespace = {"__name__": "page"}
+    for number, (block, shown) in enumerate(steps(page)):
+        if any(name in block for name in optional):
+            continue
+        capsys.readouterr()
+        exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+        if shown:
+            assert_printed(capsys.readouterr().out, shown)
+
+
 @pytest.mark.parametrize("page", RUN_HERE, ids=lambda p: p.name)
 @pytest.mark.filterwarnings("ignore:AdaptivePerturbation has trained past its warm-up")
 def test_code_of_the_page_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "page"}
-    for number, (block, shown) in enumerate(steps(page)):
-        code = compile(block, f"{page.name}, block {number}", "exec")
-        capsys.readouterr()
-        exec(code, namespace)
-        if shown:
-            assert_printed(capsys.readouterr().out, shown)
+    run(page, capsys, optional=["onnxruntime"])
+
+
+# What torch's exporter uses, and torch deprecates.
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+def test_the_export_to_onnx_runs(tmp_path, monkeypatch, capsys):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "guide" / "repair.md"
+    assert any("onnxruntime" in block for block in blocks(page, "python"))
+    run(page, capsys)
 
 
 def test_api_page_shows_every_public_name():
@@ -73,6 +90,17 @@ def test_public_names_and_their_docstrings():
         for part in ("Args:", "Raises:", "Example:"):
             assert part in doc, (name, part)
     assert sc_bce.__all__ == sorted(sc_bce.__all__)
+
+
+def test_every_public_method_has_an_example():
+    for name in sc_bce.__all__:
+        public = getattr(sc_bce, name)
+        assert ">>>" in public.__doc__, name
+        if not isinstance(public, type) or hasattr(public, "_fields"):
+            continue
+        for member, value in vars(public).items():
+            if not member.startswith("_") and value.__doc__:  # as the API page shows them
+                assert ">>>" in value.__doc__, (name, member)
 
 
 def test_links_between_pages_lead_somewhere():
@@ -112,7 +140,7 @@ def test_the_readmes_summaries_are_the_committed_results():
 
 def test_the_guides_timings_are_the_committed_result():
     result = json.loads((ROOT / "benchmarks/results/scale.json").read_text("utf-8"))
-    guide = " ".join((ROOT / "docs" / "guide.md").read_text("utf-8").split())
+    guide = " ".join((ROOT / "docs" / "guide" / "scale.md").read_text("utf-8").split())
     ratios = [record["ratio"] for record in result["steps"]]
     assert f"takes {min(ratios):.2f} to {max(ratios):.2f} times as long" in guide
     seconds = result["merge"]["seconds"]

@@ -864,7 +864,7 @@ def test_probabilities_of_rare_labels_warn_too(p):
         (2.0, 0.0, "Over-confident (slope below 1)"),
         (0.5, 0.0, "Not confident enough (slope above 1)"),
         (1.0, 1.0, "The slope is right: softer labels would not help; a repair does. The mean"),
-        (-1.0, 0.0, "The logits speak against the labels: look at the data first."),
+        (-1.0, 0.0, "The logits rank the labels backwards (slope below 0): check the data first."),
     ],
 )
 def test_summary_advises(scale, shift, advice):
@@ -893,7 +893,7 @@ def test_summary_of_labels_and_of_nothing():
         "label 1: Not confident enough",
     ]
     text = CalibrationHistogram().summary()
-    assert text.endswith("both classes, and more than one logit, must be seen.")
+    assert text.endswith("measure data with both classes and more than one logit.")
 
 
 @pytest.mark.parametrize("from_logits", [False, True])
@@ -903,7 +903,7 @@ def test_summary_of_a_network_that_is_never_wrong(from_logits):
     histogram = CalibrationHistogram()
     histogram.update(p, y, from_logits=from_logits)
     assert histogram.nll() == 0
-    assert histogram.summary().endswith("the slope has no end. Measure more data.")
+    assert histogram.summary().endswith("so the slope is infinite. Measure more data.")
 
 
 def test_a_histogram_without_values_says_so():

@@ -454,11 +454,11 @@ ERRORS = [
         ValueError,
         r"below 1 / beta, but got alpha \* beta = 1",
     ),
-    (lambda: LOSS.hard_inversion(0.5), ValueError, r"= 1, where no label is told from another; lo"),
-    (lambda: LOSS.disturb_label(1.0), ValueError, r"alpha \* beta = 1, where no label"),
-    (lambda: LOSS.moderation(1.0), ValueError, r"alpha \* beta = 1, where no label"),
-    (lambda: LOSS(alpha=0.5), ValueError, r"alpha \* beta = 1, where no label"),
-    (lambda: LOSS(alpha=1.0, beta=1.0, prior=0.02), ValueError, r"alpha \* beta = 1, where no la"),
+    (lambda: LOSS.hard_inversion(0.5), ValueError, r"= 1, which loses the order of the labels; lo"),
+    (lambda: LOSS.disturb_label(1.0), ValueError, r"alpha \* beta = 1, which loses"),
+    (lambda: LOSS.moderation(1.0), ValueError, r"alpha \* beta = 1, which loses"),
+    (lambda: LOSS(alpha=0.5), ValueError, r"alpha \* beta = 1, which loses"),
+    (lambda: LOSS(alpha=1.0, beta=1.0, prior=0.02), ValueError, r"alpha \* beta = 1, which loses"),
     (lambda: LOSS(alpha=1.0, prior=torch.tensor([0.0, 0.5])), ValueError, r"alpha \* beta = 2"),
     # What takes every answer to one side.
     (

@@ -499,7 +499,7 @@ def test_fits_tell_what_they_gained_and_warn_of_what_they_lost():
     assert after == pytest.approx(ref.bce(array(scaling(z)), array(y)).mean(), rel=1e-6)
     assert repr(scaling).endswith(f"nll={before:.4f} -> {after:.4f})")
     with pytest.warns(
-        UserWarning, match="worse that it is fitted to: NLL .* its flip rate"
+        UserWarning, match="raises the NLL of the data that it is fitted to: .* its flip rate"
     ) as seen:
         TemperatureScaling(0.4).fit(z / 3, y)
     assert seen[0].filename == __file__
@@ -715,7 +715,7 @@ def test_a_curve_needs_the_fine_cells_and_a_meta_histogram_has_none():
         ((0.5, 0.5), r"sum to less than 1, .* but got \(0.5, 0.5\); it is `criterion.flip_rates`"),
         ((0.1, 0.1, 0.1), r"a number or a pair \(g0, g1\), but got 3 values"),
         ((0.1, -0.1), r"`flip_rate` to be in \[0, 1\], but got -0.1"),
-        (0.5, "be below 1/2, where labels still say something, but got 0.5"),
+        (0.5, "be below 1/2, so that labels carry information, but got 0.5"),
     ],
 )
 def test_bad_pairs_are_refused(rate, text):

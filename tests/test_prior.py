@@ -665,7 +665,7 @@ def test_settings_that_are_defined_by_one_half(name):
 
 def test_noise_is_refused_with_another_prior():
     for prior in (0.02, torch.tensor([0.5])):
-        with pytest.raises(ValueError, match="`prior` to be 1/2 where noise is drawn"):
+        with pytest.raises(ValueError, match="`prior` to be 1/2 if noise is drawn"):
             SCBCEWithLogitsLoss(alpha=0.1, beta=1.0, noise=0.1, sampling="sample", prior=prior)
 
 

@@ -31,7 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
-    """`sc_bce.plot` and `sc_bce.integrations`, imported when they are first asked for."""
+    """Import `sc_bce.plot` and `sc_bce.integrations` at first use; they need other packages."""
     if name in ("plot", "integrations"):
         return _import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
-"""What a caller passes, made ready once: sizes, legality, valid elements, labels, strength, draw.
+"""Prepare what a caller passes, once: sizes, legality, valid elements, labels, strength, draw.
 
-Below this room nothing is checked and nothing raises.
+The layers below check nothing and raise nothing.
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ from torch import Tensor, nn
 from . import _checks
 from ._checks import sentence
 
-_BYTES_PAY_FROM = 1 << 15  # draws, from which on bytes are quicker than uniform numbers
-_DRAWS_PER_LEVEL = 1 << 4  # likewise, where each sample has its own
-FRACTION = 1 << 20  # parts of a label, so that soft ones are counted in integers too
-_FEW = 1 << 12  # elements, up to which a look at each costs nothing beside the call
-_PART = 1 << 20  # elements looked at together, so that what is made of them stays in the cache
+_BYTES_PAY_FROM = 1 << 15  # draws from which bytes are faster than uniform numbers
+_DRAWS_PER_LEVEL = 1 << 4  # the same if each sample has its own level
+FRACTION = 1 << 20  # parts of a label, so that soft labels are counted in integers too
+_FEW = 1 << 12  # elements up to which a check of each costs nothing beside the call
+_PART = 1 << 20  # elements checked at a time, so that intermediate results stay in the cache
 _WITHOUT_FLOAT64 = ("mps",)
-_OWN_KERNELS = ("cpu", "cuda", "meta")  # of every call; XLA has no aminmax and no view of bytes
-_UNREDUCIBLE = (torch.uint16, torch.uint32, torch.uint64)  # torch has no min and max of them
+_OWN_KERNELS = ("cpu", "cuda", "meta")  # have every call; XLA lacks aminmax and views as bytes
+_UNREDUCIBLE = (torch.uint16, torch.uint32, torch.uint64)  # torch has no min and max for them
 
 
 # -- batches
 
 
 class Batch(NamedTuple):
-    """Logits and labels of equal size, as they came: a mask stays its one byte."""
+    """Logits and labels of equal size, as they were passed: a mask keeps its one byte."""
 
     input: Tensor
     target: Tensor
-    legal: bool  # False where the labels could not be read, and may be illegal
-    void: int | None  # the target that counts for nothing; None where no element can have it
-    valid: Tensor | None = None  # where the loss counts, once it was found; None is everywhere
+    legal: bool  # False if the labels could not be read, so that some may be illegal
+    void: int | None  # the target to ignore; None if no element can have it
+    valid: Tensor | None = None  # the elements that count, if already computed; None: all
 
     def with_valid(self) -> Batch:
-        """The batch whose valid elements are found: three times the cost of a sweep without."""
+        """The batch with `valid` computed, which costs three times a sweep without it."""
         if self.void is None or self.valid is not None:
             return self
         return self._replace(valid=self.target != self.void)
 
     def dtype(self) -> torch.dtype:
-        """torch's rule: that of the target; a bool or integer target has none to give."""
-        # No property: torch 2.6 can't trace one of a tuple.
+        """Dtype of the loss by torch's rule: the target's, or the input's for bool and integers."""
+        # Not a property: torch 2.6 can't trace a property of a tuple.
         return self.target.dtype if self.target.is_floating_point() else self.input.dtype
 
     def labels(self, dtype: torch.dtype) -> Tensor:
-        """The target in a floating dtype, nan for an illegal label that could not be refused."""
+        """The target in a floating dtype; an illegal label that could not be refused is nan."""
         return as_labels(self.target, dtype, self.valid, self.legal)
 
 
@@ -86,7 +86,7 @@ def label(target: object) -> None:
 
 
 def pair(input: Tensor, target: Tensor, name: str = "input") -> None:
-    """Logits, labels, and torch's rule: their sizes are equal."""
+    """Check logits and labels, whose sizes must be equal, as in torch."""
     logits(input, name)
     label(target)
     if target.size() != input.size():
@@ -99,7 +99,7 @@ def pair(input: Tensor, target: Tensor, name: str = "input") -> None:
 
 
 def valid_elements(target: Tensor, ignore_index: float) -> Tensor:
-    """Where the target is not `ignore_index`; a value that its dtype can't hold is nowhere."""
+    """Mask of targets other than `ignore_index`; a value that the dtype can't hold ignores none."""
     if not _holds(target, ignore_index):
         return torch.ones_like(target, dtype=torch.bool)
     return target != ignore_index
@@ -117,14 +117,14 @@ def _holds(target: Tensor, value: float | None) -> bool:
 
 
 def _are_labels(target: Tensor, void: int, every: bool | None) -> bool:
-    """Whether many labels are seen to be legal beside void ones; False says nothing.
+    """Whether a large target is known to hold legal and void labels only; False means unknown.
 
-    By results of the target's own dtype, which take a twentieth of the time of bools.
+    The results are of the target's own dtype, which takes a twentieth of the time of bools.
     """
     if not readable(target) or target.numel() < _PART or target.dtype in _UNREDUCIBLE:
         return False
     if target.is_floating_point() and not every:
-        return True  # nothing is looked at
+        return True  # large floating-point targets are not checked
     if target.dtype == torch.bool or not target.is_contiguous():
         return False
     for start in range(0, target.numel(), _PART):
@@ -138,21 +138,21 @@ def _are_labels(target: Tensor, void: int, every: bool | None) -> bool:
 def require_labels(
     target: Tensor, valid: Tensor | None, ignore_index: int | None, every: bool | None = None
 ) -> bool:
-    """Refuse labels that are none; False where they can't be read without waiting.
+    """Refuse illegal labels; return False if they can't be read without waiting.
 
-    Integers must be 0 or 1. Floats must be in [0, 1]; they are looked at if `every`, None being
-    where there are few.
+    Integers must be 0 or 1. Floats must be in [0, 1]; they are checked if `every`, or if it is
+    None and there are few.
     """
     if target.dtype == torch.bool:
         return True
     if target.is_floating_point():
-        # Whether it is readable comes before its size, which a compiled graph would be bound to.
+        # `readable` comes before the size, which would specialise a compiled graph.
         if (
             readable(target)
             and target.numel() > 0
             and (target.numel() <= _FEW if every is None else every)
         ):
-            low, high = target.detach().aminmax()  # a nan is torch's to carry through
+            low, high = target.detach().aminmax()  # nan passes, as in torch
             if float(low) < 0 or float(high) > 1:
                 illegal = (target < 0) | (target > 1)
                 refuse_labels(target, illegal if valid is None else illegal & valid, ignore_index)
@@ -166,7 +166,7 @@ def require_labels(
 
 
 def refuse_labels(target: Tensor, illegal: Tensor, ignore_index: float | None) -> bool:
-    """Raise if any element is marked `illegal`; False where that can't be read."""
+    """Raise if any element is marked `illegal`; return False if that can't be read."""
     found = seen(illegal)
     if found:
         kind = "be in [0, 1]" if target.is_floating_point() else "hold only 0 and 1"
@@ -188,7 +188,7 @@ def _illegal(target: Tensor, valid: Tensor | None) -> Tensor:
 
 def as_labels(target: Tensor, dtype: torch.dtype, valid: Tensor | None, legal: bool) -> Tensor:
     if target.dtype == torch.bool and readable(target):
-        target = target.view(torch.uint8)  # which becomes a float many times faster
+        target = target.view(torch.uint8)  # bytes become floats many times faster than bools
     y = target.to(dtype)
     return y if legal else torch.where(_illegal(target, valid), torch.nan, y)
 
@@ -197,7 +197,7 @@ def as_labels(target: Tensor, dtype: torch.dtype, valid: Tensor | None, legal: b
 
 
 def seen(mask: Tensor) -> bool | None:
-    """Whether any element is set; None where a look would wait or break a trace."""
+    """Whether any element is set; None if reading it would wait or break a trace."""
     if mask.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     try:
@@ -209,8 +209,8 @@ def seen(mask: Tensor) -> bool | None:
 def readable(value: Tensor) -> bool:
     """Whether `value` is an ordinary CPU tensor whose data may be read and written now.
 
-    It is not when it is traced, compiled, vmapped or a subclass, and neither are tensors of
-    inference mode, which autograd could not save.
+    Not if it is traced, compiled, vmapped or a subclass, nor if it is a tensor of inference mode,
+    which autograd can't save.
     """
     return (
         not torch.compiler.is_compiling()
@@ -224,8 +224,8 @@ def readable(value: Tensor) -> bool:
 def _transformed() -> bool:
     """Whether tracing, a functorch transform or a dispatch mode is active.
 
-    The only use of torch's private names; without them everything counts as transformed, which
-    costs speed and nothing else.
+    The only use of torch's private names. Without them everything counts as transformed, which
+    only costs speed.
     """
     try:
         return (
@@ -238,7 +238,7 @@ def _transformed() -> bool:
 
 
 def on_backward(loss: Tensor, call: Callable[[], None]) -> Tensor:
-    """The loss, with `call` waiting for a backward pass to reach it; eager code only."""
+    """The loss, with `call` run when a backward pass reaches it; eager code only."""
     if loss.requires_grad and not torch.compiler.is_compiling() and not _transformed():
         loss.register_hook(lambda gradient: call())  # type: ignore[no-untyped-call]
     return loss
@@ -267,26 +267,26 @@ class Perturbation(NamedTuple):
             alpha = alpha.to(dtype)
         if isinstance(beta, Tensor):
             beta = beta.to(dtype)
-        # Multiplied by 1 it is the same, but for the call.
+        # A multiplication by 1 would only cost the call.
         return alpha if not isinstance(beta, Tensor) and beta == 1 else alpha * beta
 
     def towards_prior(self, y: Tensor) -> Tensor:
         """y + s (c - y)."""
         c = self.prior.to(y.dtype) if isinstance(self.prior, Tensor) else self.prior
         s = self.strength(y.dtype)
-        # Towards c instead of (1 - s) y + s c: both labels round by the same amount.
+        # In this form, not as (1 - s) y + s c, both labels round by the same amount.
         if torch.compiler.is_compiling():
-            return y + s * (c - y)  # lerp branches at s >= 1/2, and inductor would write both
+            return y + s * (c - y)  # lerp branches at s >= 1/2, and inductor would emit both
         end = c if isinstance(c, Tensor) else y.new_full((), c)
-        return torch.lerp(y, end, s)  # the same in one pass
+        return torch.lerp(y, end, s)  # one pass over memory
 
 
 def perturbation(
     alpha: float | Tensor, beta: float | Tensor | None, prior: float | Tensor, size: torch.Size
 ) -> Perturbation:
-    """Check shapes, and tensors of alpha on a CPU; what is (N,) then lies along dimension 0.
+    """Check shapes, and a tensor alpha on a CPU; (N,) tensors then broadcast along dimension 0.
 
-    Numbers have passed `require_numbers`, which says what beta is where it is None.
+    Numbers have passed `require_numbers`, which leaves beta None only for a tensor prior.
     """
     if isinstance(alpha, Tensor):
         remedy = "the third argument is alpha; pass a weight as `weight=`"
@@ -302,8 +302,8 @@ def perturbation(
 
 
 def _require_probabilities(name: str, value: Tensor, remedy: str = "") -> None:
-    """Refuse values outside [0, 1], or nan, where they can be read."""
-    # Whether it is readable comes before its size, which a compiled graph would be bound to.
+    """Refuse values outside [0, 1] and nan, if they can be read."""
+    # `readable` comes before the size, which would specialise a compiled graph.
     if value.dtype == torch.bool or value.is_complex() or not readable(value):
         return
     if not value.numel():
@@ -317,14 +317,14 @@ def _require_probabilities(name: str, value: Tensor, remedy: str = "") -> None:
 def require_numbers(
     alpha: float | Tensor, beta: float | Tensor | None, prior: float | Tensor
 ) -> float | Tensor | None:
-    """Ranges where the values are numbers. Returns beta, None only where the prior is a tensor.
+    """Check the ranges of numbers. Returns beta, which is None only for a tensor prior.
 
-    Two numbers must also keep the label order, alpha * beta <= 1. A tensor of drawn zeros and
-    ones is free of that: a single flipped label is what sampling is.
+    Two numbers must also keep the order of the labels, alpha * beta <= 1. A tensor may hold drawn
+    zeros and ones, at which single labels are flipped.
     """
     limit = 2.0
     if isinstance(prior, Tensor):
-        # One of the batch's size is like labels: looked at where that costs nothing.
+        # A prior of the batch's size is like labels: checked if that costs nothing.
         if readable(prior) and prior.numel() <= _FEW:
             _require_probabilities("prior", prior)
     else:
@@ -346,7 +346,7 @@ def require_numbers(
 
 
 def hold_prior(module: nn.Module, prior: float | Tensor) -> None:
-    """Make a prior the module's: a number, or a buffer that moves with it and is not saved."""
+    """Set `module.prior`: a number, or a buffer that moves with the module but is not saved."""
     if not isinstance(prior, Tensor):
         module.prior = float(prior)  # type: ignore[assignment]
         return
@@ -357,7 +357,7 @@ def hold_prior(module: nn.Module, prior: float | Tensor) -> None:
 
 
 def named(name: str, value: float | Tensor | None) -> str:
-    """What an error says of a number, or of a tensor that may be large."""
+    """A number, or the shape of a tensor that may be large, for an error message."""
     if isinstance(value, Tensor) and value.numel() != 1:
         return f"{name} of shape {tuple(value.shape)}"
     return f"{name}={value.item() if isinstance(value, Tensor) else value}"
@@ -369,20 +369,20 @@ def shown_prior(prior: float | Tensor) -> str:
 
 def flat(prior: float | Tensor) -> Tensor:
     """A prior as a float32 tensor of at most one dimension."""
-    if not isinstance(prior, Tensor):  # whatever the default device
+    if not isinstance(prior, Tensor):  # on the CPU, also under another default device
         return torch.tensor(prior, dtype=torch.float32, device="cpu")
     return prior.float().reshape(-1) if prior.dim() else prior.float()
 
 
 def single_flip_rate(rates: tuple[Tensor, Tensor], prior: float | Tensor) -> Tensor:
     if isinstance(prior, Tensor) or prior != 0.5:
-        wanted = "be 1/2, where one flip rate holds for both labels"
+        wanted = "be 1/2, at which both labels share one flip rate"
         raise ValueError(sentence("prior", wanted, prior, "read `flip_rates`, a pair"))
     return rates[0]
 
 
 def _level_of(name: str, value: float | Tensor, size: torch.Size) -> float | Tensor:
-    """0-d, (N,) along dimension 0, or of as many dimensions as the input and broadcasting."""
+    """Check the shape of alpha or beta; reshape (N,) so that it broadcasts along dimension 0."""
     if not isinstance(value, Tensor):
         return value if isinstance(value, (int, float)) else float(value)
     if value.dim() == 0:
@@ -398,7 +398,7 @@ def _level_of(name: str, value: float | Tensor, size: torch.Size) -> float | Ten
 
 
 def prior_of(value: Tensor, size: torch.Size) -> Tensor:
-    """Broadcasting from the last dimension, as pos_weight does; in at least float32."""
+    """A tensor prior in at least float32, broadcasting from the last dimension, as pos_weight."""
     if value.is_complex():
         raise TypeError(sentence("prior", "be a real Tensor", value.dtype))
     value = value.to(torch.promote_types(value.dtype, torch.float32))
@@ -426,14 +426,14 @@ def _broadcasts(shape: torch.Size, size: torch.Size) -> bool:
 
 
 def as_bytes(mask: Tensor) -> Tensor:
-    """The bytes of a bool tensor, without a copy where the device can read them so."""
+    """The bytes of a bool tensor, as a view if the device has one."""
     if mask.device.type in _OWN_KERNELS and not torch.compiler.is_compiling():
         return mask.view(torch.uint8)
     return mask.to(torch.uint8)
 
 
 def ends(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum; in one pass where that does not send the tensor to the CPU and back."""
+    """Minimum and maximum, in one pass unless that would move the tensor to the CPU and back."""
     if value.device.type in _OWN_KERNELS:
         low, high = value.aminmax()
         return low, high
@@ -441,7 +441,7 @@ def ends(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def home(device: torch.device) -> torch.device:
-    """Where float64 is formed of what lies on a device: there, or on the CPU if it has none."""
+    """The device itself if it has float64, otherwise the CPU."""
     return device if has_float64(device) else torch.device("cpu")
 
 
@@ -473,10 +473,10 @@ def sample_accuracies(batch: Batch) -> Tensor:
 
 
 def at_least(value: Tensor, bound: float) -> Tensor:
-    """1 and 0 of the value's dtype, where it can be: bools take many times as long."""
+    """1 and 0, in the value's own dtype if possible: bools take many times as long."""
     if value.dtype == torch.bool:
         return value
-    if value.dtype in _UNREDUCIBLE:  # nor can it compare them
+    if value.dtype in _UNREDUCIBLE:  # torch can't compare them either
         value = value.float()
     if readable(value):
         return torch.ge(value, bound, out=torch.empty_like(value))
@@ -484,9 +484,9 @@ def at_least(value: Tensor, bound: float) -> Tensor:
 
 
 def label_counts(batch: Batch, shape: tuple[int, ...]) -> Tensor:
-    """Valid elements, labels summed in parts of 1 / FRACTION, and labels of at least 1/2.
+    """Number of valid elements, sum of labels in parts of 1 / FRACTION, number of labels >= 1/2.
 
-    One column for each element of `shape`, which broadcasts to the batch; () is all in one.
+    One column for each element of `shape`, which broadcasts to the batch; () pools all.
     """
     target, valid = batch.target, batch.valid
     if valid is None and math.prod(shape) == 1 and readable(target):
@@ -494,8 +494,8 @@ def label_counts(batch: Batch, shape: tuple[int, ...]) -> Tensor:
     over = [place for place in range(target.dim()) if not shape or shape[place] == 1]
 
     def number(marked: Tensor) -> Tensor:
-        # torch sums bools many times slower than bytes, and into int64 than into int32; inductor
-        # bytes many times slower than bools.
+        # torch sums bytes many times faster than bools, and into int32 faster than into int64;
+        # inductor sums bools many times faster than bytes.
         wide = torch.int32 if marked.numel() < 2**31 else torch.int64
         summed = marked if torch.compiler.is_compiling() else as_bytes(marked)
         count = summed.sum(over, dtype=wide) if over else marked
@@ -516,7 +516,7 @@ def label_counts(batch: Batch, shape: tuple[int, ...]) -> Tensor:
     if has_float64(target.device):
         total = label.sum(over, dtype=torch.float64) if over else label.double()
         parts = _in_fractions(total.reshape(-1), count, positives)
-    else:  # each in whole parts at once: to go home would make the device wait
+    else:  # without float64, each label in whole parts: a copy to the CPU would wait
         ones = torch.ones((), dtype=torch.int64, device=target.device)
         whole = _in_fractions(label.float(), ones, (label >= 0.5).to(torch.int64))
         parts = (whole.sum(over) if over else whole).reshape(-1)
@@ -524,7 +524,7 @@ def label_counts(batch: Batch, shape: tuple[int, ...]) -> Tensor:
 
 
 def _label_counts_read(target: Tensor) -> Tensor:
-    """The same for one column, by the host: a third of the calls."""
+    """The same for one column, computed by the host in a third of the calls."""
     count = target.numel()
     if not target.is_floating_point():
         positives = int(as_bytes(target).sum() if target.dtype == torch.bool else target.sum())
@@ -541,7 +541,7 @@ def _label_counts_read(target: Tensor) -> Tensor:
 def row_counts(
     labels: Tensor, valid: Tensor | None, rows: torch.Size, size: torch.Size, shape: tuple[int, ...]
 ) -> Tensor:
-    """The same from sums over rows, (2, rows), and how many elements of each are valid."""
+    """The same from the sums over rows, (2, rows), and the number of valid elements in each."""
     columns = math.prod(shape)
     every = size.numel() // max(rows.numel(), 1)
     count = torch.full_like(labels[0], every) if valid is None else valid.double()
@@ -558,8 +558,8 @@ def row_counts(
 def _in_fractions(total: Tensor, count: Tensor, positives: Tensor) -> Tensor:
     """A sum of labels in parts of 1 / FRACTION.
 
-    No sum of labels in [0, 1] is nan or outside [0, count]: illegal ones that nobody looked at
-    count as what they are at 1/2, or they would spoil the base rate for good.
+    Legal labels can't sum to nan or to a value outside [0, count]. If unchecked labels do, they
+    are rounded at 1/2; otherwise they would spoil the base rate for good.
     """
     total = torch.where((total >= 0) & (total <= count), total, positives.to(total.dtype))
     return (total * FRACTION).round().to(torch.int64)
@@ -582,7 +582,7 @@ def bernoulli(
     shape = input.shape if sampling == "element" else input.shape[:1]
     if isinstance(alpha, Tensor) and alpha.dim() == 1:
         alpha = alpha.reshape(alpha.shape[0], *(1 for _ in shape[1:]))
-    # Whether it is readable comes before its size, which a compiled graph would be bound to.
+    # `readable` comes before the size, which would specialise a compiled graph.
     if not readable(input) or shape.numel() < _BYTES_PAY_FROM:
         return _uniform(input, shape, generator) < alpha
     if isinstance(alpha, Tensor) and shape.numel() < _DRAWS_PER_LEVEL * alpha.numel():
@@ -591,15 +591,15 @@ def bernoulli(
 
 
 def once(alpha: Tensor) -> Tensor:
-    """The same, made before the loop over the elements: inductor would look it up for each."""
+    """The same levels, materialised: inductor would otherwise look them up for each element."""
     flat = alpha.reshape(-1).float()
-    place = torch.arange(flat.shape[0], device=flat.device)  # `len` would bind a graph to it
+    place = torch.arange(flat.shape[0], device=flat.device)  # `len` would specialise the graph
     return torch.zeros_like(flat).index_copy(0, place, flat).reshape(alpha.shape)
 
 
 def truncated_normal(input: Tensor, bound: float, generator: torch.Generator | None) -> Tensor:
     """A standard normal within [-bound, bound] for each element."""
-    # By inverting the distribution function: no rejection, hence no data-dependent loop.
+    # By inverting the distribution function: rejection would need a data-dependent loop.
     reach = math.erf(bound / math.sqrt(2))
     uniform = _uniform(input, input.shape, generator)
     return math.sqrt(2) * torch.erfinv(reach * (2 * uniform - 1))
@@ -608,17 +608,17 @@ def truncated_normal(input: Tensor, bound: float, generator: torch.Generator | N
 def _by_bytes(
     alpha: float | Tensor, input: Tensor, shape: torch.Size, generator: torch.Generator | None
 ) -> Tensor:
-    # A CPU makes its random numbers one by one. One byte decides for an element, unless it ties
-    # with the first eight bits of alpha: then a uniform number is compared with the bits left.
+    # A CPU makes random numbers one by one, so one byte decides for an element. If it ties with
+    # the first eight bits of alpha, a uniform number is compared with the remaining bits.
     count = shape.numel()
     words = torch.empty(-(-count // 8), dtype=torch.int64, device="cpu")
     words.random_(-(2**63), None, generator=generator)
     byte = words.view(torch.uint8)[:count].view(shape)
     level = torch.as_tensor(alpha, dtype=torch.float32, device="cpu") * 256
-    first = level.floor().clamp(max=255)  # at alpha = 1 all bits left say yes
+    first = level.floor().clamp(max=255)  # at alpha = 1 every tie is then drawn
     bits = first.to(torch.uint8)
     drawn = torch.empty(shape, dtype=torch.bool, device="cpu")
-    # Results as bytes too: bools take many times as long.
+    # Results as bytes too, since bools take many times as long.
     torch.lt(byte, bits, out=drawn.view(torch.uint8))
     torch.eq(byte, bits, out=byte)
     words.view(torch.uint8)[count:] = 0
@@ -633,12 +633,12 @@ def _by_bytes(
 
 
 def _uniform(like: Tensor, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
-    # float32 whatever the input: a bfloat16 uniform has 256 values and would draw 0.001 as 0.004.
-    # compile can't trace the keyword `generator` with a dynamic shape, even as None.
+    # Always float32: a bfloat16 uniform has 256 values and would draw 0.001 as 0.004.
+    # compile can't trace the keyword `generator` with a dynamic shape, not even as None.
     source: dict[str, Any] = {} if generator is None else {"generator": generator}
     uniform: Tensor
     if type(like) in (Tensor, nn.Parameter):
         uniform = torch.rand(shape, device=like.device, dtype=torch.float32, **source)
-    else:  # a fake or distributed tensor makes one of its own kind
+    else:  # a fake or distributed tensor creates one of its own kind
         uniform = like.detach().new_empty(shape, dtype=torch.float32).uniform_(**source)
     return uniform

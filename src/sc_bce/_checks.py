@@ -1,4 +1,4 @@
-"""The one sentence of every refusal, and the checks that any room may need.
+"""The sentence of every refusal, and the checks that several modules share.
 
 "Expected argument `x` to be ..., but got ...", then the remedy.
 """
@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Where a frame is never the user's: this package, and torch.
+# Files whose frames are never the user's: this package and torch.
 _INNER = tuple(os.path.dirname(file) + os.sep for file in (__file__, torch.__file__))
 
 TRAINED_IN_EVAL = (
     "a backward pass reached a loss that {} computed in evaluation mode, where it is plain BCE; "
     "call `criterion.train()` before training, as you call `model.train()`"
 )
-LARGE = 1e15  # of a step size or a weight: products stay finite in float32
+LARGE = 1e15  # limit of a step size or a weight: products stay finite in float32
 
 
 def sentence(name: str, expected: str, got: object, remedy: str = "") -> str:
-    """What every refusal says; `expected` begins with its verb."""
-    if isinstance(got, Tensor) and got.dim() > 0:  # whose values would fill a page
+    """The message of every refusal; `expected` begins with its verb."""
+    if isinstance(got, Tensor) and got.dim() > 0:  # its values could fill a page
         got = f"a tensor of shape {tuple(got.shape)}"
     return f"Expected argument `{name}` to {expected}, but got {got}{remedy and '; ' + remedy}"
 
@@ -42,7 +42,7 @@ def describe(value: Any) -> str:
 
 
 def warn(message: str) -> None:
-    """A warning at the caller's line, whatever hooks and wrappers of torch lie between."""
+    """Warn at the line of the user's call, behind any hooks and wrappers of torch."""
     frame, depth = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER):
         frame, depth = frame.f_back, depth + 1
@@ -50,11 +50,11 @@ def warn(message: str) -> None:
 
 
 def number(name: str, value: object, low: float, high: float, *, tensor: str = "") -> None:
-    """Refuse what is not a number in [low, high]; nan is in no interval.
+    """Refuse anything but a number in [low, high]; nan is refused.
 
-    `tensor`: how to pass one, where a Tensor is welcome too.
+    `tensor` says how to pass a Tensor, if one is allowed too.
     """
-    # The interval is written only where it is shown: compile can't write a symbolic number.
+    # The interval is formatted only in an error: compile can't format a symbolic number.
     if not isinstance(value, Real):
         wanted = f"be a number in [{low:g}, {high:g}]{' or a Tensor' if tensor else ''}"
         raise TypeError(sentence(name, wanted, describe(value), tensor))
@@ -63,7 +63,7 @@ def number(name: str, value: object, low: float, high: float, *, tensor: str = "
 
 
 def inside(name: str, value: object, low: float, high: float, *, tensor: str = "") -> None:
-    """The same without the ends."""
+    """The same for (low, high)."""
     number(name, value, low, high, tensor=tensor)
     if value in (low, high):
         raise ValueError(sentence(name, f"be between {low:g} and {high:g}", value))
@@ -76,7 +76,7 @@ def positive(name: str, value: object, high: float = LARGE) -> None:
 
 
 def unit_number(name: str, value: object, high: float = 1.0) -> float:
-    """A number or 0-d tensor in [0, high], as a float; a tensor is waited for."""
+    """A number or 0-d tensor in [0, high], as a float; waits for a tensor's value."""
     if isinstance(value, Tensor):
         if value.dim() > 0 or value.is_complex():
             wanted = f"be a number or a 0-d tensor in [0, {high:g}]"
@@ -128,7 +128,7 @@ def generator(value: object) -> None:
 
 
 def ignore_index(value: object) -> int | None:
-    """The value as Python's own int, which compile can take in."""
+    """The value as a Python int, which compile can trace."""
     if value is None:
         return None
     wanted = "be an int or None"

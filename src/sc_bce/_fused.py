@@ -1,11 +1,13 @@
 """The common case on a CPU in one sweep: loss, slope, labels and hits, block by block.
 
-Two sums over the elements are enough for every strength s,
+Two sums over the elements give the loss at every strength s, the sum of BCE(x, y) and the sum of
+(y - c) x, since
 
-    BCE(x, y) summed and (y - c) x summed, since BCE(x, q) = BCE(x, y) + s (y - c) x,
+    BCE(x, q) = BCE(x, y) + s (y - c) x.
 
-so nothing of full size is written but the gradient, and backward keeps the logits and the target
-as they came, a mask as its one byte. `functional` holds the reference path, for everything else.
+So the gradient is the only tensor of full size that is written. Backward keeps the logits and the
+target as they were passed, a mask as its one byte. Everything else takes the reference path in
+`functional`.
 """
 
 from __future__ import annotations
@@ -22,24 +24,24 @@ from ._batch import Batch, Perturbation, readable, require_labels, valid_element
 __all__ = ["Sums", "sums"]
 
 _BLOCK = 1 << 19  # elements worked on at a time: few enough for a cache, enough for two threads
-_MIN_ELEMENTS = 1 << 18  # from which on this is quicker than the reference path
-_MIN_DRAWN = 1 << 20  # the same where each element is drawn
-_MIN_PER_ROW = 1 << 10  # elements that share a strength and a prior, likewise
-_UNFIT = (torch.uint16, torch.uint32, torch.uint64)  # whose minimum torch can't find
-_LOOK = 1 << 16  # floating-point labels looked at: all would cost a twentieth of the sweep
+_MIN_ELEMENTS = 1 << 18  # from which this is faster than the reference path
+_MIN_DRAWN = 1 << 20  # the same if each element is drawn
+_MIN_PER_ROW = 1 << 10  # elements that share a strength and a prior, from which this is faster
+_UNFIT = (torch.uint16, torch.uint32, torch.uint64)  # torch has no minimum for them
+_LOOK = 1 << 16  # floating-point labels that are checked: all would cost a twentieth of the sweep
 _FOLDS = 5  # 32 to 64 factors in [1/2, 1] can't underflow in float32
-_EXACT = 1 << 24  # integers that float32 tells apart
+_EXACT = 1 << 24  # integers up to this are exact in float32
 
 
 class Sums(NamedTuple):
-    """What one sweep finds, over the elements that are not void."""
+    """The sums that one sweep finds over the elements that are not void."""
 
     loss: Tensor  # of the batch at the given strength, 0-d
-    slope: Tensor  # of weight (y - c) x over each row, whatever was drawn; no gradient
-    labels: Tensor | None  # of y, and of labels of at least 1/2, over each row: (2, rows)
-    hits: Tensor | None  # of elements that are right at 1/2, over each row
-    valid: Tensor | None  # of valid elements, over each row; None where all are
-    shape: torch.Size  # leading dimensions of the batch, whose product is the rows
+    slope: Tensor  # sum of weight (y - c) x over each row, for any draw; no gradient
+    labels: Tensor | None  # sum of y and number of labels >= 1/2, over each row: (2, rows)
+    hits: Tensor | None  # number of elements that are right at 1/2, over each row
+    valid: Tensor | None  # number of valid elements, over each row; None if all are valid
+    shape: torch.Size  # leading dimensions of the batch, whose product is the number of rows
 
 
 def sums(
@@ -50,15 +52,15 @@ def sums(
     hits: bool = False,
     weight: Tensor | None = None,
 ) -> Sums | None:
-    """Sums over the batch, or None where the sweep does not apply.
+    """Sums over the batch, or None if the sweep does not apply.
 
-    A row is what shares a strength, a prior and a weight: all trailing dimensions along which
-    none of them varies. With `by_sample` no row holds elements of two samples, and slopes are
-    found whatever is drawn; with `count` labels are counted, with `hits` right answers. In at
-    least float32, differentiable as often as one likes.
+    A row is the elements that share a strength, a prior and a weight: all trailing dimensions
+    along which none of them varies. With `by_sample` no row holds elements of two samples, and
+    slopes are computed for any draw; with `count` labels are counted, with `hits` the elements
+    that are right. In at least float32; differentiable any number of times.
     """
     x, y = batch.input, batch.target
-    if torch.compiler.is_compiling():  # a graph is bound to no size
+    if torch.compiler.is_compiling():  # the checks of sizes below would specialise a graph
         return None
     if x.numel() < _MIN_ELEMENTS or not readable(x) or not _fit(x, y):
         return None
@@ -87,7 +89,7 @@ def sums(
         if abs(void) > _EXACT:
             return None
     if y.is_floating_point():
-        if void is not None:  # as the target's own dtype has it
+        if void is not None:  # as rounded by the target's own dtype
             void = float(torch.tensor(void, dtype=y.dtype, device="cpu"))
         head = y.view(-1)[:_LOOK]
         valid = None if void is None else valid_elements(head, void)
@@ -102,13 +104,13 @@ def sums(
     with torch.no_grad():
         found = _found(_Data(x, y, drawn, factor, void), strength, prior, by_sample, count, hits)
     if void is not None and not bool(found.loss.isfinite().all()):
-        return None  # a void logit that is no number: it must be replaced, which costs a pass
+        return None  # a void logit is inf or nan: it must be replaced, which costs a pass
     total = _Sweep.apply(x, strength, prior, y, drawn, factor, void, found.loss, found.slope)  # type: ignore[no-untyped-call]
     return Sums(total.sum(), found.slope, found.labels, found.hits, found.valid, shape)
 
 
 def _fit(x: Tensor, y: Tensor) -> bool:
-    """Contiguous and of dtypes that the sweep computes in; `x` is known to be readable."""
+    """Whether both are contiguous and of dtypes that the sweep takes; `x` is readable."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
         readable(y)
@@ -126,14 +128,14 @@ def _is_dual(value: Tensor) -> bool:
 
 
 def _draw_per_element(alpha: float | Tensor, x: Tensor) -> Tensor | None:
-    """Alpha itself where it is a bool for each element that the sweep can read."""
+    """Alpha itself if it is a readable bool for each element."""
     if not isinstance(alpha, Tensor) or alpha.dtype != torch.bool or alpha.shape != x.shape:
         return None
     return alpha if alpha.is_contiguous() and readable(alpha) else None
 
 
 def _factor(weight: Tensor, x: Tensor, lead: int) -> Tensor | None:
-    """The weight of as many dimensions as the input, if it is one for each row or each element."""
+    """The weight, with the input's dimensions, if it is constant over each row or full-size."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if weight.requires_grad or not readable(weight) or weight.dim() > x.dim():
         return None
@@ -141,7 +143,7 @@ def _factor(weight: Tensor, x: Tensor, lead: int) -> Tensor | None:
         return None
     factor = weight.reshape((1,) * (x.dim() - weight.dim()) + tuple(weight.shape))
     if any(have not in (1, want) for have, want in zip(factor.shape, x.shape, strict=True)):
-        return None  # torch says so
+        return None  # the reference path raises torch's error
     rows = x.shape[: max(lead, _varying(factor))].numel()
     if x.numel() >= _MIN_PER_ROW * rows:
         return factor
@@ -149,7 +151,7 @@ def _factor(weight: Tensor, x: Tensor, lead: int) -> Tensor | None:
 
 
 def _varying(value: Tensor) -> int:
-    """How many leading dimensions it takes to hold all along which the value varies."""
+    """Number of leading dimensions that include every one along which the value varies."""
     return max((place + 1 for place, size in enumerate(value.shape) if size > 1), default=0)
 
 
@@ -161,13 +163,13 @@ def _row_values(value: Tensor, shape: torch.Size) -> Tensor:
 
 
 class _Data(NamedTuple):
-    """What is given for each element."""
+    """The data of each element."""
 
     input: Tensor
     target: Tensor
     drawn: Tensor | None
-    weight: Tensor | None  # of the input's shape, or a column with one for each row
-    void: float | None  # the target that counts for nothing
+    weight: Tensor | None  # of the input's shape, or a column with one value per row
+    void: float | None  # the target to ignore
 
 
 class _Found(NamedTuple):
@@ -246,7 +248,7 @@ def _found(
         labels[1] = labels[0]
     if z is None:
         s = strength[:, 0]
-        # A slope beyond the end of float32 counts for nothing in a row of strength 0.
+        # In a row of strength 0 a slope that overflows float32 must not make the loss nan.
         loss = torch.where(s == 0, loss, loss + s * slope)
     valid = None if void is None else x.shape[1] - gone_from
     return _Found(loss, slope, labels if count else None, right if hits else None, valid)
@@ -257,7 +259,7 @@ def _of_rows(value: float | Tensor, rows: slice) -> float | Tensor:
 
 
 class _Sweep(Function):
-    """What was found, as the function of logits, strength and prior that it is."""
+    """Gives the sums their gradients with respect to logits, strength and prior."""
 
     @staticmethod
     def forward(
@@ -326,7 +328,7 @@ def _gradient(grad: Tensor, data: _Data, strength: Tensor, prior: float | Tensor
 def _by_formula(
     grad: Tensor, data: _Data, strength: Tensor, prior: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients as torch's own operations, which can be differentiated again."""
+    """The gradients by torch's own operations, which can be differentiated again."""
     x, y, z, w = _matrices(len(strength), data)
     x, y = x.to(strength.dtype), y.to(strength.dtype)
     grad = grad[..., None]
@@ -355,7 +357,7 @@ def _has_values(value: Tensor) -> bool:
 
 
 def _matrices(rows: int, data: _Data) -> list[Any]:
-    """Each with a row for each strength; bools as bytes, which become floats many times faster."""
+    """The data with a row per strength; bools as bytes, which become floats many times faster."""
     values = (data.input, data.target, data.drawn, data.weight)
     views = [None if value is None else value.view(rows, -1) for value in values]
     return [
@@ -387,11 +389,11 @@ class _Work:
         return self._buffers[name][: block.numel()].view(block.shape)
 
     def wide(self, name: str, block: Tensor) -> Tensor:
-        """The block in at least float32, itself where it is."""
+        """The block in at least float32; without a copy if it is already."""
         return block if block.dtype == self.dtype else self.like(name, block).copy_(block)
 
     def drawn(self, y: Tensor, z: Tensor, s: Tensor, c: float | Tensor) -> Tensor:
-        """y + s (c - y) where drawn, else y."""
+        """y + s (c - y) where drawn, y elsewhere."""
         share = self.like("z", z).copy_(z).mul_(s)
         return torch.lerp(y, torch.as_tensor(c, dtype=self.dtype, device="cpu"), share, out=share)
 

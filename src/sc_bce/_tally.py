@@ -1,4 +1,4 @@
-"""The counting sweep: what one update adds to a histogram, block by block."""
+"""The counting sweep: what an update adds to a histogram, block by block."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ from torch import Tensor
 from . import _batch, _checks
 
 _BLOCK = 1 << 18  # elements worked on at a time: 1 MiB of float32, inside a CPU's cache
-_ROWS = 4  # threads that count at once
-_EXACT = 1 << 24  # integers below it are told apart in float32
-_FINEST = 100_000  # cells that float32 can tell apart
-_SLACK = 4  # units of precision that an edge reaches down
-_COARSE = 1000  # cells: fewer have a short tail, so that a histogram per image stays small
-# The tails: outermost cells that they replace; then cells per unit of the logit and how many, up
-# to the bend at about 50, and beyond it, to 746, where the doubt leaves float64.
+_ROWS = 4  # threads that count in parallel
+_EXACT = 1 << 24  # integers below this are exact in float32
+_FINEST = 100_000  # number of cells up to which float32 separates neighbours
+_SLACK = 4  # units of precision below an edge that count as on it
+_COARSE = 1000  # fewer cells get a short tail, so that a histogram per image stays small
+# The tails: number of outermost cells that they replace; then cells per unit of the logit and
+# their number, up to the bend at about 50, and the same beyond it, up to 746, where the doubt
+# underflows float64.
 _FINE_TAIL = (8, 20.0, 860, 2.5, 1740)
 _ROUGH_TAIL = (1, 1.0, 12, 0.5, 8)
 
 
 class Grid(NamedTuple):
-    """Where the cells of one predicted class lie, in order of confidence.
+    """The places of the cells of one predicted class, in order of confidence.
 
-    ``inner`` cells of equal width over the probability, and beyond them, in place of the outermost
-    ones, cells of equal width over the logit: ``near`` fine ones from ``start`` to ``bend``, then
-    ``far`` wide ones, of which the last has no end.
+    ``inner`` cells have equal width in the probability. In place of the outermost ones there are
+    cells of equal width in the logit: ``near`` fine ones from ``start`` to ``bend``, then ``far``
+    wide ones, the last of which is unbounded.
     """
 
     half: int
-    """cells of equal width from 1/2 to 1, if all were so"""
+    """number of cells from 1/2 to 1 if all had equal width in the probability"""
     inner: int
     start: float
     near: int
     bend: float
     far: int
     fine: float
-    """cells per unit of the logit, up to the bend; times ``start`` a whole number, so that an edge
-    stays exact where both parts are added"""
+    """cells per unit of the logit up to the bend; times ``start`` it is a whole number, so that an
+    edge stays exact when both parts are added"""
     wide: float
-    """cells per unit of the logit beyond it"""
+    """cells per unit of the logit beyond the bend"""
 
     @property
     def size(self) -> int:
@@ -53,7 +54,7 @@ class Grid(NamedTuple):
         return self.bend + (self.far - 0.5) / self.wide
 
     def coordinate(self, size: Tensor, doubt: Tensor) -> Tensor:
-        """Place along the cells, in cells; three parts that rise one after the other."""
+        """Place along the cells, in cells: the sum of three parts that rise one after another."""
         edge = slack(2 * self.half, size.dtype)
         inside = torch.clamp(self.half + edge - 2 * self.half * doubt, max=self.inner)
         near = (size.clamp(self.start, self.bend) - self.start) * self.fine
@@ -78,8 +79,8 @@ class Grid(NamedTuple):
 def slack(num_cells: int, dtype: torch.dtype) -> float:
     """How far below an edge a value still counts as on it, in cells.
 
-    What rounding left there: 0.9 in float32, or 1 - 0.2. Two units of the precision, and as many
-    for what is rounded here.
+    Rounding leaves values there, such as 0.9 in float32 or 1 - 0.2. Two units of the precision
+    are for the input, two for the rounding here.
     """
     return _SLACK * num_cells * torch.finfo(dtype).eps
 
@@ -94,7 +95,7 @@ def grid(num_cells: int) -> Grid:
 
 
 class Counted(NamedTuple):
-    """What a histogram holds, one row per label in each tensor."""
+    """The state of a histogram; each tensor has a row per label."""
 
     counts: Tensor
     """(labels, 2, 2, cells) elements by predicted class, label and cell, int64"""
@@ -106,7 +107,7 @@ class Counted(NamedTuple):
     """(labels,) float64"""
 
     def plus(self, other: Counted) -> Counted:
-        # Not in place: a state made in inference mode could not be changed outside it.
+        # Not in place: a state created in inference mode can't be changed outside it.
         return Counted(*(mine + part for mine, part in zip(self, other, strict=True)))
 
     def to(self, device: torch.device) -> Counted:
@@ -125,7 +126,7 @@ def nothing(labels: int, cells: int, device: torch.device | str = "cpu") -> Coun
 def count(
     num_cells: int, input: Tensor, target: Tensor, from_logits: bool, ignore_index: int | None
 ) -> Counted:
-    """What a histogram holds that saw these predictions alone; each row of dimension 0 apart."""
+    """The state of a histogram of these predictions alone; one label per row of dimension 0."""
     cells = grid(num_cells)
     if not input.numel():
         return nothing(len(input), cells.size, input.device)
@@ -138,11 +139,11 @@ def count(
 
 
 class _Sweep:
-    """Gathers predictions block by block in the input's precision, float32 at least.
+    """Gathers predictions block by block, in the input's precision, at least float32.
 
-    With doubt d = min(p, 1 - p) and logit x, an element's log loss is -log(1 - d), and |x| more
-    where the prediction is wrong; its squared error is d^2, and 1 - 2d more where the prediction
-    is wrong. All are sums of positive terms: nothing cancels.
+    With doubt d = min(p, 1 - p) and logit x, the log loss of an element is -log(1 - d), plus |x|
+    if the prediction is wrong. Its squared error is d^2, plus 1 - 2d if the prediction is wrong.
+    All terms are positive, so nothing cancels.
     """
 
     def __init__(self, num_cells: int, cells: Grid, input: Tensor, target: Tensor) -> None:
@@ -161,7 +162,7 @@ class _Sweep:
         # Each of these rows is filled by one thread.
         rows = min(_ROWS, torch.get_num_threads()) if input.numel() >= _BLOCK else 1
         self._size = (rows, 4 * cells.size)
-        # Half the memory, where it can't overflow.
+        # Half the memory if it can't overflow.
         self._count_dtype = torch.int32 if input.numel() < 2**31 else torch.int64
         # Fresh memory for each block would cost more than the arithmetic does.
         self._work = [torch.empty(block, dtype=self._dtype, device=device) for _ in range(4)]
@@ -202,9 +203,9 @@ class _Sweep:
             logit = torch.logit(x)
             torch.abs(logit, out=size)
             torch.minimum(x, 1 - x, out=doubt)
-        # Not clamp_(min=0), which on XLA takes what is infinite for the largest number.
+        # Not clamp_(min=0), which on XLA turns infinity into the largest finite number.
         wrong = torch.sub(self._one, y, alpha=2, out=work).mul_(logit).relu_().sum()
-        # There is no logit beyond [0, 1].
+        # Outside [0, 1] the logit is nan.
         legal = ~wrong.isnan() & _zeros_and_ones(label, y, work, ignore_index is not None)
         readable = predictions(legal, x, label, from_logits, ignore_index)
         wide = self._wide[: len(x)].copy_(doubt)
@@ -214,9 +215,9 @@ class _Sweep:
         self._gather(y, size, doubt, wide, None if readable else legal)
 
     def _without(self, ignored: int, x: Tensor, label: Tensor, from_logits: bool) -> Tensor:
-        """The input with ignored elements as if certain, and their labels as if right.
+        """The input with ignored elements made certain and right, which adds 0 to every sum.
 
-        That adds nothing to any sum; they are uncounted at the end.
+        `_parts` takes them off the counts at the end.
         """
         y, keep, _, work = (buffer[: len(x)] for buffer in self._work)
         whole = not label.is_floating_point() and label.dtype != torch.bool
@@ -226,7 +227,7 @@ class _Sweep:
             y.masked_fill_(skipped, 0)
             self._ignored += skipped.sum()
             return x.masked_fill(skipped, -torch.inf if from_logits else 0)
-        # With floats and bits, several times faster than with masks of bool.
+        # By floats and bit operations, several times faster than by bool masks.
         valid = torch.ne(y, ignored, out=work)
         self._ignored += len(y) - valid.count_nonzero()
         y.mul_(valid)
@@ -244,14 +245,14 @@ class _Sweep:
     ) -> None:
         """Count the elements of a block, and sum their doubts, by code and cell."""
         cells = self._grid
-        # Grid.coordinate, in place: what lies beyond the bend is first counted as fine as what
-        # lies before it.
+        # Grid.coordinate, in place: the part up to the bend is counted as wide cells first, then
+        # corrected to fine ones.
         place = torch.sub(self._top, doubt, alpha=2 * cells.half, out=self._work[3][: len(code)])
         place.clamp_(max=self._last)
         place.add_(size.clamp_(cells.start, cells.end), alpha=cells.wide)
         place.add_(size.clamp_(max=cells.bend), alpha=cells.fine - cells.wide)
         place.add_(code, alpha=cells.size)
-        # By way of int32, several times faster than at once.
+        # Through int32, which is several times faster than directly.
         cell = self._cell[: len(code)].copy_(self._narrow[: len(code)].copy_(place))
         if legal is not None:
             cell.clamp_(0, self._size[1] - 1)
@@ -272,9 +273,9 @@ class _Sweep:
 
 
 def _zeros_and_ones(label: Tensor, y: Tensor, work: Tensor, masked: bool) -> Tensor:
-    """Whether that is all that a block of labels holds, as a 0-d tensor.
+    """Whether a block of labels holds only 0 and 1, as a 0-d tensor.
 
-    ``y`` are its floats, of which some are 0 instead where it is ``masked``.
+    ``y`` are the labels as floats; if ``masked``, ignored ones are 0 in it.
     """
     if label.dtype == torch.bool:
         return torch.ones((), dtype=torch.bool, device=label.device)
@@ -286,7 +287,7 @@ def _zeros_and_ones(label: Tensor, y: Tensor, work: Tensor, masked: bool) -> Ten
 
 
 def _sum_log_sure(values: Tensor, work: Tensor) -> Tensor:
-    """Sum of log(1 - v) for v in [0, 1/2]; small ones keep every digit.
+    """Sum of log(1 - v) for v in [0, 1/2], accurate for small v.
 
     One logarithm for four elements, since (1 - a)(1 - b) = 1 - (a + b - ab).
     """
@@ -304,7 +305,7 @@ def _sum_log_sure(values: Tensor, work: Tensor) -> Tensor:
 def predictions(
     legal: Tensor, input: Tensor, target: Tensor, from_logits: bool, ignored: int | None
 ) -> bool:
-    """Refuse predictions that can't be measured; False where `legal`, 0-d, can't be read."""
+    """Refuse illegal predictions; return False if `legal`, 0-d, can't be read."""
     known = readable(legal)
     if known is False:
         if ignored is not None:
@@ -345,7 +346,7 @@ def predictions(
 
 
 def readable(flag: Tensor) -> bool | None:
-    """The value of a 0-d tensor; None where a look would wait or break a trace.
+    """The value of a 0-d bool tensor; None if reading it would wait or break a trace.
 
     Values are read on the CPU only, and not under compile, export, vmap or fake tensors.
     """
@@ -358,17 +359,17 @@ def readable(flag: Tensor) -> bool | None:
 
 
 class Array(Protocol):
-    """A NumPy array, or what becomes one by itself."""
+    """A NumPy array, or an object that converts itself to one."""
 
     def __array__(self) -> Any: ...
 
 
 def tensor(value: Any, name: str) -> Any:
-    """A NumPy array, or what becomes one by itself (a number or column of it), as a Tensor."""
+    """A NumPy array, scalar or DataFrame column as a Tensor; other values are returned as is."""
     if isinstance(value, Tensor) or not hasattr(value, "__array__"):
         return value
     array = value.__array__()
-    # torch takes neither read-only memory, nor reversed, nor foreign byte order.
+    # torch accepts neither read-only memory, negative strides nor a foreign byte order.
     if not array.flags.writeable or not array.flags.c_contiguous or not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="), order="C")
     try:

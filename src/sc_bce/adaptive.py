@@ -1,4 +1,4 @@
-"""The loss that owns one perturbation level per training sample: configuration, forward, step."""
+"""The adaptive loss, one perturbation level per training sample: configuration, forward, step."""
 
 from __future__ import annotations
 
@@ -27,44 +27,44 @@ __all__ = ["AdaptivePerturbation"]
 Criterion = TypeVar("Criterion", bound="AdaptivePerturbation")
 
 _OBJECTIVES = ("feedback", "calibration", "max_entropy")
-_FIRST = 4  # training batches of which every floating-point label is looked at, on a CPU
-_EQUAL = 1e-6  # how far the ranks' values may lie apart
-_PATIENCE = 10_000  # batches without a step before the warning, where no epoch can be counted
+_FIRST = 4  # training batches whose floating-point labels are all checked, on a CPU
+_EQUAL = 1e-6  # how far the values of the ranks may differ
+_PATIENCE = 10_000  # batches without a step before the warning, if no epoch can be counted
 
 
 class _Seen:
-    """What this process has seen; apart from the module, whose attributes are slow to set."""
+    """What this process has seen; kept outside the module, whose attributes are slow to set."""
 
     batches = 0  # in training
     samples = 0  # since the last step
 
 
 class AdaptivePerturbation(Levels):
-    r"""Self-calibrating binary cross entropy whose perturbation levels are learned (ASLP).
+    r"""Binary cross entropy whose label smoothing is set by measured calibration (adaptive, ASLP).
 
     .. math::
         \ell(x_i, y_i) = \mathrm{BCE}\big(x_i,\; y_i + \alpha_i\beta\,(c - y_i)\big)
 
     with :math:`x_i` the logits of training sample :math:`i`, :math:`y_i` its target,
-    :math:`\alpha_i` its level, the probability that its labels are perturbed, 0 at the start,
-    :math:`\beta` the strength and :math:`c` the prior that perturbed labels move towards. What
-    moves the levels is the ``objective``, from the validation data given to :meth:`step`:
+    :math:`\alpha_i` its level (the probability that its labels are perturbed, 0 at the start),
+    :math:`\beta` the strength and :math:`c` the prior that perturbed labels move towards. The
+    ``objective`` says how the levels follow the validation data given to :meth:`step`:
 
-    - ``"feedback"`` (ours): as much as the validation logits are too large. ``step(histogram)``
-      sets one level for all samples,
+    - ``"feedback"`` (ours) raises the level while the validation logits are too large.
+      ``step(histogram)`` sets one level for all samples,
 
       .. math::
           \alpha \leftarrow \mathrm{clip}\big(\alpha + \tfrac{0.1}{\beta}\,
           \mathrm{clip}(1 - a, -1, 1),\, 0,\, \mathrm{cap}\big),
 
-      with :math:`a` the slope of the logistic recalibration of the validation logits (below 1:
-      over-confident). Given numbers in place of a histogram, or with ``focus``, the levels climb
-      as below, with a budget :math:`u` in place of :math:`r` that each step moves by half of the
-      gap between confidence and accuracy.
+      with :math:`a` the calibration slope of the validation logits (below 1: over-confident). If
+      :meth:`step` gets numbers instead of a histogram, or ``focus`` is above 0, the levels climb
+      as below, under a budget :math:`u` in place of :math:`r`, which each step moves by half of
+      the gap between confidence and accuracy.
     - ``"calibration"`` (the paper's MC): each level climbs on the loss that the network descends
-      on, under a constraint :math:`R_i = \min(r - \kappa\alpha_i, 0)` with the budget
-      :math:`r = 1 - A`, :math:`A` the validation accuracy, so that the expected confidence of
-      the target equals the accuracy.
+      on, under the constraint :math:`R_i = \min(r - \kappa\alpha_i, 0)` with the budget
+      :math:`r = 1 - A`, :math:`A` the validation accuracy. The expected confidence of the target
+      then equals the accuracy.
     - ``"max_entropy"`` (the paper's MEI): the same with :math:`R = \min(A - A_\mathrm{ref}, 0)`,
       the most entropy that keeps accuracy.
 
@@ -75,53 +75,55 @@ class AdaptivePerturbation(Levels):
         0,\, \mathrm{cap}\big), \qquad \bar s_i = \mathrm{mean}\,[\beta\,(y_i - c)\, x_i]
 
     with :math:`\eta` the ``lr`` and :math:`\lambda` the ``penalty``. The solver ``"proximal"``
-    has the same fixed point, takes the constraint at the new level, and climbs in doubt,
-    :math:`\kappa\alpha`: :math:`\kappa`, the mean of :math:`\beta\,(1 - c)` where y is 1 and
-    :math:`\beta c` elsewhere, is what a level of 1 costs in confidence. The cap keeps both labels
-    on their side of 1/2: :math:`\min(1,\, 1/(2\max(c, 1-c)\,\beta) - 0.01)`.
+    has the same fixed point. It takes the constraint at the new level and climbs in doubt,
+    :math:`\kappa\alpha`, with :math:`\kappa` the confidence that a level of 1 costs: the mean of
+    :math:`\beta\,(1 - c)` over positives and :math:`\beta c` over negatives. The cap keeps both
+    labels on their side of 1/2: :math:`\min(1,\, 1/(2\max(c, 1-c)\,\beta) - 0.01)`.
 
     Special cases: :meth:`published` is the paper's setting. ``num_samples=None`` learns one level
-    for all samples. During the warm-up, and under ``eval()`` or ``no_grad`` at any time, this is
-    :func:`torch.nn.functional.binary_cross_entropy_with_logits`, bit for bit.
+    for all samples. During the warm-up, and under ``eval()`` or ``no_grad`` at any time, the loss
+    is :func:`torch.nn.functional.binary_cross_entropy_with_logits`, bit for bit.
 
     Args:
         num_samples: number M of training samples, or None for one shared level, which needs no
-            index (streams, or no way to pass one).
-        beta: perturbation strength, in (0, 1 / max(prior, 1 - prior)]. None is the largest for a
-            number ``prior``, and 1 otherwise: the label is replaced by the prior. Default: None.
-        prior: a number between 0 and 1; a tensor that broadcasts to ``input`` from the last
-            dimension, as ``pos_weight`` does; or ``"observed"``, the base rate
-            :math:`(N_+ + \tfrac12)/(N + 1)` of the labels seen in training, counted in each
-            forward and used from the next :meth:`step` on. Default: ``"observed"``.
+            index (for streams, or if the index can't be passed).
+        beta: perturbation strength, in (0, 1 / max(prior, 1 - prior)]. None takes the largest if
+            ``prior`` is a number, and 1 otherwise: the label is replaced by the prior. Default:
+            None.
+        prior: what perturbed labels move towards: a number between 0 and 1; a tensor that
+            broadcasts to ``input`` from the last dimension, as ``pos_weight`` does; or
+            ``"observed"``, the base rate :math:`(N_+ + \tfrac12)/(N + 1)` of the labels seen in
+            training, counted in each forward and used from the next :meth:`step` on. Default:
+            ``"observed"``.
         objective: ``"feedback"``, ``"calibration"`` or ``"max_entropy"``. Default:
             ``"feedback"``.
         lr: step size of levels that climb, positive. Default: 0.002.
-        penalty: weight of their constraint, not negative. Default: 2000.
-        warmup: number of epochs (calls of :meth:`step`) before the levels move; 0 is treated as
-            1. Default: 1.
+        penalty: weight of the constraint on levels that climb, not negative. Default: 2000.
+        warmup: number of epochs (calls of :meth:`step`) before the levels start to move; 0 is
+            treated as 1. Default: 1.
         solver: ``"proximal"`` is stable for every ``lr`` and ``penalty``; ``"explicit"`` is the
             published rule. Default: ``"proximal"``.
-        focus: exponent k that shares a budget out by difficulty: sample i gets
-            :math:`\min(r w_i, 0.45)`, :math:`w_i` its :math:`(1 - \bar A_i)^k` over the mean of
-            all seen, with :math:`\bar A_i` a running mean of its training accuracy. Levels then
-            climb. No effect on ``"max_entropy"``, which has no budget. Default: 0.
+        focus: exponent k that shares out the budget by difficulty: sample i gets
+            :math:`\min(r w_i, 0.45)` with :math:`w_i` its :math:`(1 - \bar A_i)^k` divided by the
+            mean over the samples seen, :math:`\bar A_i` a running mean of its training accuracy.
+            Levels then climb. No effect on ``"max_entropy"``, which has no budget. Default: 0.
         sampling: ``"sample"`` draws once per sample, ``"element"`` once per element,
             ``"expected"`` uses the mean. Default: ``"sample"``.
         num_labels: with the observed prior, the number C of labels in dimension 1, each of which
             gets its own base rate; None pools them. Default: None.
-        reference_accuracy: :math:`A_\mathrm{ref}` of ``"max_entropy"``; None is the best seen so
-            far. Default: None.
-        weight: as in torch; enters the slope of the levels too. Default: None.
-        pos_weight: as in torch; does not enter it. Default: None.
-        ignore_index: elements whose target has this value count for nothing, neither in the loss
-            nor for the level. Default: None.
+        reference_accuracy: :math:`A_\mathrm{ref}` of ``"max_entropy"``; None takes the best seen
+            so far. Default: None.
+        weight: as in torch; also weights the slopes that move the levels. Default: None.
+        pos_weight: as in torch; not part of the slopes. Default: None.
+        ignore_index: elements whose target has this value are left out of the loss and of the
+            levels. Default: None.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``. Default: ``"mean"``.
-        generator: source of the draws, on the device of the input; its state is saved in
+        generator: source of the draws, on the device of the input; its state is part of
             ``state_dict``. None is torch's global one. Default: None.
 
     Attributes:
-        alpha: the table of levels, shape (M,), float32 whatever the module is cast to.
-        prior: a number, or a tensor; with ``"observed"`` 0-d, or (C,) with ``num_labels``.
+        alpha: the table of levels, shape (M,), float32 even if the module is cast.
+        prior: a number or a tensor; with ``"observed"`` 0-d, or (C,) with ``num_labels``.
         doubt: mean of kappa times alpha over the rows trained so far, 0-d.
         flip_rates: the pair (g0, g1) of mean flip rates, for :class:`TemperatureScaling`.
 
@@ -132,30 +134,32 @@ class AdaptivePerturbation(Levels):
         - Returns: scalar, or the shape of ``input`` for ``reduction="none"``.
 
     Raises:
-        ValueError: at construction, an argument out of its range or an unknown name; in use, a
-            missing index, one of another length, and what :func:`sc_bce_with_logits` refuses.
-        TypeError: an argument of the wrong type.
-        IndexError: an index negative or out of range, if it is on the CPU.
+        ValueError: at construction, an argument is out of its range or a name is unknown; in use,
+            the index is missing or has another length, and as :func:`sc_bce_with_logits`.
+        TypeError: an argument has the wrong type.
+        IndexError: an index on the CPU is negative or out of range.
 
     Note:
-        A training forward returns the loss under the levels held before and then moves those of
-        its batch, unless it is called with ``update=False``; :meth:`update` moves them alone. A
-        sample that stands in the batch more than once takes one step with the mean of its
-        slopes. Samples without a valid element, and non-finite logits, move nothing. The cost is
-        O(batch), whatever M, and nothing waits for an accelerator. An index there is not checked:
-        one out of range fails in the kernel.
+        Pass the index of each sample in training: :class:`IndexedDataset` yields it. Call
+        :meth:`step` after each validation. A training forward returns the loss under the levels
+        held so far and then moves those of its batch, unless it is called with ``update=False``;
+        :meth:`update` moves the levels alone. A sample that occurs in a batch more than once
+        takes one step with the mean of its slopes. Samples without a valid element and
+        non-finite logits move nothing. The cost is O(batch), independent of M, and nothing waits
+        for an accelerator. An index on an accelerator is not checked: one out of range fails in
+        the kernel.
 
-        Keep the module with the model: move it with ``to(device)``, save its ``state_dict`` for
-        an exact resume. In several processes :meth:`step` merges the tables.
+        Keep the module with the model: move it with ``to(device)`` and save its ``state_dict``
+        for an exact resume. In several processes :meth:`step` merges the tables.
 
-        A prior other than 1/2 moves the decision: P(y = 1) >= 1/2 means
+        A prior other than 1/2 moves the decision threshold: P(y = 1) >= 1/2 becomes
         ``sigmoid(x) >= (1 - s) / 2 + s * c`` with s the mean of alpha times beta. A repair after
         training brings it back to 1/2.
 
-        What looks like a mistake is said once, as a warning: training without :meth:`step`, an
-        index that leaves most rows untouched, a :meth:`step` after every batch, levels at which
-        ``pos_weight`` calls every negative positive, and a backward pass through a loss computed
-        in evaluation mode.
+        Likely mistakes give a warning, once each: training without :meth:`step`, an index that
+        leaves most rows untouched, a :meth:`step` after every batch, levels at which
+        ``pos_weight`` makes every prediction positive, and a backward pass through a loss that
+        was computed in evaluation mode.
 
     References:
         Liu et al., ICCV 2023, arXiv 2307.13539 (ASLP: MEI and MC; ``lr`` and ``penalty`` are
@@ -163,16 +167,18 @@ class AdaptivePerturbation(Levels):
 
     Example:
         >>> import torch
-        >>> from sc_bce import AdaptivePerturbation
-        >>> criterion = AdaptivePerturbation.published(num_samples=4, warmup=1, sampling="expected")
+        >>> from sc_bce import AdaptivePerturbation, CalibrationHistogram
+        >>> criterion = AdaptivePerturbation(num_samples=4)
         >>> logits = torch.tensor([[4.0], [-2.0]], requires_grad=True)
         >>> target = torch.tensor([[1], [0]])
-        >>> index = torch.tensor([0, 3])
-        >>> criterion.step(accuracy=0.9)  # once per epoch, after validation
-        >>> criterion(logits, target, index).detach()
-        tensor(0.0725)
-        >>> criterion.alpha
-        tensor([0.0080, 0.0000, 0.0000, 0.0040])
+        >>> criterion(logits, target, index=torch.tensor([0, 3])).backward()  # in training
+        >>> validation = torch.tensor([3.0] * 100 + [-3.0] * 100)  # confidence 0.95
+        >>> labels = (validation > 0) == (torch.arange(200) % 100 < 80)  # accuracy 0.8
+        >>> histogram = CalibrationHistogram()
+        >>> histogram.update(validation, labels)
+        >>> criterion.step(histogram)  # after each epoch
+        >>> criterion.alpha  # over-confident, so the level rises
+        tensor([0.0538, 0.0538, 0.0538, 0.0538])
     """
 
     prior: float | Tensor
@@ -241,25 +247,79 @@ class AdaptivePerturbation(Levels):
     def published(
         cls: type[Criterion], num_samples: int | None, objective: str = "calibration", **kwargs: Any
     ) -> Criterion:
-        """The paper's setting: strength 2 towards 1/2, explicit solver, no focus, warm-up of 5."""
+        """The paper's setting (ASLP): strength 2 towards 1/2, explicit solver, warm-up of 5.
+
+        Args:
+            num_samples: as in the constructor.
+            objective: ``"calibration"`` (the paper's MC) or ``"max_entropy"`` (MEI). Default:
+                ``"calibration"``.
+            **kwargs: other arguments of the constructor, which override the setting.
+
+        References:
+            Liu et al., ICCV 2023, arXiv 2307.13539.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import AdaptivePerturbation
+            >>> setting = {"warmup": 1, "sampling": "expected"}
+            >>> criterion = AdaptivePerturbation.published(num_samples=4, **setting)
+            >>> criterion.step(accuracy=0.9)  # after each epoch
+            >>> logits = torch.tensor([[4.0], [-2.0]], requires_grad=True)
+            >>> target = torch.tensor([[1], [0]])
+            >>> criterion(logits, target, index=torch.tensor([0, 3])).detach()
+            tensor(0.0725)
+            >>> criterion.alpha  # the forward moves the levels of its batch
+            tensor([0.0080, 0.0000, 0.0000, 0.0040])
+        """
         own = {"beta": 2.0, "prior": 0.5, "solver": "explicit", "focus": 0.0, "warmup": 5}
         return cls(num_samples, objective=objective, **{**own, **kwargs})
 
     @property
     def doubt(self) -> Tensor:
-        """Mean of kappa alpha over the rows trained so far (before any, over all): their cost."""
+        """Mean of kappa alpha over the rows trained so far: the confidence that the levels cost.
+
+        If no row was trained yet, the mean over all rows.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import AdaptivePerturbation
+            >>> criterion = AdaptivePerturbation(num_samples=4, prior=0.5)  # kappa is beta / 2 = 1
+            >>> _ = criterion.alpha.fill_(0.1)
+            >>> criterion.doubt
+            tensor(0.1000)
+        """
         return self._kappa * self.mean_level(self.trained)
 
     @property
     def flip_rates(self) -> tuple[Tensor, Tensor]:
-        """Mean flip rates (g0, g1) over the rows trained so far: 0-d, or one per label, (C,)."""
+        """Mean flip rates (g0, g1) over the rows trained so far: 0-d, or (C,), one per label.
+
+        Pass it to :class:`TemperatureScaling` to remove the flip after training.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import AdaptivePerturbation
+            >>> criterion = AdaptivePerturbation(num_samples=4, prior=0.02, beta=1.0)
+            >>> _ = criterion.alpha.fill_(0.2)
+            >>> criterion.flip_rates
+            (tensor(0.0040), tensor(0.1960))
+        """
         strength = self.beta * self.mean_level(self.trained)
         prior = _batch.flat(self.prior).to(strength.device)
         return strength * prior, strength * (1 - prior)
 
     @property
     def flip_rate(self) -> Tensor:
-        """Both flip rates where they are one, at ``prior=0.5``: 0-d."""
+        """The mean flip rate that both labels share at ``prior=0.5``, 0-d.
+
+        Raises:
+            ValueError: another prior, whose two rates differ.
+
+        Example:
+            >>> from sc_bce import AdaptivePerturbation
+            >>> AdaptivePerturbation(num_samples=4, prior=0.5).flip_rate
+            tensor(0.)
+        """
         return _batch.single_flip_rate(self.flip_rates, self.prior)
 
     def forward(
@@ -294,19 +354,20 @@ class AdaptivePerturbation(Levels):
 
     @torch.no_grad()
     def update(self, input: Tensor, target: Tensor, index: Tensor | None = None) -> None:
-        """Move the levels of a batch and compute no loss; in any mode, with or without gradients.
+        """Move the levels of a batch without computing a loss.
 
-        For a loss that is computed more than once per batch: call the criterion with
-        ``update=False`` there, and this once.
+        For a loss that is computed more than once per batch (several heads, checkpointing): call
+        the criterion with ``update=False``, and this method once per batch. It works in any mode,
+        with or without gradients.
 
         Args:
-            input: logits, as in the forward. Of several heads, pass their mean: a level climbs
-                along the slope, which is linear in the logits.
+            input: logits, as in the forward. For several heads, pass the mean of their logits: a
+                level climbs along the slope, which is linear in the logits.
             target: labels, as in the forward.
             index: sample indices, as in the forward.
 
         Raises:
-            ValueError, TypeError, IndexError: as the forward does; the levels are then unchanged.
+            ValueError, TypeError, IndexError: as in the forward; the levels are then unchanged.
 
         Example:
             >>> import torch
@@ -331,7 +392,7 @@ class AdaptivePerturbation(Levels):
         )
 
     def _prepare(self, input: Tensor, target: Tensor, index: Tensor | None) -> tuple[Tensor, Batch]:
-        """The row of each sample, on the table's device, and the batch."""
+        """Check a batch; return the row of each sample, on the table's device, and the batch."""
         _batch.logits(input)
         shared = self.num_samples is None
         if shared and index is not None:
@@ -385,11 +446,11 @@ class AdaptivePerturbation(Levels):
             self._refresh()
 
     def _refresh(self) -> None:
-        """What follows from the state, once it has changed."""
+        """Recompute what depends on the state, after each change of it."""
         if self.observes:
             rate = levels.base_rate(self.counts)
             self.prior = rate if self.num_labels is not None else rate.reshape(())
-        elif self._given is not None:  # whatever became of the buffer: cast, or never filled
+        elif self._given is not None:  # the buffer may have been cast, or never filled
             self.prior = self._given.to(self.alpha.device)
         self._kappa = levels.cost(self.beta, self.prior, self.counts)
         self._cap = levels.cap(self.beta, self.prior)
@@ -398,7 +459,7 @@ class AdaptivePerturbation(Levels):
             self._steps = int(self.epoch.steps)
             self._past_warmup = self._steps >= max(self.warmup, 1)
             self._climbs = self._past_warmup and bool(self.epoch.climbs)
-            # Whether a batch's slopes are needed, be it to see which samples are finite.
+            # Whether the slopes of a batch are needed, if only to see which samples are finite.
             self._follows = self._climbs or self.focus > 0
 
     @torch.no_grad()
@@ -409,39 +470,46 @@ class AdaptivePerturbation(Levels):
         *,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Report validation accuracy and mean confidence, or a histogram of both, once per epoch.
+        """Report the measured calibration of the validation data, once per epoch.
 
-        Ends an epoch of the warm-up, sets the budget of the next epoch and, in several processes,
-        merges the tables: each row becomes the mean of its values over the ranks that moved it.
-        It is then collective: every rank of ``group`` calls it, with the same, already reduced,
-        values. A rank that never calls shows as the group's timeout.
+        Ends an epoch of the warm-up, sets the level or the budget of the next epoch and, in
+        several processes, merges the tables: each row becomes the mean of its values over the
+        ranks that moved it. The call is then collective: every rank of ``group`` must call it
+        with the same, already reduced values. If a rank never calls it, the group times out.
 
         Args:
-            accuracy: share of right predictions, in [0, 1], a number or 0-d tensor; or, in place
-                of both, what has the methods ``accuracy()`` and ``confidence()``, as a
-                :class:`CalibrationHistogram`, whose labels are pooled.
-            confidence: mean top-label confidence, in [0, 1], from the same data. Needed by the
-                objective ``"feedback"``.
+            accuracy: a :class:`CalibrationHistogram` of the validation data, whose labels are
+                pooled, or any object with the methods ``accuracy()`` and ``confidence()``; or
+                the validation accuracy in [0, 1], as a number or 0-d tensor.
+            confidence: mean top-label confidence, in [0, 1], of the same data, if ``accuracy`` is
+                a number. Required by the objective ``"feedback"``. Default: None.
             group: the processes that train together. Default: all.
 
         Raises:
-            ValueError: a value outside [0, 1] or nan, on any rank; values that differ between
-                ranks; ``"feedback"`` without ``confidence``. Nothing has changed then.
-            TypeError: not a number or 0-d tensor.
+            ValueError: a value is nan or outside [0, 1] on any rank; the ranks' values differ;
+                the histogram is empty; ``confidence`` is missing for ``"feedback"``. Nothing is
+                changed then.
+            TypeError: ``accuracy`` or ``confidence`` has the wrong type.
 
         Example:
+            >>> import torch
             >>> from sc_bce import AdaptivePerturbation, CalibrationHistogram
-            >>> criterion = AdaptivePerturbation(num_samples=600)
+            >>> _ = torch.manual_seed(0)
+            >>> truth = torch.randn(1000)
+            >>> target = torch.rand(1000) < torch.sigmoid(truth)
             >>> histogram = CalibrationHistogram()
-            >>> histogram.update(torch.tensor([3.0, -2.0]), torch.tensor([1, 1]))
+            >>> histogram.update(3 * truth, target)  # over-confident: slope 1/3
+            >>> criterion = AdaptivePerturbation(num_samples=600)
             >>> criterion.step(histogram)
+            >>> round(float(criterion.alpha.mean()), 2)
+            0.07
         """
         reading = _agreed(_reading(accuracy, confidence, self.objective), group)
         moved, trained = self._merge(group)
         counts = self.counts + levels.reduced(self.fresh, group)
         self.hold({"counts": counts, "fresh": torch.zeros_like(self.fresh)})
         self.hold({"alpha": self.alpha.clamp(max=self._cap)})
-        # One level for all, set here, if its best guide was measured.
+        # With a calibration slope, one level for all samples is set here.
         slope = reading.slope if self.objective == "feedback" and self.focus == 0 else None
         doubt = None
         if self._steps + 1 >= max(self.warmup, 1):
@@ -462,22 +530,22 @@ class AdaptivePerturbation(Levels):
         if self.generator is not None:
             levels.reseed(self.generator, self.alpha.device, group)
         self.hold(epoch._asdict())
-        # Last: a warning may be an error.
+        # Last, since a warning can be turned into an error.
         gap = self.objective == "feedback" and slope is None
         facts = {"trained": trained, "touched": int(moved.sum()), "rows": len(moved)}
         for name in _mistakes(self, gap=gap, **facts):
             self._warn(name, **facts)
 
     def _merge(self, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
-        """Merge the tables of the processes; the rows that any moved, and the samples of all."""
+        """Merge the tables; return the rows that any rank moved, and the ranks' sample count."""
         trained = torch.tensor(self._seen.samples, device=self.alpha.device)
         self._seen.samples = 0
-        # What no batch has moved is the same on all ranks.
+        # Columns that no batch has moved are the same on all ranks.
         moved = self.merge(self.columns if self._follows else {}, group)
         return moved, int(levels.reduced(trained, group))
 
     def _warn(self, name: str, **facts: object) -> None:
-        """Say once what looks like a mistake."""
+        """Warn of a likely mistake, once."""
         if name not in self._warned and not torch.compiler.is_compiling():
             self._warned.add(name)
             _checks.warn(_WARNINGS[name].format(**facts))
@@ -490,12 +558,12 @@ class AdaptivePerturbation(Levels):
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Not on the meta device, nor a fake one."""
+    """Whether the tensor has data: it is neither on the meta device nor fake."""
     return type(tensor) is Tensor and not tensor.is_meta
 
 
 def _counted(prior: float | Tensor) -> tuple[int, ...] | None:
-    """What labels are counted for: a shape that broadcasts to the batch; None at 1/2."""
+    """The shape of the label counts, which broadcasts to the batch; None at 1/2, if not needed."""
     if isinstance(prior, Tensor):
         return tuple(prior.shape)
     return () if prior != 0.5 else None
@@ -506,7 +574,7 @@ _WARNINGS = {
     "the levels don't move and the loss is plain BCE; call `criterion.step(histogram)` after each "
     "epoch",
     "index": "the criterion was built with num_samples=None, one level for all samples, so `index` "
-    "is not used; pass num_samples=len(dataset) to give each its own",
+    "is not used; pass num_samples=len(dataset) to give each sample its own",
     "position": "since the last step the criterion saw {trained} samples but only {touched} of its "
     "{rows} rows; pass the index of each sample in the dataset, as IndexedDataset yields it, not "
     "its position in the batch",
@@ -515,9 +583,8 @@ _WARNINGS = {
     "pos_weight": "pos_weight shifts every probability, and the gap between confidence and "
     "accuracy with it, so the levels move against the shift; pass `step(histogram)` with focus=0, "
     "whose calibration slope does not see it",
-    "one side": "at the levels reached, pos_weight takes the answer to a sure negative or a sure "
-    "positive to the other side of 1/2; lower pos_weight, or take the base rate of the positives "
-    "as `prior`",
+    "one side": "at the levels reached, pos_weight moves the prediction for a sure negative or a "
+    "sure positive across 1/2; lower pos_weight, or set `prior` to the base rate of the positives",
     "eval": _checks.TRAINED_IN_EVAL.format("AdaptivePerturbation"),
 }
 
@@ -525,10 +592,10 @@ _WARNINGS = {
 def _mistakes(
     own: AdaptivePerturbation, trained: int, touched: int, rows: int, gap: bool
 ) -> Iterator[str]:
-    """What a step makes of the samples and rows since the last one."""
+    """Names of the likely mistakes that a step sees in the samples and rows since the last one."""
     if own.num_samples is not None and trained >= rows > 2 * touched:
         yield "position"
-    # A process that resumed in the middle of an epoch has seen fewer samples than were touched.
+    # A process that resumed within an epoch has seen fewer samples than were touched.
     if int(own.steps) > 1 and 0 < 10 * max(trained, touched) < rows:
         yield "often"
     if gap and own.pos_weight is not None:
@@ -538,10 +605,10 @@ def _mistakes(
 
 
 def _one_sided(pos_weight: Tensor, up: Tensor, down: Tensor) -> bool:
-    """Whether a label is called the other by who learned these flip rates, at least one above 0."""
+    """Whether a perfect fit at these flip rates, one above 0, puts a label across 1/2."""
     w, up, down = (value.double().reshape(-1) for value in (pos_weight, up, down))
     if len(w) != len(up) and 1 not in (len(w), len(up)):
-        return False  # they lie along different dimensions
+        return False  # they belong to different dimensions
     return bool(((up + down > 0) & ((w * up >= 1 - up) | (w * (1 - down) <= down))).any())
 
 
@@ -554,7 +621,7 @@ def _is_late(seen: _Seen, own: AdaptivePerturbation) -> bool:
 
 
 def _shown(own: AdaptivePerturbation) -> list[str]:
-    """The configuration and the state, for repr."""
+    """Configuration and state, for repr."""
     prior = "prior='observed'" if own.observes else _batch.shown_prior(own.prior)
     shown = [
         f"num_samples={own.num_samples}, beta={own.beta}, {prior}",
@@ -575,7 +642,7 @@ def _shown(own: AdaptivePerturbation) -> list[str]:
 
 
 def _refusal(own: AdaptivePerturbation, saved: Mapping[str, Tensor]) -> str | None:
-    """Why a saved state is not one of this table, in a sentence."""
+    """Why a saved state does not fit this table, in a sentence; None if it does."""
     alpha, setting = saved.get("alpha"), saved.get("setting")
     if isinstance(alpha, Tensor) and alpha.shape != own.alpha.shape:
         return _loaded(
@@ -636,7 +703,7 @@ def _loaded(own: str, saved: str, remedy: str) -> str:
 def _require_target(
     beta: float | None, prior: float | Tensor | str, num_labels: int | None
 ) -> tuple[float, int]:
-    """Strength, and the number of priors."""
+    """Check the target's arguments; return the strength and the number of priors."""
     if num_labels is not None:
         _checks.positive_int("num_labels", num_labels)
     labels, high, own = num_labels or 1, 2.0, 1.0
@@ -646,7 +713,7 @@ def _require_target(
             got = f"{labels} values"
             raise ValueError(sentence("prior", f"have num_labels={num_labels} values", got))
         if prior.numel() and _batch.readable(prior) and not prior.is_complex():
-            # A drawn label stays in [0, 1].
+            # So that a drawn label stays in [0, 1].
             c = prior.detach().float()
             high = 1 / float(torch.maximum(c, 1 - c).max().clamp(max=1))
     elif isinstance(prior, str):
@@ -687,7 +754,7 @@ def _require_rows(num_samples: int | None, focus: float) -> None:
         _checks.positive_int("num_samples", num_samples)
     elif focus > 0:
         remedy = "give each sample its own with `num_samples=len(dataset)`"
-        raise ValueError(sentence("focus", "be 0 where one level is shared", focus, remedy))
+        raise ValueError(sentence("focus", "be 0 if all samples share one level", focus, remedy))
 
 
 def _rows_of(index: Tensor | None, input: Tensor, table: Tensor, shared: bool) -> Tensor:
@@ -701,16 +768,16 @@ def _rows_of(index: Tensor | None, input: Tensor, table: Tensor, shared: bool) -
         return torch.zeros(samples, dtype=torch.int64, device=table.device)
     rows = _require_index(index, input.shape[:1], len(table)).reshape(samples)
     if rows.device != table.device:
-        # Only towards an accelerator: what comes from one is read on arrival.
+        # Non-blocking only towards an accelerator: what comes from one is read on arrival.
         rows = rows.to(table.device, non_blocking=rows.device.type == "cpu")
     if torch.compiler.is_compiling():
-        # Inductor reads a negative index from the end; beyond it, the bounds check finds it.
+        # Inductor reads a negative index from the end; past the end, its bounds check catches it.
         rows = torch.where(rows < 0, len(table), rows)
     return rows
 
 
 def _require_index(index: object, shape: torch.Size, num_samples: int) -> Tensor:
-    """The index of a training batch; its range is checked where no accelerator would wait."""
+    """Check the index of a training batch; its range only where no accelerator would wait."""
     if index is None:
         raise ValueError(
             sentence(
@@ -738,15 +805,15 @@ def _require_index(index: object, shape: torch.Size, num_samples: int) -> Tensor
                 sentence(
                     "index", f"be in [0, {num_samples - 1}]", low if low < 0 else high,
                     f"num_samples={num_samples} must count every sample of the indexed dataset, "
-                    "also where a Subset around it (random_split) is trained on; `resize` makes "
-                    "room for new ones",
+                    "even if you train on a Subset of it (random_split); `resize` makes room for "
+                    "new ones",
                 )
             )  # fmt: skip
     return index
 
 
 class _Reading(NamedTuple):
-    """What a step is given, and what is wrong with it."""
+    """What one rank passed to a step, and the error in it."""
 
     accuracy: float = 0.0
     confidence: float | None = None
@@ -783,7 +850,7 @@ def _reading(accuracy: Any, confidence: Any, objective: str) -> _Reading:
 
 
 def _agreed(own: _Reading, group: dist.ProcessGroup | None) -> _Reading:
-    """The reading of all ranks, judged by all alike."""
+    """The reading that all ranks share; every rank raises if any rank's is wrong."""
     given: list[Any] = [own]
     if levels.world_size(group) > 1:
         given = [None] * levels.world_size(group)
@@ -797,5 +864,5 @@ def _agreed(own: _Reading, group: dist.ProcessGroup | None) -> _Reading:
         if known and (len(known) < len(values) or max(known) - min(known) > _EQUAL):
             remedy = "reduce it first, for example `histogram.all_reduce()`"
             raise ValueError(sentence(name, "be the same on every rank", values, remedy))
-    first: _Reading = given[0]  # of whose slope all take the same bits
+    first: _Reading = given[0]  # all ranks use its slope, so that the levels agree bit for bit
     return first

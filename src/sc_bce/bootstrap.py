@@ -1,4 +1,4 @@
-"""Is the difference real? A bootstrap over images: pixels of one image err together."""
+"""Confidence intervals of calibration measures: a bootstrap over images, not over pixels."""
 
 from __future__ import annotations
 
@@ -19,48 +19,61 @@ _MEASURES = (
     "nll", "brier", "ece", "oe", "mce", "adaptive_ece", "sweep_ece", "debiased_ece", "accuracy",
     "confidence", "slope", "intercept", "refinement",
 )  # fmt: skip
-_TOGETHER = 1 << 24  # numbers of the resampled cells that are held at once
+_TOGETHER = 1 << 24  # numbers of resampled cells that are held at once
 
 
 class Interval(NamedTuple):
-    """A measure and where it lies with a confidence of ``level``."""
+    """A confidence interval of a calibration measure, returned by ``ImageHistograms.interval``.
+
+    Example:
+        >>> import torch
+        >>> from sc_bce import ImageHistograms
+        >>> _ = torch.manual_seed(0)
+        >>> images = ImageHistograms()
+        >>> images.update(torch.randn(50, 16, 16), torch.rand(50, 16, 16) < 0.5)
+        >>> value, low, high = images.interval("nll")
+        >>> low < value < high
+        True
+    """
 
     value: float
-    """of the images that were seen"""
+    """the measure on the images that were seen"""
     low: float
-    """lower end; 0 of a measure that can't be told from 0"""
+    """lower end; 0 if an error can't be distinguished from 0"""
     high: float
     """upper end"""
 
 
 class ImageHistograms:
-    r"""One coarse histogram per image, and from them an interval for any calibration measure.
+    r"""Bootstrap confidence intervals over images for any calibration measure (ECE, NLL, ...).
 
-    Pixels of one image err together, so that a standard error over pixels is far too small. The
-    bootstrap draws the :math:`M` images again and again, with replacement, and measures each draw
+    Pixels of one image err together, so a standard error over pixels is far too small. The
+    bootstrap draws the :math:`M` images with replacement, many times, and measures each draw
     :math:`\theta^*`:
 
     .. math::
         \mathrm{interval} = [\,q_a(\theta^*),\; q_{1-a}(\theta^*)\,], \qquad
         a = (1 - \mathrm{level}) / 2,
 
-    with the quantiles :math:`q` of the draws. Special case: an error that is 0 at best (ECE and its
-    kin) has no lower end near 0, since noise alone lifts it. Where thrice the draws' standard
-    deviation, their lift taken off, reaches 0, the lower end is 0, and only the upper one says
-    something.
+    with the quantiles :math:`q` of the draws. Each image is kept as one coarse histogram.
+
+    Special case: an error that is 0 at best, such as the ECE, has no lower end near 0, because
+    noise alone raises it. If the value, less the lift that resampling adds, is within three
+    standard deviations of 0, the lower end is 0 and only the upper end is informative.
 
     Args:
         num_cells: cells over [0, 1] of each image's histogram, an even number: equal-width bins
             whose number divides it are exact. Default: 100 (3.3 kB per image).
 
     Raises:
-        ValueError: ``num_cells`` not even and positive.
-        TypeError: ``num_cells`` not an int.
+        ValueError: ``num_cells`` is not even and positive.
+        TypeError: ``num_cells`` is not an int.
 
     Note:
-        It needs some dozens of images; see the coverage in the tests (100 images). Two networks
-        are compared on the same images in the same order: their difference is far better known
-        than either. NLL, Brier score, accuracy and confidence are exact, whatever ``num_cells``.
+        It needs some dozens of images; its coverage was measured with 100. To compare two
+        networks, use the same images in the same order: their difference is known far better
+        than either value. NLL, Brier score, accuracy and confidence do not depend on
+        ``num_cells``.
 
     References:
         Davison and Hinkley, *Bootstrap Methods and their Application*, 1997 (section 5.3).
@@ -92,7 +105,7 @@ class ImageHistograms:
         from_logits: bool = True,
         ignore_index: int | None = None,
     ) -> None:
-        """Add the predictions of a batch; dimension 0 counts its images.
+        """Add the predictions of a batch; dimension 0 holds its images.
 
         Args:
             input: logits, or probabilities with ``from_logits=False``, (N, ...).
@@ -101,9 +114,17 @@ class ImageHistograms:
             ignore_index: target value of elements to leave out. Default: None.
 
         Raises:
-            ValueError: as :meth:`CalibrationHistogram.update`, and for an input without
-                dimensions. Nothing is then added.
-            TypeError: an argument of the wrong type.
+            ValueError: as ``CalibrationHistogram.update``, and if the input has no dimension.
+                Nothing is then added.
+            TypeError: an argument has the wrong type.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import ImageHistograms
+            >>> images = ImageHistograms()
+            >>> images.update(torch.randn(8, 1, 4, 4), torch.rand(8, 1, 4, 4) < 0.5)
+            >>> images
+            ImageHistograms(num_cells=100, images=8)
         """
         x, y = _tally.tensor(input, "input"), _tally.tensor(target, "target")
         _batch.pair(x, y)
@@ -117,18 +138,37 @@ class ImageHistograms:
         self._append(new)
 
     def merge(self, other: ImageHistograms) -> ImageHistograms:
-        """Append another one's images to these, and return this object.
+        """Append the images of another object, and return this one.
 
         Raises:
-            ValueError: the other has another number of cells.
-            TypeError: the other is none of its kind.
+            ValueError: the other has a different number of cells.
+            TypeError: the other is not an ImageHistograms.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import ImageHistograms
+            >>> one, two = ImageHistograms(), ImageHistograms()
+            >>> one.update(torch.randn(8, 4), torch.rand(8, 4) < 0.5)
+            >>> two.update(torch.randn(3, 4), torch.rand(3, 4) < 0.5)
+            >>> one.merge(two)
+            ImageHistograms(num_cells=100, images=11)
         """
         self._check(other)
         self._append(other._state)
         return self
 
     def histogram(self) -> CalibrationHistogram:
-        """All images together."""
+        """Return the :class:`CalibrationHistogram` of all images together.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import ImageHistograms
+            >>> images = ImageHistograms()
+            >>> logits = torch.tensor([[2.0, -1.0], [0.5, 3.0]])
+            >>> images.update(logits, torch.tensor([[1, 0], [0, 1]]))
+            >>> images.histogram().accuracy()
+            tensor(0.7500, dtype=torch.float64)
+        """
         weights = torch.ones(1, len(self), dtype=torch.float64, device="cpu")
         return self._drawn(weights, self._flat()).label(0)
 
@@ -141,26 +181,37 @@ class ImageHistograms:
         resamples: int = 1000,
         seed: int = 0,
     ) -> Interval:
-        """Interval of a measure, or of its difference from another network on the same images.
+        """Return a bootstrap confidence interval of a measure, or of its difference to a network.
 
         Args:
             measure: name of a measure of :class:`CalibrationHistogram`, at its defaults, or a
-                function of a histogram, such as ``lambda h: h.ece(15, "positive_class")``. It is
-                given a histogram with ``num_labels``, one label per draw. Default: ``"nll"``.
-            other: the other network's images, in the same order; the interval is then that of
-                this one's measure minus the other's. Default: None.
-            level: confidence, in (0, 1). Default: 0.95.
+                function of a histogram, such as ``lambda h: h.ece(15, "positive_class")``. The
+                histogram that it gets has ``num_labels``, one label per draw. Default: ``"nll"``.
+            other: the predictions of another network for the same images in the same order; the
+                interval is then that of this measure minus the other's. Default: None.
+            level: confidence level, in (0, 1). Default: 0.95.
             resamples: number of draws. Default: 1000.
-            seed: of the draws. Default: 0.
+            seed: seed of the draws. Default: 0.
 
         Returns:
-            :class:`Interval`, of floats; its ends are nan where a draw has no value, as a slope
-            without positives.
+            :class:`Interval`, of floats; its ends are nan if a draw has no value, such as the
+            slope of a draw without positives.
 
         Raises:
-            ValueError: fewer than two images; the other has another number of images or cells;
-                an unknown measure; ``level`` outside (0, 1).
-            TypeError: an argument of the wrong type.
+            ValueError: there are fewer than two images; the other has a different number of
+                images or cells; the measure is unknown; ``level`` is outside (0, 1).
+            TypeError: an argument has the wrong type.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import ImageHistograms
+            >>> _ = torch.manual_seed(0)
+            >>> truth = torch.randn(50, 16, 16)
+            >>> images = ImageHistograms()
+            >>> images.update(3 * truth, torch.rand(50, 16, 16) < torch.sigmoid(truth))
+            >>> value, low, high = images.interval("slope")
+            >>> low < value < high < 1  # over-confident beyond doubt
+            True
         """
         of = self._measure(measure)
         _checks.number("level", level, 0.0, 1.0)
@@ -189,14 +240,32 @@ class ImageHistograms:
         return _interval(values[0], draws[0], level, paired=False)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return copies of the counts and sums, one row per image, to be saved."""
+        """Return copies of the counts and sums, one row per image, to be saved.
+
+        Example:
+            >>> from sc_bce import ImageHistograms
+            >>> sorted(ImageHistograms().state_dict())
+            ['counts', 'doubts', 'log_loss', 'squared_error']
+        """
         return {name: part.clone() for name, part in self._state._asdict().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Replace the content by a copy of a saved one, of any number of images.
+        """Replace the content with a copy of a saved state, of any number of images.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: a key is missing or too many, or the number of cells differs.
+            ValueError: a key is missing or unexpected, or the number of cells differs.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import ImageHistograms
+            >>> images, restored = ImageHistograms(), ImageHistograms()
+            >>> images.update(torch.randn(8, 4), torch.rand(8, 4) < 0.5)
+            >>> restored.load_state_dict(images.state_dict())
+            >>> restored
+            ImageHistograms(num_cells=100, images=8)
         """
         images = len(state_dict["counts"]) if "counts" in state_dict else 0
         self._state = restored(state_dict, _tally.nothing(images, _tally.grid(self.num_cells).size))
@@ -216,7 +285,7 @@ class ImageHistograms:
         )
 
     def _drawn(self, weights: Tensor, flat: Tensor) -> CalibrationHistogram:
-        """A histogram of as many labels as there are rows of weights over the images."""
+        """A histogram with one label for each row of weights over the images."""
         shapes = [part.shape[1:] for part in self._state]
         sizes = [shape.numel() for shape in shapes]
         parts = [

@@ -1,4 +1,4 @@
-"""The dataset that tells which sample it yields."""
+"""The dataset wrapper that yields the index of each sample."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ __all__ = ["IndexedDataset"]
 
 
 class IndexedDataset(Dataset[Any]):
-    """A map-style dataset that also yields the index of each sample.
+    """Wrap a map-style dataset so that it also yields the index of each sample.
 
-    The index is that of the wrapped dataset: it stays with the sample whatever the order, the
-    sampler, the workers, or a ``Subset`` around this one, so that
-    :class:`AdaptivePerturbation` finds the sample's level again.
+    The index is the sample's position in the wrapped dataset. It does not depend on the order,
+    the sampler, the workers or a ``Subset`` around this dataset, so that
+    :class:`AdaptivePerturbation` finds the level of the sample again.
 
-    An item that is a tuple or list gets the index appended, a namedtuple gets a field and a
-    mapping an entry named ``key``; any other item becomes ``(item, index)``.
+    A tuple or list gets the index appended, a namedtuple gets a field and a mapping an entry
+    named ``key``. Any other item becomes ``(item, index)``.
 
     Args:
-        dataset: what has ``__getitem__`` and ``__len__``. To join datasets, wrap the
+        dataset: an object with ``__getitem__`` and ``__len__``. To join datasets, wrap their
             ``ConcatDataset`` as a whole: wrapped parts would each count from 0.
         key: name of the index in mappings and namedtuples. Default: ``"index"``.
 
     Raises:
-        TypeError: an iterable-style dataset, whose samples have no index; an index that is no
-            int.
+        TypeError: the dataset is iterable-style, so its samples have no index; it yields an index
+            already; an index is not an int.
         ValueError: an item already has an entry of that name.
-        IndexError: an index out of range.
+        IndexError: an index is out of range.
 
     Example:
         >>> import torch
@@ -62,14 +62,14 @@ class IndexedDataset(Dataset[Any]):
         return self._join(self.dataset[index], index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """Fetch a batch at once where the wrapped dataset can; DataLoader calls this."""
+        """Fetch a batch, at once if the wrapped dataset can; DataLoader calls this."""
         indices = _as_positions(indices, len(self.dataset))
         dataset = self.dataset
         fetch = getattr(dataset, "__getitems__", None)
         items = fetch(indices) if fetch else [dataset[index] for index in indices]
         _require_list(items, len(indices))
         pairs = zip(items, indices, strict=True)
-        # What a batch mostly is: all alike, and of a type that needs one look only.
+        # Most batches hold items of one type, so that one check is enough.
         kinds = set(map(type, items))
         if kinds == {tuple}:
             return list(map(operator.add, items, zip(indices, strict=True)))
@@ -78,13 +78,13 @@ class IndexedDataset(Dataset[Any]):
         return [self._join(item, index) for item, index in pairs]
 
     def _join(self, item: Any, index: int) -> Any:
-        if type(item) is tuple:  # before the others, which take longer to tell
+        if type(item) is tuple:  # the common case first: the other checks take longer
             return (*item, index)
         if isinstance(item, Mapping):
             _require_new_key(self.key, item)
             if not isinstance(item, MutableMapping):
                 return {**item, self.key: index}
-            item = copy.copy(item)  # the dataset may hold on to its own
+            item = copy.copy(item)  # the dataset may keep the original
             item[self.key] = index
             return item
         if isinstance(item, tuple) and hasattr(item, "_fields"):
@@ -97,7 +97,7 @@ class IndexedDataset(Dataset[Any]):
 
 @cache
 def _with_index(base: type, key: str) -> type:
-    """The namedtuple of a field more; workers pickle it by the one it was made from."""
+    """`base` with one more field. Made at run time, it is pickled as `base`, the key and values."""
 
     def reduce(self: tuple[Any, ...]) -> tuple[Any, ...]:
         return (_rebuild, (base, key, tuple(self)))
@@ -112,7 +112,7 @@ def _rebuild(base: type, key: str, values: tuple[Any, ...]) -> Any:
 
 
 def _as_position(index: object, size: int) -> int:
-    """The index of a dataset, negative ones counted from the end."""
+    """The index as a position in the dataset; a negative one counts from the end."""
     if type(index) is int and 0 <= index < size:
         return index
     if not isinstance(index, SupportsIndex):
@@ -165,7 +165,7 @@ def _require_map_style(dataset: object) -> None:
 
 
 def _is_indexed(dataset: object) -> bool:
-    """Whether an IndexedDataset lies at the bottom of torch's own wrappers."""
+    """Whether the dataset is an IndexedDataset, or one is inside torch's own wrappers."""
     if isinstance(dataset, ConcatDataset):
         return any(_is_indexed(part) for part in dataset.datasets)
     if isinstance(dataset, Subset):

@@ -1,7 +1,7 @@
-r"""The functional layer: pure, without state or randomness, the only arithmetic on targets.
+r"""The functional layer: the loss as pure functions, without state and without randomness.
 
-Letters as in Liu et al. 2023: :math:`\alpha` is the perturbation probability (not the class
-balance of focal loss), :math:`\beta` the perturbation strength.
+The letters are those of Liu et al. 2023: :math:`\alpha` is the perturbation probability (not the
+class balance of focal loss) and :math:`\beta` the perturbation strength.
 """
 
 from __future__ import annotations
@@ -27,54 +27,54 @@ def perturb_target(
     ignore_index: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""Return the effective target of self-calibrating binary cross entropy, for any loss.
+    r"""Smooth binary labels: the effective target of self-calibrating BCE, for use with any loss.
 
     .. math::
         q = y + \alpha\beta\,(c - y)
 
     with :math:`y` the target, :math:`\alpha` the probability that a label is perturbed,
     :math:`\beta` the strength of the perturbation :math:`p(y) = (1-\beta)\,y + \beta c`, and
-    :math:`c` the prior that it moves towards. ``q`` is the mean of the target that is
-    :math:`p(y)` with probability :math:`\alpha`, else :math:`y`. It stays inside [0, 1].
+    :math:`c` the prior that it moves towards. ``q`` is the mean of a random target that is
+    :math:`p(y)` with probability :math:`\alpha` and :math:`y` otherwise. It stays inside [0, 1].
 
-    Special cases: ``alpha=0`` leaves the target; ``alpha=1, beta=eps`` is label smoothing as
-    Keras defines it for binary labels; a tensor ``alpha`` of zeros and ones is a draw. With
-    ``prior`` the base rate of the positives, the mean of ``q`` is the mean of ``y``.
+    Special cases: ``alpha=0`` leaves the target unchanged; ``alpha=1, beta=eps`` is label
+    smoothing as Keras defines it for binary labels; a tensor ``alpha`` of zeros and ones is a
+    draw. If ``prior`` is the base rate of the positives, the mean of ``q`` is the mean of ``y``.
 
     Args:
         target: labels in [0, 1], of dtype bool, integer (0 and 1 only) or floating point.
         alpha: perturbation probability in [0, 1]: a number, a 0-d tensor, an (N,) tensor (one
-            value per sample, dimension 0), or a tensor of as many dimensions as ``target`` that
+            value per sample, dimension 0), or a tensor with as many dimensions as ``target`` that
             broadcasts to it. Default: 0.
         beta: perturbation strength in [0, 1 / max(prior, 1 - prior)], in the same forms; the
-            values of a tensor are not checked. None is the largest: 2 at ``prior=0.5``, 1 towards
-            0 and 1. Default: None.
+            values of a tensor are not checked. None takes the largest: 2 at ``prior=0.5``, 1 for
+            a prior of 0 or 1. Default: None.
         prior: what perturbed labels move towards: a number between 0 and 1, or a tensor that
             broadcasts to ``target`` from the last dimension, as ``pos_weight`` does: (C,) for
             (N, C), (C, 1, 1) for (N, C, H, W). Default: 1/2.
-        ignore_index: target value that is left as it is. Default: None.
+        ignore_index: target value that is left unchanged. Default: None.
         dtype: dtype of the result. Default: that of ``target``, or torch's default dtype for
-            bool and integer targets, but never less than float32.
+            bool and integer targets, but at least float32.
 
     Shape:
         - target: :math:`(N, *)` or scalar.
         - Returns: the same.
 
     Raises:
-        ValueError: a number out of its range; ``alpha * beta > 1``, which would reverse the
-            labels; a tensor that doesn't broadcast; on the CPU, a tensor ``alpha`` outside [0, 1]
-            and an integer label other than 0 and 1.
-        TypeError: an argument of the wrong type; a ``dtype`` that is not floating point.
+        ValueError: a number is out of its range; ``alpha * beta > 1``, which would reverse the
+            labels; a tensor does not broadcast; on the CPU, a tensor ``alpha`` has values outside
+            [0, 1], or an integer label is neither 0 nor 1.
+        TypeError: an argument has the wrong type; ``dtype`` is not floating point.
 
     Note:
-        ``q`` is formed in at least float32: bfloat16 would round 1 - 0.001 to 1, keep 0.001, and
-        so smooth the negatives only. Labels are checked on the CPU, floating-point ones in small
-        tensors; where an integer can't be read without waiting (an accelerator, compile, vmap),
-        an illegal one gives nan.
+        ``q`` is computed in at least float32. In bfloat16, 1 - 0.001 rounds to 1 while 0.001
+        survives, so only the negatives would be smoothed. Labels are checked on the CPU,
+        floating-point ones only in small tensors. If an integer label can't be read without
+        waiting (on an accelerator, under compile or vmap), an illegal one gives nan.
 
-        A prior other than 1/2 moves the decision: a network that learned ``q`` says 1/2 where
-        P(y = 1) is (1/2 - s c) / (1 - s), s = alpha * beta. P(y = 1) >= 1/2 means
-        ``sigmoid(x) >= (1 - s) / 2 + s * c``.
+        A prior other than 1/2 moves the decision threshold: a network that learned ``q`` predicts
+        1/2 where P(y = 1) is (1/2 - s c) / (1 - s), with s = alpha * beta. To decide by
+        P(y = 1) >= 1/2, test ``sigmoid(x) >= (1 - s) / 2 + s * c``.
 
     References:
         Liu et al., ICCV 2023, arXiv 2307.13539 (label perturbation).
@@ -118,44 +118,45 @@ def sc_bce_with_logits(
     ignore_index: int | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Self-calibrating binary cross entropy between logits and perturbed targets.
+    r"""Compute binary cross entropy with label smoothing or perturbation (SC-BCE) from logits.
 
     .. math::
         \ell(x, y) = \mathrm{BCE}(x, q), \qquad q = y + s\,(c - y), \qquad s = \alpha\beta
 
-    with :math:`x` the logit, :math:`y` the target and :math:`c` the prior. It is the expectation
-    of BCE under labels that are perturbed with probability :math:`\alpha` and strength
-    :math:`\beta`, since BCE is affine in its target. Its gradient is :math:`\sigma(x) - q`; a
-    perfect fit says :math:`s c` for a negative and :math:`1 - s (1 - c)` for a positive. Equal
-    forms: :math:`(1-s)\,\mathrm{BCE}(x, y) + s\,\mathrm{BCE}(x, c)`; without ``pos_weight``,
+    with :math:`x` the logit, :math:`y` the target, :math:`c` the prior, :math:`\alpha` the
+    probability that a label is perturbed and :math:`\beta` the strength of the perturbation.
+    BCE is affine in its target, so this is the expectation of BCE over perturbed labels. Its
+    gradient is :math:`\sigma(x) - q`; a perfect fit predicts :math:`s c` for a negative and
+    :math:`1 - s (1 - c)` for a positive. Equal forms are
+    :math:`(1-s)\,\mathrm{BCE}(x, y) + s\,\mathrm{BCE}(x, c)`; without ``pos_weight``,
     :math:`\mathrm{BCE}(x, y) + s\,(y - c)\,x`, a linear penalty on the slope; and at
     :math:`c = \tfrac12`, :math:`(1-g)\,\mathrm{BCE}(x, y) + g\,\mathrm{BCE}(x, 1-y)` with the
     flip rate :math:`g = s/2`.
 
-    Special cases are data, not modes: ``alpha=0`` is
+    Special cases are values of the arguments: ``alpha=0`` is
     :func:`torch.nn.functional.binary_cross_entropy_with_logits`, bit for bit; ``alpha=1,
-    beta=eps`` label smoothing; a tensor ``alpha`` of drawn zeros and ones with ``beta=2``
-    DisturbLabel, with ``beta=1`` moderation, and so on.
+    beta=eps`` is label smoothing; a tensor ``alpha`` of drawn zeros and ones is DisturbLabel with
+    ``beta=2`` and moderation with ``beta=1``.
 
     Args:
         input: logits, floating point.
         target: labels in [0, 1] of the same size: bool, integer (0 and 1 only) or floating point.
         alpha: perturbation probability in [0, 1]: a number, a 0-d tensor, an (N,) tensor (one
-            value per sample, dimension 0), or a tensor of as many dimensions as ``input`` that
+            value per sample, dimension 0), or a tensor with as many dimensions as ``input`` that
             broadcasts to it. Default: 0.
         beta: perturbation strength in [0, 1 / max(prior, 1 - prior)], in the same forms; the
-            values of a tensor are not checked. None is the largest: 2 at ``prior=0.5``. Default:
-            None.
-        prior: what perturbed labels move towards, 1/2 in the paper, or the base rate of the
-            positives where they are rare: a number between 0 and 1, or a tensor that broadcasts
+            values of a tensor are not checked. None takes the largest: 2 at ``prior=0.5``.
+            Default: None.
+        prior: what perturbed labels move towards: 1/2 in the paper, or the base rate of the
+            positives if they are rare. A number between 0 and 1, or a tensor that broadcasts
             to ``input`` from the last dimension, as ``pos_weight`` does: (C,) for (N, C),
             (C, 1, 1) for (N, C, H, W). Default: 1/2.
         weight: as in torch, rescales the loss of each element; broadcasts. Default: None.
-        pos_weight: as in torch, the weight w of positive examples. The best answer is then
-            shifted from logit ``q`` to logit ``q`` + log w. At w s c / (1 - s c) >= 1 every
-            negative is called positive. Default: None.
+        pos_weight: as in torch, the weight w of positive examples. It shifts the minimum from
+            logit ``q`` to logit ``q`` + log w. At w s c / (1 - s c) >= 1 every negative is
+            predicted positive. Default: None.
         ignore_index: elements whose target has this value give exactly zero loss and gradient,
-            whatever their logit, and count in no mean. Default: None.
+            whatever their logit, and are not counted in the mean. Default: None.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``. Default: ``"mean"``.
 
     Shape:
@@ -164,27 +165,28 @@ def sc_bce_with_logits(
         - Returns: scalar, or the shape of ``input`` for ``reduction="none"``.
 
     Raises:
-        ValueError: a number out of its range; ``alpha * beta > 1``; an unknown ``reduction``;
-            sizes that differ; a tensor that doesn't broadcast; on the CPU, a tensor ``alpha``
-            outside [0, 1] and an integer label other than 0 and 1. At ``alpha=0`` torch's own
-            errors come through.
-        TypeError: an argument of the wrong type.
+        ValueError: a number is out of its range; ``alpha * beta > 1``; ``reduction`` is unknown;
+            sizes differ; a tensor does not broadcast; on the CPU, a tensor ``alpha`` has values
+            outside [0, 1], or an integer label is neither 0 nor 1. At ``alpha=0`` torch raises
+            its own errors.
+        TypeError: an argument has the wrong type.
 
     Note:
-        Half and bfloat16 are computed in float32, but at a number ``alpha=0`` as torch does; the
-        result has torch's dtype. Differentiable in input, target, alpha, beta and prior; works
-        under compile, export, vmap, forward-mode AD, double backward and autocast. Integer labels
-        are checked on the CPU; where they can't be read without waiting (an accelerator,
-        compile, vmap), an illegal one gives nan. Floating-point labels are checked where it costs
-        no pass: in small batches and in the fused sweep. With everything ignored the mean is 0;
-        the mean of an empty batch is nan, as in torch.
+        Half and bfloat16 are computed in float32, except at a number ``alpha=0``, which is
+        torch's own call; the result has torch's dtype. The loss is differentiable in input,
+        target, alpha, beta and prior, and works under compile, export, vmap, forward-mode AD,
+        double backward and autocast. Integer labels are checked on the CPU. If they can't be read
+        without waiting (on an accelerator, under compile or vmap), an illegal one gives nan.
+        Floating-point labels are checked if that costs no extra pass: in small batches and in the
+        fused sweep. If every element is ignored, the mean is 0; the mean of an empty batch is
+        nan, as in torch.
 
-        A prior other than 1/2 moves the decision: P(y = 1) >= 1/2 then means
-        ``sigmoid(x) >= (1 - s) / 2 + s * c``, which a repair after training brings back to 1/2.
+        A prior other than 1/2 moves the decision threshold: P(y = 1) >= 1/2 becomes
+        ``sigmoid(x) >= (1 - s) / 2 + s * c``. A repair after training brings it back to 1/2.
 
         Large contiguous batches on a CPU, reduced and without ``pos_weight``, take one fused
-        sweep: the same gradient, and a loss within 1.2e-7 per element in float32.
-        Backward reads the target mask that you passed; do not modify it in place before.
+        sweep: the same gradient, and a loss within 1.2e-7 per element in float32. Backward reads
+        the target mask that you passed; do not modify it in place before calling ``backward()``.
 
     References:
         Liu et al., ICCV 2023, arXiv 2307.13539 (SC-BCE).
@@ -220,7 +222,7 @@ def bce_with_logits(
     pos_weight: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    """torch's own call, errors and bits included, with masks of any dtype."""
+    """Torch's own call, with its errors and its bits, for masks of any dtype."""
     if isinstance(target, Tensor) and not target.is_floating_point():
         _batch.logits(input)
         legal = _batch.require_labels(target, None, None)
@@ -237,7 +239,7 @@ def perturbed_loss(
     pos_weight: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    """The loss of a batch that is made ready."""
+    """The loss of a prepared batch."""
     if pos_weight is None and reduction != "none":
         found = _fused.sums(batch, given, weight=weight)
         if found is not None:
@@ -260,15 +262,15 @@ def perturbed_loss(
 
 
 class Observed(NamedTuple):
-    """What the levels follow, and what the prior is counted from; each where it is asked for."""
+    """What moves the levels and the observed prior; None if it was not requested."""
 
     slopes: Tensor | None = None  # mean (y - c) x of each sample, (N,)
-    labels: Tensor | None = None  # as `label_counts` has them
+    labels: Tensor | None = None  # as returned by `label_counts`
     hits: Tensor | None = None  # share of each sample's elements that are right at 1/2, (N,)
 
 
 class Wanted(NamedTuple):
-    """What is to be observed; `labels` is the shape, broadcasting to the batch, of the counts."""
+    """What to observe; `labels` is the shape of the counts, which broadcasts to the batch."""
 
     slopes: bool = False
     labels: tuple[int, ...] | None = None
@@ -283,7 +285,7 @@ def perturbed_loss_and_observed(
     reduction: str,
     wanted: Wanted,
 ) -> tuple[Tensor, Observed]:
-    """The loss, and what is seen of the batch on the way, whatever was drawn as alpha."""
+    """The loss, and what one pass over the batch sees beside it, whatever alpha was drawn."""
     found = None
     counted = wanted.labels is not None
     if pos_weight is None and reduction != "none":
@@ -308,7 +310,7 @@ def perturbed_loss_and_observed(
 def observed(
     batch: Batch, prior: float | Tensor, weight: Tensor | None, wanted: Wanted
 ) -> Observed:
-    """The same without a loss."""
+    """What `wanted` names, without computing the loss."""
     batch = batch.with_valid()
     return Observed(
         mean_slopes(batch, prior, weight) if wanted.slopes else None,
@@ -328,7 +330,7 @@ def _row_means(total: Tensor, valid: Tensor | None, size: torch.Size) -> Tensor:
 def _reduced(found: _fused.Sums, batch: Batch, reduction: str) -> Tensor:
     total = found.loss
     if reduction == "mean":
-        # All void is 0 / 1.
+        # If all elements are void, 0 / 1.
         count = batch.input.numel() if found.valid is None else found.valid.sum().clamp(min=1)
         total = total / count
     return _cast(total, batch)
@@ -338,10 +340,10 @@ def mean_slopes(batch: Batch, prior: float | Tensor, weight: Tensor | None) -> T
     """Mean slope (y - c) x of each sample, (N,) float32; no gradient.
 
     Weighted as the loss is (torch's ``weight``, divided by the number of valid elements), so that
-    beta times it is the derivative of the sample's mean loss by its alpha; nan for a sample
-    without a valid element.
+    beta times it is the derivative of the sample's mean loss with respect to its alpha. nan for a
+    sample without a valid element.
     """
-    # Low precision is accumulated in at least float32, as the labels are.
+    # Low precision is accumulated in at least float32, like the labels.
     y = batch.labels(torch.promote_types(batch.input.dtype, torch.float32)).detach()
     slope = (y - prior) * batch.input.detach()
     if weight is not None:
@@ -350,12 +352,12 @@ def mean_slopes(batch: Batch, prior: float | Tensor, weight: Tensor | None) -> T
 
 
 def _cast(loss: Tensor, batch: Batch) -> Tensor:
-    """torch's dtype; under autocast torch runs BCE in float32 and leaves the result there."""
+    """Return the loss in torch's dtype; under autocast torch leaves BCE in float32."""
     dtype = batch.dtype()
     if loss.dtype == dtype:
         return loss
     device = batch.input.device.type
-    # Some devices have none, and may not be asked; compiled code runs on one that has.
+    # Some devices have no autocast and raise if queried; compiled code runs on one that has it.
     has = device != "meta" and (
         torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     )
@@ -372,8 +374,8 @@ def _masked(
     valid: Tensor,
     reduction: str,
 ) -> Tensor:
-    # The logit is replaced before the loss, so that an ignored inf or nan reaches no gradient,
-    # and the loss after it, so that whatever stands there instead counts for nothing.
+    # The logit is replaced before the loss, so that an ignored inf or nan reaches no gradient.
+    # The loss is replaced after it, so that an ignored element adds exactly zero.
     loss = F.binary_cross_entropy_with_logits(
         torch.where(valid, input, 0.0), q, weight, pos_weight=pos_weight, reduction="none"
     )
@@ -382,6 +384,6 @@ def _masked(
         return loss
     total = loss.sum(dtype=torch.promote_types(loss.dtype, torch.float32))
     if reduction == "mean":
-        # All ignored is 0 / 1; an empty batch stays torch's 0 / 0.
+        # If all elements are ignored, 0 / 1; an empty batch stays torch's 0 / 0.
         total = total / valid.sum().clamp(min=min(1, valid.numel()))
     return total

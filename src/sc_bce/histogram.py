@@ -1,4 +1,4 @@
-"""Streaming, exact, mergeable measurement of calibration for binary and dense predictions."""
+"""Streaming, exact and mergeable measurement of calibration for binary and dense predictions."""
 
 from __future__ import annotations
 
@@ -15,55 +15,56 @@ from .measures import Bins, Cells, Decomposition, Reliability
 
 __all__ = ["CalibrationHistogram"]
 
-_SUSPECT = 1000  # elements from which logits that all lie in [0, 1] are no accident
+_SUSPECT = 1000  # elements from which logits that all lie in [0, 1] are not an accident
 _KINDS = ("top_label", "positive_class")
 _SCORES = ("log", "brier")
 
 
 class CalibrationHistogram:
-    r"""Accumulates predictions in fixed memory and derives every calibration measure from them.
+    r"""Measure calibration: expected calibration error (ECE), reliability, NLL, in fixed memory.
 
-    Two readings of a binary prediction :math:`p` with outcome :math:`y`, chosen by ``kind``:
-    ``"top_label"`` (the default, the paper's): confidence :math:`\max(p, 1-p)`, outcome "the
-    prediction :math:`p \ge 1/2` is right"; ``"positive_class"``: confidence :math:`p`, outcome
-    :math:`y`. Where positives are rare, read the second: the first hides them. With bins
-    :math:`m` of :math:`n_m` among :math:`n` elements,
+    A binary prediction :math:`p` with outcome :math:`y` is read in one of two ways, chosen by
+    ``kind``. With ``"top_label"`` (the default, as in the paper) the confidence is
+    :math:`\max(p, 1-p)` and the outcome is whether the prediction :math:`p \ge 1/2` is right.
+    With ``"positive_class"`` the confidence is :math:`p` and the outcome :math:`y`. If positives
+    are rare, read the second: the first hides them. With :math:`n_m` of :math:`n` elements in bin
+    :math:`m`,
 
     .. math::
         \mathrm{ECE} = \sum_m \tfrac{n_m}{n} |\mathrm{acc}_m - \mathrm{conf}_m|, \qquad
         \mathrm{OE} = \sum_m \tfrac{n_m}{n}\, \mathrm{conf}_m
         \max(\mathrm{conf}_m - \mathrm{acc}_m, 0).
 
-    Each element falls into one of the fine cells, which keep int64 counts and float64 sums of the
-    doubt :math:`\min(p, 1-p)`; NLL and Brier score are summed beside them. So accuracy,
-    confidence, NLL and Brier score are exact, and so is every measure on equal-width bins whose
-    number divides ``num_cells`` and is at most an eighth of it. Otherwise a cell that a bin edge
-    cuts goes whole into the bin of its centre, which changes the ECE by at most twice the share of
-    the elements in such cells.
-    Equal-mass bins (:meth:`adaptive_ece`, :meth:`sweep_ece`) take cells whole: the elements of
-    one cell are ties. The outermost cells at either end are divided evenly in the logit, so that
-    what a saturated network says can still be repaired (:class:`IsotonicCalibration`,
+    Each element falls into one of many fine cells, which hold int64 counts and float64 sums of
+    the doubt :math:`\min(p, 1-p)`. NLL and Brier score are summed separately. Accuracy,
+    confidence, NLL and Brier score are therefore exact, and so is every measure on equal-width
+    bins whose number divides ``num_cells`` and is at most an eighth of it. With other numbers of
+    bins, a cell that a bin edge cuts goes whole into the bin of its centre, which changes the ECE
+    by at most twice the share of the elements in such cells. Equal-mass bins
+    (:meth:`adaptive_ece`, :meth:`sweep_ece`) hold whole cells: the elements of one cell are ties.
+    The outermost cells at either end are even in the logit, so that the predictions of a
+    saturated network can still be repaired (:class:`IsotonicCalibration`,
     :class:`TemperatureScaling`).
 
     Args:
-        num_labels: number of labels in dimension 1, measured apart; every result then has shape
-            (num_labels,), and :meth:`pooled` measures them together. None: all elements are one
-            label. Default: None.
+        num_labels: number of labels in dimension 1, each measured separately; every result then
+            has shape (num_labels,), and :meth:`pooled` measures them together. None: all elements
+            are one label. Default: None.
         num_cells: cells over [0, 1], an even number. Default: 10,000 (0.36 MB per label).
 
     Raises:
-        ValueError: ``num_cells`` not even and positive; ``num_labels`` not positive.
-        TypeError: one of them not an int.
+        ValueError: ``num_cells`` is not even and positive; ``num_labels`` is not positive.
+        TypeError: one of them is not an int.
 
     Note:
-        The state lives where the last update's input lived (on the CPU if that device has no
-        float64); updates never make an accelerator wait. A value on an inner bin edge, to two
-        units of its precision, belongs to the bin farther from 1/2, so that p = 0.1 and p = 0.9
-        are the same confidence; p = 1 belongs to the last bin. Each element is worked out in the
-        input's precision, float32 at least, so that small losses keep their digits, and summed
-        in float64. Measures are float64 tensors, 0-d without ``num_labels``, nan before the first
-        update. Logits that lie in [0, 1] alone, all over it or crowded at an end, look like
-        probabilities: the first measure of 1000 or more such elements warns once.
+        The state is kept on the device of the last update's input (on the CPU if that device has
+        no float64); updates never make an accelerator wait. A value on an inner bin edge, within
+        two units of its precision, belongs to the bin farther from 1/2, so that p = 0.1 and
+        p = 0.9 are the same confidence; p = 1 belongs to the last bin. Elements are evaluated in
+        the input's precision, at least float32, so that small losses keep their digits, and
+        summed in float64. Measures are float64 tensors, 0-d without ``num_labels``, and nan
+        before the first update. If 1000 or more logits all lie in [0, 1], spread over it or
+        crowded at one end, they look like probabilities: the first measure then warns, once.
 
     References:
         Guo et al., ICML 2017 (ECE, MCE); Thulasidasan et al., NeurIPS 2019 (OE); Nixon et al.,
@@ -103,7 +104,7 @@ class CalibrationHistogram:
         self.num_cells = int(num_cells)
         self._grid = _tally.grid(self.num_cells)
         self._state = _tally.nothing(self.num_labels or 1, self._grid.size)
-        self._only_logits = True  # which may turn out to be probabilities
+        self._only_logits = True  # so far; they may turn out to be probabilities
         self._looked = False
 
     # --- what is seen -----------------------------------------------------------------------------
@@ -117,7 +118,7 @@ class CalibrationHistogram:
         from_logits: bool = True,
         ignore_index: int | None = None,
     ) -> None:
-        """Add predictions.
+        """Add a batch of predictions.
 
         Args:
             input: logits, or probabilities with ``from_logits=False``; a Tensor of any shape and
@@ -127,10 +128,21 @@ class CalibrationHistogram:
             ignore_index: target value of elements to leave out. Default: None.
 
         Raises:
-            ValueError: sizes that differ, or dimension 1 not ``num_labels``; labels other than 0
+            ValueError: sizes differ, or dimension 1 is not ``num_labels``; labels other than 0
                 and 1; nan; probabilities outside [0, 1]. The histogram is then unchanged. On an
-                accelerator, where a look would wait, such elements make the measures nan instead.
-            TypeError: an argument of the wrong type.
+                accelerator, which would have to wait for the check, illegal elements make the
+                measures nan instead.
+            TypeError: an argument has the wrong type.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1, 0, 255]),
+            ...                  ignore_index=255)
+            >>> histogram.update(torch.tensor([0.9]), torch.tensor([1]), from_logits=False)
+            >>> histogram
+            CalibrationHistogram(num_cells=10000, count=3)
         """
         pair = _tally.tensor(input, "input"), _tally.tensor(target, "target")
         _batch.pair(*pair)
@@ -142,11 +154,24 @@ class CalibrationHistogram:
         self._only_logits, self._looked = self._only_logits and from_logits, False
 
     def merge(self, other: CalibrationHistogram) -> CalibrationHistogram:
-        """Add another histogram's elements to this one, and return this one.
+        """Add the elements of another histogram to this one, and return this one.
+
+        ``one + other`` and ``sum(histograms)`` do the same into a new histogram.
 
         Raises:
-            ValueError: the other has another number of cells or labels.
-            TypeError: the other is no histogram.
+            ValueError: the other has a different number of cells or labels.
+            TypeError: the other is not a CalibrationHistogram.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> parts = [CalibrationHistogram(), CalibrationHistogram()]
+            >>> for part in parts:
+            ...     part.update(torch.tensor([2.0, -1.0]), torch.tensor([1, 0]))
+            >>> sum(parts)
+            CalibrationHistogram(num_cells=10000, count=4)
+            >>> parts[0].merge(parts[1])
+            CalibrationHistogram(num_cells=10000, count=4)
         """
         if not isinstance(other, CalibrationHistogram):
             raise TypeError(
@@ -177,11 +202,37 @@ class CalibrationHistogram:
         return self._empty().merge(self) if other == 0 else NotImplemented
 
     def pooled(self) -> CalibrationHistogram:
-        """A histogram of all labels' elements together, without ``num_labels``."""
+        """Return a histogram of the elements of all labels together, without ``num_labels``.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram(num_labels=2)
+            >>> histogram.update(torch.tensor([[2.0, -1.0]]), torch.tensor([[1, 1]]))
+            >>> histogram.accuracy()
+            tensor([1., 0.], dtype=torch.float64)
+            >>> histogram.pooled().accuracy()
+            tensor(0.5000, dtype=torch.float64)
+        """
         return self._with(_tally.Counted(*(part.sum(0, keepdim=True) for part in self._state)))
 
     def label(self, index: int) -> CalibrationHistogram:
-        """A histogram of one label's elements, without ``num_labels``."""
+        """Return a histogram of the elements of one label, without ``num_labels``.
+
+        Args:
+            index: number of the label; a negative one counts from the end.
+
+        Raises:
+            IndexError: no such label.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram(num_labels=2)
+            >>> histogram.update(torch.tensor([[2.0, -1.0]]), torch.tensor([[1, 1]]))
+            >>> histogram.label(1).accuracy()
+            tensor(0., dtype=torch.float64)
+        """
         labels = self.num_labels or 1
         if not -labels <= index < labels:
             raise IndexError(_checks.sentence("index", f"be in [{-labels}, {labels - 1}]", index))
@@ -189,14 +240,25 @@ class CalibrationHistogram:
         return self._with(_tally.Counted(*(part[place : place + 1] for part in self._state)))
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> CalibrationHistogram:
-        """Sum over the processes of ``group``, in place, and return this histogram.
+        """Sum the histograms of the processes of ``group``, in place, and return this histogram.
 
-        A collective call, once the local updates of an evaluation are done: a second call would
-        count everything again. Without an initialised process group it does nothing.
+        Call it once, in every process, after the local updates of an evaluation: a second call
+        would count everything again. Without an initialised process group it does nothing.
+
+        Args:
+            group: the processes to sum over. Default: all.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(torch.tensor([2.0, -1.0]), torch.tensor([1, 0]))
+            >>> histogram.all_reduce()  # one process
+            CalibrationHistogram(num_cells=10000, count=2)
         """
         if dist.is_available() and dist.is_initialized():
             own = self._state.counts.device
-            # Copies, since a part of a state may be part of another's.
+            # Copies, since the state may share memory with another histogram's.
             there = _tally.Counted(
                 *(part.to(_device_of(group, own), copy=True) for part in self._state)
             )
@@ -206,51 +268,175 @@ class CalibrationHistogram:
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return copies of the counts and sums, to be saved."""
+        """Return copies of the counts and sums, to be saved.
+
+        Example:
+            >>> from sc_bce import CalibrationHistogram
+            >>> sorted(CalibrationHistogram().state_dict())
+            ['counts', 'doubts', 'log_loss', 'squared_error']
+        """
         return {name: part.clone() for name, part in self._state._asdict().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Replace the content by a copy of a saved one, also one saved by version 0.1.
+        """Replace the content with a copy of a saved state, of this version or of 0.1.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: a key is missing or too many, or the number of cells or labels differs;
+            ValueError: a key is missing or unexpected, or the number of cells or labels differs;
                 the histogram is then unchanged.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram, restored = CalibrationHistogram(), CalibrationHistogram()
+            >>> histogram.update(torch.tensor([2.0, -1.0]), torch.tensor([1, 0]))
+            >>> restored.load_state_dict(histogram.state_dict())
+            >>> restored
+            CalibrationHistogram(num_cells=10000, count=2)
         """
         self._state = restored(_from_first_version(state_dict, self._grid), self._state)
 
     # --- measures ---------------------------------------------------------------------------------
 
     def accuracy(self, kind: str = "top_label") -> Tensor:
-        """Share of right predictions (``"positive_class"``: share of positives)."""
+        """Accuracy, the share of right predictions (``"positive_class"``: the base rate).
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1, 0, 0]))
+            >>> histogram.accuracy()
+            tensor(0.6667, dtype=torch.float64)
+            >>> histogram.accuracy("positive_class")
+            tensor(0.3333, dtype=torch.float64)
+        """
         cells = self._bins(kind)
         return self._shaped(cells.outcome.sum(-1) / cells.total)
 
     def confidence(self, kind: str = "top_label") -> Tensor:
-        """Mean confidence of the predicted label (``"positive_class"``: mean probability)."""
+        """Mean confidence of the predicted label (``"positive_class"``: mean probability).
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(torch.tensor([0.9, 0.2]), torch.tensor([1, 0]), from_logits=False)
+            >>> histogram.confidence(), histogram.confidence("positive_class")
+            (tensor(0.8500, dtype=torch.float64), tensor(0.5500, dtype=torch.float64))
+        """
         cells = self._bins(kind)
         return self._shaped(cells.confidence.sum(-1) / cells.total)
 
     def ece(self, num_bins: int = 10, kind: str = "top_label") -> Tensor:
-        """Expected calibration error over ``num_bins`` equal-width bins of [0, 1]."""
+        r"""Expected calibration error (ECE) over equal-width bins of [0, 1].
+
+        .. math::
+            \mathrm{ECE} = \sum_m \tfrac{n_m}{n} |\mathrm{acc}_m - \mathrm{conf}_m|
+
+        Args:
+            num_bins: number of bins. Default: 10.
+            kind: ``"top_label"`` or ``"positive_class"``. Default: ``"top_label"``.
+
+        References:
+            Guo et al., ICML 2017.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()  # predicts 0.9, right 8 times in 10
+            >>> histogram.update(torch.full((10,), 0.9), torch.arange(10) < 8, from_logits=False)
+            >>> histogram.ece()
+            tensor(0.1000, dtype=torch.float64)
+        """
         return self._shaped(measures.ece(self._equal_width(num_bins, kind)))
 
     def oe(self, num_bins: int = 10, kind: str = "top_label") -> Tensor:
-        """Overconfidence error: gaps above the accuracy only, weighted by confidence."""
+        r"""Overconfidence error (OE): the gaps of over-confident bins, weighted by confidence.
+
+        .. math::
+            \mathrm{OE} = \sum_m \tfrac{n_m}{n}\, \mathrm{conf}_m
+            \max(\mathrm{conf}_m - \mathrm{acc}_m, 0)
+
+        Args:
+            num_bins: number of bins. Default: 10.
+            kind: ``"top_label"`` or ``"positive_class"``. Default: ``"top_label"``.
+
+        References:
+            Thulasidasan et al., NeurIPS 2019.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()  # predicts 0.9, right 8 times in 10
+            >>> histogram.update(torch.full((10,), 0.9), torch.arange(10) < 8, from_logits=False)
+            >>> histogram.oe()
+            tensor(0.0900, dtype=torch.float64)
+        """
         return self._shaped(measures.oe(self._equal_width(num_bins, kind)))
 
     def mce(self, num_bins: int = 10, kind: str = "top_label") -> Tensor:
-        """Maximum calibration error: the largest gap of any bin that is not empty."""
+        """Maximum calibration error (MCE): the largest gap of any bin that is not empty.
+
+        Args:
+            num_bins: number of bins. Default: 10.
+            kind: ``"top_label"`` or ``"positive_class"``. Default: ``"top_label"``.
+
+        References:
+            Guo et al., ICML 2017.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(torch.full((10,), 0.9), torch.arange(10) < 8, from_logits=False)
+            >>> histogram.update(torch.full((90,), 0.6), torch.arange(90) < 54, from_logits=False)
+            >>> histogram.ece(), histogram.mce()  # 10 of 100 elements are off by 0.1
+            (tensor(0.0100, dtype=torch.float64), tensor(0.1000, dtype=torch.float64))
+        """
         return self._shaped(measures.mce(self._equal_width(num_bins, kind)))
 
     def adaptive_ece(self, num_bins: int = 10, kind: str = "top_label") -> Tensor:
-        """Expected calibration error over ``num_bins`` bins of equal mass."""
+        """Adaptive expected calibration error (ACE): the ECE over bins of equal mass.
+
+        Args:
+            num_bins: number of bins. Default: 10.
+            kind: ``"top_label"`` or ``"positive_class"``. Default: ``"top_label"``.
+
+        References:
+            Nixon et al., CVPR Workshops 2019.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(torch.full((10,), 0.9), torch.arange(10) < 8, from_logits=False)
+            >>> histogram.adaptive_ece()
+            tensor(0.1000, dtype=torch.float64)
+        """
         _checks.positive_int("num_bins", num_bins)
         return self._shaped(measures.ece(measures.equal_mass(self._bins(kind), num_bins)))
 
     def sweep_ece(self, kind: str = "top_label") -> Tensor:
-        """Expected calibration error over the most equal-mass bins with monotone accuracy.
+        """Expected calibration error over as many equal-mass bins as keep the accuracy monotone.
 
-        The number of bins grows from one until the accuracy first falls from a bin to the next.
+        The number of bins grows from one until the accuracy first falls from one bin to the next.
+
+        Args:
+            kind: ``"top_label"`` or ``"positive_class"``. Default: ``"top_label"``.
+
+        References:
+            Roelofs et al., AISTATS 2022.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(torch.full((10,), 0.9), torch.arange(10) < 8, from_logits=False)
+            >>> histogram.sweep_ece()
+            tensor(0.1000, dtype=torch.float64)
         """
         cells = self._bins(kind)
         rows = zip(*(part.cpu().unbind() for part in cells), strict=True)
@@ -261,55 +447,127 @@ class CalibrationHistogram:
         r"""Debiased :math:`\ell_2` calibration error over equal-width bins.
 
         The square root of the mean of :math:`(\mathrm{conf} - \mathrm{acc})^2` less its bias
-        :math:`\mathrm{acc} (1 - \mathrm{acc}) / (n_m - 1)`, or 0 where that is negative; bins of
-        fewer than two elements give 0.
+        :math:`\mathrm{acc} (1 - \mathrm{acc}) / (n_m - 1)`, or 0 if that mean is negative. Bins
+        of fewer than two elements count as 0.
+
+        Args:
+            num_bins: number of bins. Default: 10.
+            kind: ``"top_label"`` or ``"positive_class"``. Default: ``"top_label"``.
+
+        References:
+            Kumar et al., NeurIPS 2019.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> few, many = CalibrationHistogram(), CalibrationHistogram()
+            >>> few.update(torch.full((10,), 0.9), torch.arange(10) < 8, from_logits=False)
+            >>> many.update(torch.full((1000,), 0.9), torch.arange(1000) < 800, from_logits=False)
+            >>> few.debiased_ece(), many.debiased_ece()  # 8 of 10 can be chance
+            (tensor(0., dtype=torch.float64), tensor(0.0992, dtype=torch.float64))
         """
         return self._shaped(measures.debiased(self._equal_width(num_bins, kind)))
 
     def brier(self, kind: str = "top_label") -> Tensor:
-        """Mean squared error of the probability; the same for both kinds."""
+        """Brier score: mean squared error of the probability, the same for both kinds.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(torch.tensor([0.9, 0.2]), torch.tensor([1, 0]), from_logits=False)
+            >>> histogram.brier()  # (0.1 ** 2 + 0.2 ** 2) / 2
+            tensor(0.0250, dtype=torch.float64)
+        """
         return self._shaped(self._state.squared_error / self._bins(kind).total)
 
     def nll(self, kind: str = "top_label") -> Tensor:
-        """Mean negative log-likelihood, in nats; the same for both kinds."""
+        """Mean negative log-likelihood (NLL) in nats, which is BCE; the same for both kinds.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(torch.tensor([0.0, 0.0]), torch.tensor([1, 0]))
+            >>> histogram.nll()  # log 2
+            tensor(0.6931, dtype=torch.float64)
+        """
         return self._shaped(self._state.log_loss / self._bins(kind).total)
 
     def slope(self) -> Tensor:
         r"""Calibration slope: the :math:`a` of the logistic fit :math:`\mathrm{logit} P = az + b`.
 
-        1 where the logits :math:`z` have the right size. Below 1 the network is over-fitted (too
-        sure on both sides), where softer labels help; above 1 it is not sure enough, and softer
-        labels would hurt. nan where one class only was seen, or one logit; infinite where the
-        logits tell the classes apart without error.
+        It is 1 if the logits :math:`z` have the right scale. Below 1 the network is over-confident
+        (too sure on both sides) and softer labels help; above 1 it is not sure enough and softer
+        labels would hurt. It is nan if only one class, or only one logit, was seen, and infinite
+        if a threshold on the logits separates the classes.
+
+        References:
+            Cox, Biometrika 1958; Van Calster et al., BMC Medicine 2019.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> _ = torch.manual_seed(0)
+            >>> truth = torch.randn(20000)
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(2 * truth, torch.rand(20000) < torch.sigmoid(truth))
+            >>> round(float(histogram.slope()), 1)  # logits twice too large
+            0.5
         """
         return self._each(lambda cells: measures.affine(cells)[0])
 
     def intercept(self, slope: float | None = None) -> Tensor:
-        r"""Calibration intercept: the :math:`b` of the logistic fit.
+        r"""Calibration intercept: the :math:`b` of the fit :math:`\mathrm{logit} P = az + b`.
 
         Args:
-            slope: of the fit; None fits it too. ``intercept(slope=1.0)`` is what must be added to
-                the logits so that the mean probability equals the base rate. Default: None.
+            slope: the slope :math:`a` of the fit; None fits it too. ``intercept(slope=1.0)`` is
+                the shift of the logits that makes the mean probability equal the base rate.
+                Default: None.
 
         Returns:
-            The shift, in logits; nan where one class only was seen or the slope has no value.
+            The shift, in logits; nan if only one class was seen or the slope has no value.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()  # predicts 0.5 for a base rate of 0.2
+            >>> histogram.update(torch.zeros(10), torch.arange(10) < 2)
+            >>> histogram.intercept(slope=1.0)  # logit 0.2
+            tensor(-1.3863, dtype=torch.float64)
         """
         if slope is not None:
             _checks.number("slope", slope, -_checks.LARGE, _checks.LARGE)
         return self._each(lambda cells: measures.affine(cells, slope=slope)[1])
 
     def decomposition(self, score: str = "log") -> Decomposition:
-        r"""What is wrong: score = miscalibration - discrimination + uncertainty (CORP).
+        r"""Decompose a score into miscalibration - discrimination + uncertainty (CORP).
 
-        Miscalibration is what the best monotone repair (isotonic regression) of these very
-        predictions would take off the score; discrimination, what the repaired network gains
-        over always answering the base rate; uncertainty, the score of doing that.
+        Miscalibration is the part of the score that the best monotone repair (isotonic
+        regression) of these predictions removes. Discrimination is what the repaired predictions
+        gain over always predicting the base rate. Uncertainty is the score of that prediction.
 
         Args:
             score: ``"log"`` (NLL) or ``"brier"``. Default: ``"log"``.
 
         Returns:
-            Three tensors whose sum, with signs, is exactly :meth:`nll` or :meth:`brier`.
+            :class:`Decomposition`: three tensors whose sum, with signs, is exactly :meth:`nll` or
+            :meth:`brier`.
+
+        Raises:
+            ValueError: ``score`` is unknown.
+
+        References:
+            Dimitriadis, Gneiting and Jordan, PNAS 2021.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()  # predicts 0.9, right 8 times in 10
+            >>> histogram.update(torch.full((10,), 0.9), torch.arange(10) < 8, from_logits=False)
+            >>> parts = histogram.decomposition("brier")
+            >>> [round(float(part), 3) for part in parts]  # 0.9 for all: no discrimination
+            [0.01, 0.0, 0.16]
         """
         refined = self.refinement(score)
         cells = self._bins("positive_class")
@@ -320,16 +578,49 @@ class CalibrationHistogram:
         return Decomposition(value - refined, uncertainty - refined, uncertainty)
 
     def refinement(self, score: str = "log") -> Tensor:
-        """The score after the best monotone repair: how good this network could be.
+        """The score after the best monotone repair (isotonic regression) of these predictions.
 
-        A loss must improve it to be better than a repair. Fitted to the elements that it is
-        measured on, so that small data flatter it.
+        A training loss that lowers it does more than a repair can. It is fitted to the elements
+        that it is measured on, so it is too low on small data.
+
+        Args:
+            score: ``"log"`` (NLL) or ``"brier"``. Default: ``"log"``.
+
+        Raises:
+            ValueError: ``score`` is unknown.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(torch.full((10,), 0.9), torch.arange(10) < 8, from_logits=False)
+            >>> histogram.brier(), histogram.refinement("brier")  # repaired, it predicts 0.8
+            (tensor(0.1700, dtype=torch.float64), tensor(0.1600, dtype=torch.float64))
         """
         _checks.choice("score", score, _SCORES)
         return self._each(lambda cells: float(measures.refinement(cells, score)))
 
     def reliability(self, num_bins: int = 10, kind: str = "top_label") -> Reliability:
-        """Return the table of a reliability diagram over equal-width bins of [0, 1]."""
+        """Return the table of a reliability diagram over equal-width bins of [0, 1].
+
+        Args:
+            num_bins: number of bins. Default: 10.
+            kind: ``"top_label"`` or ``"positive_class"``. Default: ``"top_label"``.
+
+        Returns:
+            :class:`Reliability`: edges, counts, mean confidences and accuracies of the bins.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(torch.full((10,), 0.9), torch.arange(10) < 8, from_logits=False)
+            >>> table = histogram.reliability(num_bins=4)
+            >>> table.count
+            tensor([ 0,  0,  0, 10])
+            >>> table.accuracy
+            tensor([   nan,    nan,    nan, 0.8000], dtype=torch.float64)
+        """
         bins = self._equal_width(num_bins, kind)
         device = bins.count.device
         edges = torch.arange(num_bins + 1, dtype=torch.float64, device=device) / num_bins
@@ -337,26 +628,63 @@ class CalibrationHistogram:
         return Reliability(edges, *(self._shaped(part) for part in table))
 
     def to_dict(self) -> dict[str, Any]:
-        """Every measure by name, as numbers (lists of them with ``num_labels``), for a log."""
+        """Return every measure by name, as numbers (lists with ``num_labels``), for a log.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1, 0, 0]))
+            >>> measures = histogram.to_dict()
+            >>> measures["count"], round(measures["nll"], 3)
+            (3, 0.471)
+        """
         return {name: value.tolist() for name, value in _all_measures(self).items()}
 
     def summary(self) -> str:
-        """A printable table of what matters, and one line of advice that follows from it.
+        """Return a printable table of the main measures, and a line of advice: train or repair.
 
-        With ``num_labels``, one line for each group of labels that need the same.
+        With ``num_labels`` the table has a column per label, and there is a line of advice for
+        each group of labels that need the same.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> _ = torch.manual_seed(0)
+            >>> truth = torch.randn(20000)
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(2 * truth, torch.rand(20000) < torch.sigmoid(truth))
+            >>> print(histogram.summary().splitlines()[-1])
+            Over-confident (slope below 1): softer labels help, and so does a repair.
         """
         return _summary(self)
 
     def cells(self) -> Cells | list[Cells]:
-        """What a repair is fitted to: logit, elements and positives of each cell, on the CPU.
+        """Return the data that a repair is fitted to: logit, elements, positives of each cell.
 
-        In order of the logit, float64, empty cells too; a list with ``num_labels``.
+        On the CPU, in float64, in order of the logit, with the empty cells; a list of one per
+        label with ``num_labels``.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(torch.tensor([2.0, -1.0]), torch.tensor([1, 0]))
+            >>> cells = histogram.cells()
+            >>> cells.logit[cells.count > 0].round(decimals=4)
+            tensor([-1.,  2.], dtype=torch.float64)
         """
         rows = self.cells_by_label()
         return rows[0] if self.num_labels is None else rows
 
     def cells_by_label(self) -> list[Cells]:
-        """:meth:`cells` as a list, of one without ``num_labels``."""
+        """Return :meth:`cells` as a list, which has one entry without ``num_labels``.
+
+        Example:
+            >>> from sc_bce import CalibrationHistogram
+            >>> len(CalibrationHistogram().cells_by_label())
+            1
+        """
         if self._state.counts.is_meta:
             raise ValueError(_checks.sentence("histogram", "hold values", "one on device meta"))
         self._suspect()
@@ -370,13 +698,13 @@ class CalibrationHistogram:
         self._suspect()
         counts, doubts = self._state.counts, self._state.doubts
         count = counts.sum(2)
-        # A cell that nan has spoilt has no outcome either.
+        # nan in a cell's sum makes its outcome nan too.
         positive = torch.where(doubts.isnan(), torch.nan, counts[:, :, 1].double())
         if kind == "top_label":
             right = count[:, 0] - positive[:, 0] + positive[:, 1]
             total = count.sum(1)
             return Bins(total, right, total - doubts.sum(1))
-        # Below 1/2 the probability is the doubt, and the order of confidence turns round.
+        # Below 1/2 the probability is the doubt, so the order of the cells is reversed.
         columns = (
             (count[:, 0], count[:, 1]),
             (positive[:, 0], positive[:, 1]),
@@ -405,7 +733,7 @@ class CalibrationHistogram:
         return holding(state, None, self.num_cells, only_logits=self._only_logits)
 
     def _suspect(self) -> None:
-        """Warn once where what came as logits lies in [0, 1] as probabilities do."""
+        """Warn once if what was passed as logits looks like probabilities."""
         if self._looked or not self._only_logits:
             return
         self._looked = True
@@ -425,14 +753,14 @@ class CalibrationHistogram:
 def holding(
     state: _tally.Counted, num_labels: int | None, num_cells: int, *, only_logits: bool = False
 ) -> CalibrationHistogram:
-    """A histogram of what was counted; ``only_logits`` if that may turn out to be probabilities."""
+    """A histogram of a state; ``only_logits`` if its logits may turn out to be probabilities."""
     made = CalibrationHistogram(num_labels, num_cells=num_cells)
     made._state, made._only_logits = state, only_logits
     return made
 
 
 def restored(saved: Mapping[str, Tensor], own: _tally.Counted) -> _tally.Counted:
-    """Copies of what was saved, which must have the sizes of ``own`` and goes to its device."""
+    """Copies of a saved state on the device of ``own``, whose sizes it must have."""
     if set(saved) != set(own._fields):
         raise ValueError(
             _checks.sentence(
@@ -456,7 +784,7 @@ def _cells_of(state: _tally.Counted, grid: _tally.Grid) -> list[Cells]:
     low, middle = grid.logits()
     mean = doubts / count
     size = torch.log1p(-mean) - torch.log(mean)
-    # The mean doubt of a cell lies inside it, but for the rounding of doubts below 1e-38.
+    # The mean doubt of a cell lies inside it, except for the rounding of doubts below 1e-38.
     above = torch.cat((low[1:], low.new_tensor([torch.inf])))
     good = size.isfinite() & (size >= low - 0.1) & (size <= above + 0.1)
     size = torch.where(good, size, middle)
@@ -469,7 +797,7 @@ def _cells_of(state: _tally.Counted, grid: _tally.Grid) -> list[Cells]:
 
 
 def _bin_of_cells(grid: _tally.Grid, num_bins: int, kind: str) -> Tensor:
-    """The bin that each cell's centre lies in: in integers where cells are even in p."""
+    """The bin of each cell's centre, by integers for cells that are even in p."""
     cell, num_cells = torch.arange(grid.size, device="cpu"), 2 * grid.half
     outer = cell >= grid.inner
     tail = (torch.sigmoid(-grid.logits()[1]) * num_bins).long()
@@ -482,7 +810,7 @@ def _bin_of_cells(grid: _tally.Grid, num_bins: int, kind: str) -> Tensor:
 
 
 def _like_probabilities(counts: Tensor, grid: _tally.Grid) -> Tensor:
-    """Whether what came as logits looks like probabilities, as a 0-d tensor."""
+    """Whether what was passed as logits looks like probabilities, as a 0-d tensor."""
     negative, positive = counts.sum((0, 2)).unbind()
     low, _ = grid.logits()
     alike = measures.like_probabilities(low.to(counts.device), positive)
@@ -490,7 +818,7 @@ def _like_probabilities(counts: Tensor, grid: _tally.Grid) -> Tensor:
 
 
 def by_label(value: Tensor, num_labels: int | None, name: str) -> Tensor:
-    """One row per label, a view where that can be."""
+    """One row per label, as a view if possible."""
     if num_labels is None:
         return value.unsqueeze(0)
     if value.dim() < 2 or value.shape[1] != num_labels:
@@ -505,7 +833,7 @@ def by_label(value: Tensor, num_labels: int | None, name: str) -> Tensor:
 
 
 def _device_of(group: dist.ProcessGroup | None, own: torch.device) -> torch.device:
-    """Where the group's backend wants a tensor that lies on ``own``."""
+    """The device on which the group's backend accepts a tensor that is on ``own``."""
     served = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
     if own.type in served:
         return own
@@ -532,7 +860,7 @@ def _check_saved(name: str, saved: object, own: Tensor) -> None:
 
 
 def _from_first_version(state: Mapping[str, Tensor], grid: _tally.Grid) -> Mapping[str, Tensor]:
-    """Version 0.1 had no pieces: its outermost cells go whole where their mean doubts say."""
+    """A state of version 0.1, which had no tail cells: its outer cells move by their mean doubt."""
     keys = {"counts", "confidences", "squared_error", "log_loss"}
     if set(state) != keys or state["confidences"].shape != (2, grid.half):
         return state
@@ -613,7 +941,7 @@ def _summary(histogram: CalibrationHistogram) -> str:
 
 
 def _advice(histogram: CalibrationHistogram) -> str:
-    """What the numbers say to do: a line of text, or one for the labels that share an advice."""
+    """A line of advice, or one for each group of labels that share it."""
     if histogram.num_labels is None:
         return _advice_of(histogram)
     who: dict[str, list[str]] = {}
@@ -629,11 +957,11 @@ def _advice_of(histogram: CalibrationHistogram) -> str:
     rate = float(histogram.accuracy("positive_class"))
     mean = float(histogram.confidence("positive_class"))
     if slope != slope:
-        return "Nothing to advise: both classes, and more than one logit, must be seen."
+        return "No advice yet: measure data with both classes and more than one logit."
     if slope == math.inf:
-        return "A threshold tells the classes apart: the slope has no end. Measure more data."
+        return "A threshold separates the classes, so the slope is infinite. Measure more data."
     if slope <= 0:
-        return "The logits speak against the labels: look at the data first."
+        return "The logits rank the labels backwards (slope below 0): check the data first."
     gain = float(histogram.decomposition().miscalibration) / nll
     shift = abs(mean - rate) > 0.05 * min(rate, 1 - rate)
     if slope < 0.9:

@@ -1,7 +1,7 @@
 """The levels of the training samples: their rule, the table, and its merge between processes.
 
-The rule is pure functions of tensors; the table only stores, and carries its state through
-torch's tools; the merge is pure but for the reduction that is passed in.
+The rule is pure functions of tensors. The table only stores levels and carries its state through
+torch's tools. The merge is pure except for the reduction that is passed in.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ __all__ = [
 
 Table = TypeVar("Table", bound="Levels")
 
-LARGEST_BUDGET = 0.45  # of doubt: labels keep clear of the flip that would hide them
-MARGIN = 0.01  # of the level that would take a label to 1/2
-MEMORY = 0.9  # of a sample's running accuracy, at each visit
+LARGEST_BUDGET = 0.45  # doubt: at 1/2 a label would carry no information
+MARGIN = 0.01  # below the level that would take a label to 1/2
+MEMORY = 0.9  # weight of the past in a sample's running accuracy, at each visit
 UNKNOWN = 0.5  # accuracy of a sample before its first visit
-CARRIED = 0.5  # of the gap between confidence and accuracy, at each step
-GAIN = 0.1  # of strength, at each step, for a calibration slope that is off by 1
+CARRIED = 0.5  # share of the gap between confidence and accuracy that a step adds to the budget
+GAIN = 0.1  # change of strength per step for a calibration slope that is off by 1
 
-_SET = 1 << 9  # rows, up to which a set finds duplicates more quickly than tensors
-_CELLS = 8  # for each row: one in sixteen finds its cell taken
+_SET = 1 << 9  # rows up to which a set finds duplicates faster than tensors
+_CELLS = 8  # cells per row: one row in sixteen finds its cell taken
 _CHUNK = 1 << 24  # rows that a step works on at a time: bounds its extra memory
 
 
@@ -58,25 +58,25 @@ class Rule(NamedTuple):
 
 
 class Climb(NamedTuple):
-    """All that moves a level with a batch, beside the batch."""
+    """What moves a level in a batch, apart from the batch."""
 
     rule: Rule
     beta: float
     kappa: float | Tensor
     cap: float | Tensor
-    rate: float | Tensor  # of a step along the slope
-    pull: float | Tensor  # of the constraint, at the new level
+    rate: float | Tensor  # step size along the slope
+    pull: float | Tensor  # by which the constraint divides what exceeds the budget
 
 
 class Epoch(NamedTuple):
-    """What a step sets, 0-d tensors: a new value recompiles nothing."""
+    """What a step sets, as 0-d tensors, so that a new value recompiles nothing."""
 
     steps: Tensor
     accuracy: Tensor
     best_accuracy: Tensor
     budget: Tensor
     difficulty: Tensor  # mean of (1 - sample accuracy)^focus among the samples seen
-    climbs: Tensor  # bool: whether levels climb with each batch, or are set by the step alone
+    climbs: Tensor  # bool: whether levels climb with each batch or are set by the step alone
 
 
 def cap(beta: float, prior: float | Tensor) -> float | Tensor:
@@ -88,10 +88,10 @@ def cap(beta: float, prior: float | Tensor) -> float | Tensor:
 
 
 def cost(beta: float, prior: float | Tensor, counts: Tensor) -> float | Tensor:
-    """kappa, what a level of 1 costs in confidence: mean of beta (1 - c where y >= 1/2, else c).
+    """Kappa, what a level of 1 costs in confidence: mean of beta (1 - c if y >= 1/2, else c).
 
-    `counts` has three rows: elements, their labels summed, and those of at least 1/2. At c = 1/2
-    they are not needed. 0 before anything was counted.
+    `counts` has three rows: number of elements, sum of their labels, number of labels of at least
+    1/2. They are not needed at c = 1/2. 0 before anything was counted.
     """
     if not isinstance(prior, Tensor) and prior == 0.5:
         return beta / 2
@@ -110,15 +110,15 @@ def base_rate(counts: Tensor) -> Tensor:
 
 
 def wide(value: Tensor) -> Tensor:
-    """In float64, where the device has it, else on the CPU."""
+    """The value in float64, on the CPU if its device has none."""
     return value.to(home(value.device)).double()
 
 
 def climb(rule: Rule, beta: float, kappa: float | Tensor, highest: float | Tensor) -> Climb:
-    """What stays the same between two steps.
+    """What moves levels between two steps.
 
-    The explicit solver steps by lr; every other climbs in doubt, kappa alpha, so that it climbs
-    alike whatever the strength.
+    The explicit solver steps by lr. The others climb in doubt, kappa alpha, so that the speed
+    does not depend on the strength.
     """
     rate = rule.lr if rule.solver == "explicit" else rule.lr / kappa**2
     return Climb(rule, beta, kappa, highest, rate, 1 + rule.lr * rule.penalty / kappa)
@@ -137,7 +137,7 @@ def climbed(climb: Climb, alpha: Tensor, slope: Tensor, budget: Tensor, epoch: E
         new = new + rate * rule.penalty * (budget - kappa * alpha).clamp(max=0)
     else:
         # The penalty at the new level instead of the old one: a contraction for every strength.
-        # Below the budget it would pull up, so the lower of both is right on either side.
+        # Below the budget it would pull upwards, so take the lower of the two.
         rest = budget / kappa
         new = torch.minimum(new, (new - rest).div_(climb.pull).add_(rest))
     if isinstance(kappa, Tensor):
@@ -150,7 +150,7 @@ def climbed(climb: Climb, alpha: Tensor, slope: Tensor, budget: Tensor, epoch: E
 def shared_out(focus: float, budget: Tensor, accuracy: Tensor, difficulty: Tensor) -> Tensor:
     """The budget of each sample: more for those that are often wrong."""
     hardness = torch.rsub(accuracy, 1).pow(focus)
-    # Where every sample seen is perfect, all are alike: what is divided by 0 counts as 1.
+    # If every sample seen is perfect, all are alike: a division by 0 counts as 1.
     weight = (hardness / difficulty).nan_to_num_(1.0, 1.0)
     return weight.mul_(budget).clamp_(max=LARGEST_BUDGET)
 
@@ -170,15 +170,15 @@ def next_epoch(
 ) -> Epoch:
     """The epoch that follows a step.
 
-    `doubt` is the mean of kappa alpha over the rows that moved, None where none did or none may
-    yet; `highest` is the doubt at the cap.
+    `doubt` is the mean of kappa alpha over the rows that moved, None if none moved or the warm-up
+    lasts; `highest` is the doubt at the cap.
     """
     budget = epoch.budget
     if rule.objective == "calibration":
         budget = torch.full_like(budget, 1 - accuracy)
     elif rule.objective == "feedback" and doubt is not None and confidence is not None:
-        # From what the levels have followed: the budget must neither run ahead while they still
-        # climb nor pile up below 0, where they can't go, and hold them there long after.
+        # Start from the doubt that the levels have reached: the budget must not run ahead while
+        # they still climb, nor wind up below 0, which would hold them at 0 long afterwards.
         used = min(max(float(budget), 0.0), doubt)
         used += CARRIED * (confidence - accuracy)
         used = min(max(used, -LARGEST_BUDGET), LARGEST_BUDGET, highest)
@@ -194,8 +194,8 @@ def next_epoch(
 def shared_level(level: float, slope: float, beta: float, highest: float) -> float:
     """The level of all samples after a step that measured a calibration slope.
 
-    Below 1 the logits are too large, and the strength grows; above 1 it falls. A slope that
-    could not be fitted says nothing.
+    Below 1 the logits are too large and the strength grows; above 1 it falls. A slope that could
+    not be fitted changes nothing.
     """
     if not math.isnan(slope):
         level += GAIN * min(max(1 - slope, -1.0), 1.0) / beta
@@ -203,7 +203,7 @@ def shared_level(level: float, slope: float, beta: float, highest: float) -> flo
 
 
 def mean_difficulty(focus: float, accuracy: Tensor, seen: Tensor) -> Tensor:
-    """Mean of (1 - accuracy)^focus among the samples seen, of which there is one."""
+    """Mean of (1 - accuracy)^focus over the samples seen, of which there must be one."""
     total, count = 0.0, 0
     for start in range(0, len(seen), _CHUNK):
         rows = slice(start, start + _CHUNK)
@@ -215,11 +215,11 @@ def mean_difficulty(focus: float, accuracy: Tensor, seen: Tensor) -> Tensor:
 
 
 class ByRow(NamedTuple):
-    """Means over the places of a batch that share a row, given back to each such place."""
+    """Means over the places of a batch that share a row, returned at each of these places."""
 
-    group: Tensor  # of each place
+    group: Tensor  # number of the row's group, for each place
     valid: Tensor
-    places: Tensor  # valid ones of its row
+    places: Tensor  # number of valid places that share the row, for each place
 
     @property
     def any(self) -> Tensor:
@@ -233,11 +233,12 @@ class ByRow(NamedTuple):
 
 
 def distinct(rows: Tensor) -> bool:
-    """Whether none is there twice, seen by the host in a time O(batch): sorting takes more."""
+    """Whether no row occurs twice, found by the host in O(batch): sorting takes longer."""
     count = len(rows)
     if count <= _SET:
         return len(set(rows.tolist())) == count
-    # Each leaves its place in a cell of its last bits. Who finds another's there shares them.
+    # Each row writes its place into the cell of its last bits. A row that finds another place
+    # there shares these bits with another row.
     place = torch.arange(count, dtype=torch.int32, device="cpu")
     cells = 1 << (_CELLS * count).bit_length()
     cell = rows & (cells - 1)
@@ -249,14 +250,14 @@ def distinct(rows: Tensor) -> bool:
     losers = rows[lost]
     if bool((rows[other[lost]] == losers).any()):
         return False
-    if 2 * len(losers) > count:  # rows of equal last bits, as of a large step
+    if 2 * len(losers) > count:  # many rows with equal last bits, as in a range with a large step
         ordered = rows.sort()[0]
         return not bool((ordered[1:] == ordered[:-1]).any())
     return distinct(losers)
 
 
 def mean_by_row(rows: Tensor, valid: Tensor) -> ByRow:
-    """By sorting, at O(batch): torch.unique would make an accelerator wait for its size."""
+    """Group the places of a batch by row: by sorting, since torch.unique waits for its size."""
     ordered, order = rows.sort(stable=True)
     starts = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0, dtype=torch.int64)
     group = torch.empty_like(order).scatter_(0, order, starts)
@@ -266,17 +267,17 @@ def mean_by_row(rows: Tensor, valid: Tensor) -> ByRow:
 
 # -- the table
 
-HEAD = 16  # bytes of a seed and a rank, before a generator's state
-NEVER, BEFORE, SINCE = 0, 1, 2  # when a row was last trained: relative to the last step
+HEAD = 16  # bytes: a seed and a rank, in front of a generator's state
+NEVER, BEFORE, SINCE = 0, 1, 2  # when a row was last trained, relative to the last step
 
 
 class Levels(nn.Module):
-    """One level per sample, with all else that decides the future of training.
+    """One level per sample, and the rest of the state that training depends on.
 
-    Its tensors are plain attributes: a registered buffer would be overwritten by
-    DistributedDataParallel at each forward, and cast by ``half()``. They move with the module,
-    are saved in its ``state_dict``, and are shown as buffers to who asks this very module, as
-    FSDP2 and torch.distributed.checkpoint do.
+    The tensors are plain attributes: DistributedDataParallel would overwrite a registered buffer
+    at each forward, and ``half()`` would cast it. They move with the module and are saved in its
+    ``state_dict``. They are listed as buffers if this very module is asked for its own, as FSDP2
+    and torch.distributed.checkpoint do.
     """
 
     alpha: Tensor
@@ -301,10 +302,19 @@ class Levels(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start again from level 0, as after construction."""
+        """Start again from level 0, as after construction.
+
+        Example:
+            >>> from sc_bce import AdaptivePerturbation
+            >>> criterion = AdaptivePerturbation(num_samples=2)
+            >>> _ = criterion.alpha.fill_(0.1)
+            >>> criterion.reset_parameters()
+            >>> criterion.alpha
+            tensor([0., 0.])
+        """
         rows, labels = self._size
         device = self.alpha.device if hasattr(self, "alpha") else None
-        # Whatever torch's default dtype is.
+        # Independent of torch's default dtype.
         single: dict[str, Any] = {"dtype": torch.float32, "device": device}
         whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
         held = {
@@ -316,8 +326,8 @@ class Levels(nn.Module):
             "budget": torch.zeros((), **single),
             "difficulty": torch.full((), (1 - UNKNOWN) ** self._setting[1], **single),
             "climbs": torch.ones((), dtype=torch.bool, device=device),
-            # Elements, labels summed in fractions, and labels of at least 1/2: until the last
-            # step, and since then in this process.
+            # Elements, sum of labels in fractions, labels of at least 1/2: up to the last step,
+            # and since then in this process.
             "counts": torch.zeros(3, labels, **whole),
             "fresh": torch.zeros(3, labels, **whole),
             "setting": torch.tensor(self._setting, **single),
@@ -332,7 +342,7 @@ class Levels(nn.Module):
 
     @property
     def columns(self) -> dict[str, Tensor]:
-        """What is averaged between processes, by name."""
+        """The columns that a merge averages between processes, by name."""
         names = ("alpha", "sample_accuracy") if self.focused else ("alpha",)
         return {name: getattr(self, name) for name in names}
 
@@ -348,7 +358,7 @@ class Levels(nn.Module):
 
     @property
     def epoch(self) -> Epoch:
-        """What the last step set."""
+        """The values that the last step set."""
         return Epoch(*(getattr(self, name) for name in Epoch._fields))
 
     def grow(self, rows: int) -> None:
@@ -363,19 +373,19 @@ class Levels(nn.Module):
 
     @property
     def trained(self) -> Tensor:
-        """The rows that any process has trained; of those since the last step, this one's."""
+        """The rows that any process trained up to the last step, or this one since then."""
         return self.visited != NEVER
 
     def mean_level(self, rows: Tensor) -> Tensor:
-        """Mean over these rows; over all, if there are none."""
+        """Mean level of these rows; of all rows if there are none."""
         rows = rows | ~rows.any()
         return torch.where(rows, self.alpha, 0.0).sum() / rows.sum()
 
     def observe(
         self, rows: Tensor, slopes: Tensor, hits: Tensor | None, focus: float, climb: Climb | None
     ) -> None:
-        """Move the rows of a batch; where nothing valid and finite was seen, hold."""
-        # Rows that are alone, and all finite, need no means: most batches on a CPU.
+        """Move the rows of a batch; a row without a valid and finite slope stays."""
+        # If rows are distinct and slopes finite, as in most batches on a CPU, no means are needed.
         plain = readable(rows) and math.isfinite(float(slopes.sum())) and distinct(rows)
         by_row = None if plain else mean_by_row(rows, slopes.isfinite())
 
@@ -384,14 +394,14 @@ class Levels(nn.Module):
 
         def keep(column: Tensor, old: Tensor, new: Tensor) -> None:
             if by_row is None:
-                column.scatter_(0, rows, new)  # in half the time
+                column.scatter_(0, rows, new)  # half the time of index_copy_
             else:
                 column.index_copy_(0, rows, torch.where(by_row.any, new, old))
 
         budget = self.budget
         if hits is not None:
             old = self.sample_accuracy.index_select(0, rows)
-            recent = remembered(old, mean(hits))
+            recent = remembered(old, mean(hits))  # first, so that the budget is of this forward
             budget = shared_out(focus, budget, recent, self.difficulty)
             keep(self.sample_accuracy, old, recent)
         if climb is not None:
@@ -404,14 +414,14 @@ class Levels(nn.Module):
             keep(self.visited, before, torch.full_like(before, SINCE))
 
     def mark(self, rows: Tensor) -> None:
-        """Note that these rows have trained."""
+        """Mark these rows as trained since the last step."""
         if readable(rows):
             self.visited.scatter_(0, rows, self.visited.new_full(rows.shape, SINCE))
         else:
             self.visited.index_fill_(0, rows, SINCE)
 
     def merge(self, columns: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> Tensor:
-        """Merge columns between processes; returns the rows that any of them has moved."""
+        """Merge columns between processes; return the rows that any of them has moved."""
         moved = self.visited == SINCE
         if world_size(group) > 1:
             new, moved = merged(columns, moved, lambda total: dist.all_reduce(total, group=group))
@@ -421,11 +431,21 @@ class Levels(nn.Module):
         return moved
 
     def resize(self, num_samples: int) -> None:
-        """Grow the table to ``num_samples`` rows; new samples start at level 0.
+        """Grow the table to ``num_samples`` rows for new training data; they start at level 0.
+
+        Args:
+            num_samples: number of training samples, not smaller than before.
 
         Raises:
-            ValueError: fewer rows than now, or a module with one shared level.
+            ValueError: fewer rows than before, or a module with one shared level.
             TypeError: ``num_samples`` is not an int.
+
+        Example:
+            >>> from sc_bce import AdaptivePerturbation
+            >>> criterion = AdaptivePerturbation(num_samples=2)
+            >>> criterion.resize(3)
+            >>> criterion.alpha
+            tensor([0., 0., 0.])
         """
         _checks.positive_int("num_samples", num_samples)
         num_samples = int(num_samples)
@@ -444,7 +464,7 @@ class Levels(nn.Module):
         held = self.held()
         moved = {name: fn(tensor) for name, tensor in held.items()}
         for name, new in moved.items():
-            # The device is followed, a dtype is not: bfloat16 would lose steps below 1/256.
+            # Follow the device but not the dtype: bfloat16 would lose steps below 1/256.
             if new.dtype != held[name].dtype:
                 moved[name] = held[name].to(new.device)
         self.hold(moved)
@@ -454,7 +474,7 @@ class Levels(nn.Module):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
         yield from super().named_buffers(prefix, recurse, remove_duplicate)
-        if not recurse:  # asked module by module; DistributedDataParallel asks its root for all
+        if not recurse:  # FSDP2 asks module by module, DistributedDataParallel recurses from a root
             for name, tensor in self._saved().items():
                 yield f"{prefix}.{name}" if prefix else name, tensor
 
@@ -468,7 +488,7 @@ class Levels(nn.Module):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in self._saved().items():
-            # A copy: what a tool loads into it in place must pass load_state_dict first.
+            # A copy, so that what a tool loads into it in place goes through load_state_dict.
             destination[prefix + name] = tensor.clone()
 
     def _load_from_state_dict(
@@ -483,7 +503,7 @@ class Levels(nn.Module):
     ) -> None:
         given, hooks = dict(state_dict), self._load_state_dict_pre_hooks
         rest = (strict, missing_keys, unexpected_keys, error_msgs)
-        for hook in hooks.values():  # which may rename keys
+        for hook in hooks.values():  # a hook may rename keys
             hook(given, prefix, local_metadata, *rest)
         own = {key[len(prefix) :]: given[key] for key in given if key.startswith(prefix)}
         saved = _of_any_version(own, self)
@@ -504,7 +524,7 @@ class Levels(nn.Module):
             unexpected_keys.extend(prefix + name for name in saved if name not in known)
         found = {name: saved[name] for name in names if name in saved and name != "generator"}
         assign = local_metadata.get("assign_to_params_buffers", False) or self.alpha.is_meta
-        # One device for all: a broadcast delivers scalars on the CPU.
+        # One device for all tensors: a broadcast delivers scalars on the CPU.
         like = found.get("alpha", self.alpha) if assign else self.alpha
         self.hold(
             {
@@ -516,7 +536,7 @@ class Levels(nn.Module):
             unpack(saved["generator"].cpu(), self.generator)
 
     def refusal(self, saved: Mapping[str, Tensor]) -> str | None:
-        """Why a saved state is not one of this table, in a sentence."""
+        """Why a saved state does not fit this table, in a sentence; None if it does."""
         return None
 
 
@@ -539,10 +559,10 @@ def _of_any_version(saved: Mapping[str, Any], table: Levels) -> dict[str, Any]:
 def merged(
     columns: Mapping[str, Tensor], moved: Tensor, all_reduce: Callable[[Tensor], object]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The columns as all processes hold them, and the rows that any of them moved.
+    """The merged columns, and the rows that any process moved.
 
-    A row becomes the mean of its values over the processes that moved it. Into copies: if a
-    process dies on the way, the table of this one is whole.
+    A row becomes the mean of its values over the processes that moved it. The result is a copy,
+    so that this process keeps a whole table if another dies during the merge.
     """
     new = {name: column.clone() for name, column in columns.items()}
     anywhere = moved.clone()
@@ -579,9 +599,9 @@ def reduced(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def reseed(
     generator: torch.Generator, device: torch.device, group: dist.ProcessGroup | None
 ) -> None:
-    """Give each process its own seed, all from the first one's generator.
+    """Seed each process's generator anew, from the generator of rank 0.
 
-    Right after it any process's checkpoint serves all: a seed and a rank say everything.
+    Right after it the checkpoint of one process restores all: seed and rank determine the state.
     """
     if world_size(group) > 1:
         seed = torch.zeros((), dtype=torch.int64, device=generator.device)
@@ -591,14 +611,14 @@ def reseed(
 
 
 def packed(generator: torch.Generator) -> Tensor:
-    """A generator's state behind its seed and the rank that it serves: of one size anywhere."""
+    """A generator's seed, rank and state in one tensor, whose size is the same on any world."""
     head = torch.tensor([generator.initial_seed(), rank(None)], dtype=torch.uint64, device="cpu")
     return torch.cat((head.view(torch.uint8), generator.get_state().cpu()))
 
 
 def unpack(saved: Tensor, generator: torch.Generator) -> None:
-    """Restore a generator; on another rank than the saved one, by the seed of this one."""
-    if saved.dim() == 2:  # version 0.1, after a step: the state of every rank
+    """Restore a generator; on a rank other than the saved one, from the seed of this rank."""
+    if saved.dim() == 2:  # version 0.1, after a step: the states of all ranks
         if rank(None) < len(saved):
             generator.set_state(saved[rank(None)].clone())
     elif len(saved) == len(generator.get_state()):  # version 0.1, within an epoch

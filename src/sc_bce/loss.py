@@ -1,4 +1,4 @@
-"""The drop-in loss: configuration and draw; its forward is one call to the functional."""
+"""The drop-in loss: its configuration and its draws; the functional layer computes the loss."""
 
 from __future__ import annotations
 
@@ -15,27 +15,30 @@ from .functional import perturbed_loss, sc_bce_with_logits
 
 __all__ = ["SCBCEWithLogitsLoss"]
 
-_FIRST = 4  # training batches of which every floating-point label is looked at, on a CPU
+_FIRST = 4  # training batches whose floating-point labels are all checked, on a CPU
 
 Loss = TypeVar("Loss", bound="SCBCEWithLogitsLoss")
 
 
 class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
-    r"""Self-calibrating binary cross entropy in place of :class:`torch.nn.BCEWithLogitsLoss`.
+    r"""Binary cross entropy with label smoothing or random label perturbation (SC-BCE).
+
+    A drop-in replacement for :class:`torch.nn.BCEWithLogitsLoss` whose softer targets lower the
+    confidence of the network:
 
     .. math::
         \ell(x, y) = \mathrm{BCE}(x, q), \qquad q = y + \alpha\beta\,(c - y)
 
     with :math:`x` the logit, :math:`y` the target, :math:`\alpha` the probability that a label is
     perturbed, :math:`\beta` the strength of the perturbation
-    :math:`p(y) = (1-\beta)\,y + \beta c` and :math:`c` the prior. This is the expectation; with
-    ``sampling`` the labels are drawn: each is :math:`p(y)` with probability :math:`\alpha`, else
-    :math:`y`. In evaluation mode, or without gradients, it is plain BCE on the labels as they
-    are, so that validation losses of all methods compare.
+    :math:`p(y) = (1-\beta)\,y + \beta c` and :math:`c` the prior that it moves towards. This is
+    the expectation. With ``sampling`` the labels are drawn: each is :math:`p(y)` with probability
+    :math:`\alpha` and :math:`y` otherwise. In evaluation mode, or without gradients, the loss is
+    plain BCE on the unperturbed labels, so that validation losses of all methods are comparable.
 
     Special cases: ``alpha=0`` (the default) is :class:`torch.nn.BCEWithLogitsLoss`, bit for bit.
-    :meth:`label_smoothing`, :meth:`disturb_label`, :meth:`hard_inversion`,
-    :meth:`soft_inversion`, :meth:`moderation` and :meth:`dynamic_moderation` name the others.
+    The named settings :meth:`label_smoothing`, :meth:`disturb_label`, :meth:`hard_inversion`,
+    :meth:`soft_inversion`, :meth:`moderation` and :meth:`dynamic_moderation` build the others.
 
     Args:
         weight: as in torch, rescales the loss of each element. Default: None.
@@ -44,24 +47,25 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         reduction: ``"none"``, ``"mean"`` or ``"sum"``. Default: ``"mean"``.
         pos_weight: as in torch, the weight of positive examples. Default: None.
         alpha: perturbation probability, in [0, 1]. Default: 0.
-        beta: perturbation strength, in [0, 1 / max(prior, 1 - prior)]; ``alpha * beta`` below 1.
-            None is the largest: 2 at ``prior=0.5``. Default: None.
+        beta: perturbation strength, in [0, 1 / max(prior, 1 - prior)]; ``alpha * beta`` must be
+            below 1. None takes the largest: 2 at ``prior=0.5``. Default: None.
         prior: what perturbed labels move towards: a number between 0 and 1, or a tensor that
             broadcasts to ``input`` from the last dimension: (C,) for (N, C), (C, 1, 1) for
-            (N, C, H, W). The base rate of the positives keeps the mean probability where it
-            belongs; 1/2, the paper's, keeps the decision. Default: 1/2.
+            (N, C, H, W). The base rate of the positives keeps the mean probability; 1/2, as in
+            the paper, keeps the decision threshold. Default: 1/2.
         sampling: ``"expected"`` uses the effective target ``q``; ``"sample"`` draws once per
             sample (dimension 0), ``"element"`` once per element. Default: ``"expected"``.
         noise: bound of the noise n of dynamic moderation, a standard normal truncated to
-            [-noise, noise] that makes the strength of each drawn element beta + 2n. Needs
-            drawing and ``prior=0.5``; at most ``min(beta, 2 - beta) / 2``. Default: 0.
-        ignore_index: elements whose target has this value count for nothing. Default: None.
+            [-noise, noise] that makes the strength of each drawn element beta + 2n. It needs
+            draws and ``prior=0.5``; at most ``min(beta, 2 - beta) / 2``. Default: 0.
+        ignore_index: elements whose target has this value are left out of the loss. Default:
+            None.
         generator: source of the draws, on the device of the input; None is torch's global one.
-            It is the caller's to save. Default: None.
+            Its state is not in ``state_dict``. Default: None.
 
     Attributes:
-        flip_rates: the pair (g0, g1), what a perfect fit says for a negative, and short of 1 for
-            a positive: (alpha beta c, alpha beta (1 - c)).
+        flip_rates: the pair (g0, g1) = (alpha beta c, alpha beta (1 - c)). A perfect fit predicts
+            g0 for a negative and 1 - g1 for a positive.
 
     Shape:
         - input: :math:`(N, *)` or scalar, floating point.
@@ -69,22 +73,23 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         - Returns: scalar, or the shape of ``input`` for ``reduction="none"``.
 
     Raises:
-        ValueError: at construction, a number out of its range; ``alpha * beta`` of 1 or more,
-            which teaches nothing; a perturbation that takes every answer to one side of 1/2,
-            ``pos_weight`` counted in; an unknown ``reduction`` or ``sampling``; noise without
-            drawing. In use, those of :func:`sc_bce_with_logits`.
-        TypeError: an argument of the wrong type.
+        ValueError: at construction, a number is out of its range; ``alpha * beta`` is 1 or more,
+            which removes all information from the labels; the perturbation, together with
+            ``pos_weight``, moves every prediction to one side of 1/2; ``reduction`` or
+            ``sampling`` is unknown; ``noise`` is given without drawing. In use, as
+            :func:`sc_bce_with_logits`.
+        TypeError: an argument has the wrong type.
 
     Note:
-        ``state_dict`` has torch's keys and nothing else. A ``generator`` excludes
-        ``torch.compile(fullgraph=True)``; several processes need different seeds. A prior other
-        than 1/2 moves the decision: P(y = 1) >= 1/2 means
+        ``state_dict`` has torch's keys only. A ``generator`` does not work with
+        ``torch.compile(fullgraph=True)``; in several processes, give each a different seed. A
+        prior other than 1/2 moves the decision threshold: P(y = 1) >= 1/2 becomes
         ``sigmoid(x) >= (1 - s) / 2 + s * c`` with s = alpha * beta.
 
-        Because perturbation needs training mode with gradients, a training loss that is logged
-        under ``no_grad`` is plain BCE, and so is reentrant activation checkpointing's first
-        forward; its second, which has the gradients, is not. For the expected loss on other
-        data, call :func:`sc_bce_with_logits`.
+        Labels are perturbed in training mode with gradients only. A training loss that is logged
+        under ``no_grad`` is therefore plain BCE. The same holds for the first forward of
+        reentrant activation checkpointing; the gradients come from the second, which is
+        perturbed. For the expected loss on other data, call :func:`sc_bce_with_logits`.
 
     References:
         Liu et al., ICCV 2023, arXiv 2307.13539 (SC-BCE and its special cases).
@@ -144,7 +149,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         self.noise = float(noise)
         self.ignore_index = _checks.ignore_index(ignore_index)
         self.generator = generator
-        self._looked = 0  # training batches of which every label was looked at
+        self._looked = 0  # training batches whose labels were all checked
         self._warned = False
         _require_lessons(self)
 
@@ -162,9 +167,21 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     @classmethod
     def label_smoothing(cls: type[Loss], eps: float, **kwargs: Any) -> Loss:
-        """Smoothing ``eps`` in [0, 1) as Keras defines it: a positive's target is 1 - eps/2.
+        """Label smoothing as Keras defines it: the target of a positive is 1 - eps/2.
 
-        With ``prior`` c a negative's target is eps c, a positive's 1 - eps (1 - c).
+        With ``prior`` c the target of a negative is eps c, that of a positive 1 - eps (1 - c).
+
+        Args:
+            eps: amount of smoothing, in [0, 1).
+            **kwargs: other arguments of the constructor, such as ``prior`` or ``pos_weight``.
+
+        References:
+            Szegedy et al., CVPR 2016, Section 7.
+
+        Example:
+            >>> from sc_bce import SCBCEWithLogitsLoss
+            >>> SCBCEWithLogitsLoss.label_smoothing(0.1).flip_rates  # targets 0.05 and 0.95
+            (tensor(0.0500), tensor(0.0500))
         """
         _checks.number("eps", eps, 0.0, 1.0)
         return cls(alpha=1.0, beta=eps, **kwargs)
@@ -173,9 +190,24 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     def disturb_label(
         cls: type[Loss], rate: float, sampling: str = "element", **kwargs: Any
     ) -> Loss:
-        """DisturbLabel: with probability ``rate`` in [0, 1) the label is drawn anew, uniformly.
+        """DisturbLabel: with probability ``rate`` a label is replaced by a random one.
 
-        One draw per element, or per sample with ``sampling="sample"``.
+        The random label is 0 or 1 with equal probability, so half of the replaced labels change.
+
+        Args:
+            rate: noise rate, in [0, 1).
+            sampling: ``"element"`` or ``"sample"``, as in the constructor. Default:
+                ``"element"``.
+            **kwargs: other arguments of the constructor.
+
+        References:
+            Xie et al., CVPR 2016, arXiv 1605.00055.
+
+        Example:
+            >>> from sc_bce import SCBCEWithLogitsLoss
+            >>> criterion = SCBCEWithLogitsLoss.disturb_label(0.2)
+            >>> criterion.alpha, criterion.beta, criterion.sampling
+            (0.1, 2.0, 'element')
         """
         _checks.number("rate", rate, 0.0, 1.0)
         _require_half("disturb_label", kwargs)
@@ -183,43 +215,121 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     @classmethod
     def hard_inversion(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Flip all labels of a sample with probability ``alpha`` in [0, 1/2)."""
+        """Hard inversion: with probability ``alpha`` all labels of a sample are flipped.
+
+        Args:
+            alpha: perturbation probability, in [0, 1/2).
+            **kwargs: other arguments of the constructor.
+
+        References:
+            Liu et al., ICCV 2023, arXiv 2307.13539 (HI).
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import SCBCEWithLogitsLoss
+            >>> _ = torch.manual_seed(0)
+            >>> criterion = SCBCEWithLogitsLoss.hard_inversion(0.3, reduction="none")
+            >>> logits = torch.full((100, 1), 2.0, requires_grad=True)
+            >>> loss = criterion(logits, torch.ones(100, 1)).detach()
+            >>> loss.round(decimals=4).unique()  # under the label, and under the flipped label
+            tensor([0.1269, 2.1269])
+        """
         _require_half("hard_inversion", kwargs)
         return cls(alpha=alpha, beta=2.0, **{"sampling": "sample", **kwargs})
 
     @classmethod
     def soft_inversion(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Turn 1 into 1/4 and 0 into 3/4, a sample at a time, with probability ``alpha`` to 2/3."""
+        """Soft inversion: with probability ``alpha`` a sample's 1 becomes 1/4, its 0 becomes 3/4.
+
+        Args:
+            alpha: perturbation probability, in [0, 2/3).
+            **kwargs: other arguments of the constructor.
+
+        References:
+            Liu et al., ICCV 2023, arXiv 2307.13539 (SI).
+
+        Example:
+            >>> from sc_bce import SCBCEWithLogitsLoss
+            >>> SCBCEWithLogitsLoss.soft_inversion(0.2).flip_rates  # 0.2 * 1.5 / 2 each
+            (tensor(0.1500), tensor(0.1500))
+        """
         _require_half("soft_inversion", kwargs)
         return cls(alpha=alpha, beta=1.5, **{"sampling": "sample", **kwargs})
 
     @classmethod
     def moderation(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Set all labels of a sample to ``prior`` with probability ``alpha`` in [0, 1)."""
+        """Moderation: with probability ``alpha`` all labels of a sample become ``prior``.
+
+        Args:
+            alpha: perturbation probability, in [0, 1).
+            **kwargs: other arguments of the constructor, such as ``prior``.
+
+        References:
+            Liu et al., ICCV 2023, arXiv 2307.13539 (M, at ``prior=0.5``).
+
+        Example:
+            >>> from sc_bce import SCBCEWithLogitsLoss
+            >>> SCBCEWithLogitsLoss.moderation(0.2, prior=0.02).flip_rates
+            (tensor(0.0040), tensor(0.1960))
+        """
         return cls(alpha=alpha, beta=1.0, **{"sampling": "sample", **kwargs})
 
     @classmethod
     def dynamic_moderation(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Moderation whose labels are 1/2 plus truncated normal noise within 1/4."""
+        """Dynamic moderation: perturbed labels are 1/2 plus truncated normal noise.
+
+        Args:
+            alpha: perturbation probability, in [0, 1).
+            **kwargs: other arguments of the constructor; ``noise`` bounds the noise, by default
+                at 1/4.
+
+        References:
+            Liu et al., ICCV 2023, arXiv 2307.13539 (DM).
+
+        Example:
+            >>> from sc_bce import SCBCEWithLogitsLoss
+            >>> criterion = SCBCEWithLogitsLoss.dynamic_moderation(0.2)
+            >>> criterion.beta, criterion.noise, criterion.sampling
+            (1.0, 0.25, 'sample')
+        """
         _require_half("dynamic_moderation", kwargs)
         return cls(alpha=alpha, beta=1.0, **{"sampling": "sample", "noise": 0.25, **kwargs})
 
     @property
     def flip_rates(self) -> tuple[Tensor, Tensor]:
-        """(g0, g1) = (s c, s (1 - c)), s = alpha beta: 0-d, or one for each prior, (C,)."""
+        """The pair (g0, g1) = (s c, s (1 - c)) with s = alpha beta: 0-d, or (C,) for C priors.
+
+        Pass it to :class:`TemperatureScaling` to remove the flip after training.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import SCBCEWithLogitsLoss
+            >>> rates = torch.tensor([0.5, 0.1])  # base rates of two labels
+            >>> SCBCEWithLogitsLoss.label_smoothing(0.1, prior=rates).flip_rates
+            (tensor([0.0500, 0.0100]), tensor([0.0500, 0.0900]))
+        """
         prior = _batch.flat(self.prior)
         beta = 1 / torch.maximum(prior, 1 - prior) if self.beta is None else self.beta
         return self.alpha * beta * prior, self.alpha * beta * (1 - prior)
 
     @property
     def flip_rate(self) -> Tensor:
-        """Both flip rates where they are one, at ``prior=0.5``: alpha beta / 2."""
+        """The flip rate alpha beta / 2 that both labels share at ``prior=0.5``.
+
+        Raises:
+            ValueError: another prior, whose two rates differ.
+
+        Example:
+            >>> from sc_bce import SCBCEWithLogitsLoss
+            >>> SCBCEWithLogitsLoss.label_smoothing(0.1).flip_rate
+            tensor(0.0500)
+        """
         return _batch.single_flip_rate(self.flip_rates, self.prior)
 
     def _apply(self: Loss, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._given is not None and isinstance(self.prior, Tensor):
-            # The device is followed; a cast would round it, and `to_empty` leaves it unfilled.
+            # Follow the device only: a cast would round it, and `to_empty` leaves it unfilled.
             self.prior = self._given.to(self.prior.device)
         return self
 
@@ -235,7 +345,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
             )
             misplaced = self.alpha > 0 and not self.training and not self._warned
             return _batch.on_backward(loss, self._warn_of_eval) if misplaced else loss
-        # All checks come before the draw.
+        # All checks come before the draw: a refused batch must not advance the generator.
         eager = not torch.compiler.is_compiling()
         every = eager and self._looked < _FIRST
         batch = _batch.prepare(input, target, self.ignore_index, every)
@@ -285,24 +395,24 @@ def _require_noise(noise: object, beta: float | None, prior: object, sampling: s
     if noise == 0:
         return
     if isinstance(prior, Tensor) or prior != 0.5 or beta is None:
-        raise ValueError(sentence("prior", "be 1/2 where noise is drawn", prior, "drop `noise`"))
+        raise ValueError(sentence("prior", "be 1/2 if noise is drawn", prior, "drop `noise`"))
     _checks.number("noise", noise, 0.0, min(beta, 2.0 - beta) / 2)
     if sampling == "expected":
-        wanted = "be 'sample' or 'element' where noise is drawn"
-        remedy = "the expectation has no noise, so drop `noise` or choose to draw"
+        wanted = "be 'sample' or 'element' if noise is drawn"
+        remedy = "the expectation has no noise, so drop `noise` or draw"
         raise ValueError(sentence("sampling", wanted, "'expected'", remedy))
 
 
 def _require_lessons(loss: SCBCEWithLogitsLoss) -> None:
-    """Refuse what takes every answer to the prior, or to one side of 1/2."""
+    """Refuse a perturbation that leaves no information, or one side of 1/2 only."""
     values = (loss.prior, loss.pos_weight)
     if any(isinstance(value, Tensor) and not _batch.readable(value) for value in values):
         return
-    # As they broadcast to the weights.
+    # In the prior's own shape, which broadcasts with pos_weight.
     shape = loss.prior.shape if isinstance(loss.prior, Tensor) else ()
     up, down = (rate.double().reshape(shape) for rate in loss.flip_rates)
     if bool((up + down > 1 - 1e-6).any()):
-        got = f"alpha * beta = {float((up + down).max()):g}, where no label is told from another"
+        got = f"alpha * beta = {float((up + down).max()):g}, which loses the order of the labels"
         raise ValueError(sentence("alpha", "be below 1 / beta", got, "lower one of them"))
     weight = 1.0 if loss.pos_weight is None else loss.pos_weight
     if isinstance(weight, Tensor):

@@ -1,4 +1,4 @@
-"""From cells to measures: pure functions, each over the last dimension, labels before it."""
+"""From cells to measures: pure functions over the last dimension; labels come before it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,29 @@ from torch import Tensor
 
 __all__ = ["Cells", "Decomposition", "Reliability"]
 
-_ITERATIONS = 200  # of Newton's method; a dozen are usual
-_CROWD = 0.01  # of the elements, in the outer tenth of what is seen
-_LEVEL = 0.01  # logits that differ by less are all alike
-_TINY = 1e-15  # of the mean loss: a step that promises less is the last
+_ITERATIONS = 200  # at most, of Newton's method; it usually takes a dozen
+_CROWD = 0.01  # share of the elements in the outer tenth of the range: a crowd at an end
+_LEVEL = 0.01  # logits within less than this are all alike
+_TINY = 1e-15  # share of the mean loss: stop if a step promises a smaller gain
 
 
 class Reliability(NamedTuple):
-    """The table behind a reliability diagram; empty bins have nan in the last two columns."""
+    """The table behind a reliability diagram, returned by ``CalibrationHistogram.reliability``.
+
+    Empty bins have nan as confidence and accuracy. With ``num_labels`` every tensor except the
+    edges has a row per label.
+
+    Example:
+        >>> import torch
+        >>> from sc_bce import CalibrationHistogram
+        >>> histogram = CalibrationHistogram()  # predicts 0.9, right 8 times in 10
+        >>> histogram.update(torch.full((10,), 0.9), torch.arange(10) < 8, from_logits=False)
+        >>> edges, count, confidence, accuracy = histogram.reliability(num_bins=2)
+        >>> edges
+        tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
+        >>> count, confidence[1], accuracy[1]
+        (tensor([ 0, 10]), tensor(0.9000, dtype=torch.float64), tensor(0.8000, dtype=torch.float64))
+    """
 
     edges: Tensor
     """(num_bins + 1,) edges of the confidence bins"""
@@ -31,25 +46,38 @@ class Reliability(NamedTuple):
 
 
 class Cells(NamedTuple):
-    """What a repair is fitted to: the cells in order of their logit, empty ones too."""
+    """The data that a repair is fitted to: all cells, in order of their logit."""
 
     logit: Tensor
-    """(cells,) the logit that stands for each cell, float64"""
+    """(cells,) the logit that represents each cell, float64"""
     count: Tensor  # type: ignore[assignment]
-    """(cells,) elements in each, float64"""
+    """(cells,) elements in each cell, float64"""
     positive: Tensor
-    """(cells,) positives in each, float64"""
+    """(cells,) positives in each cell, float64"""
 
 
 class Decomposition(NamedTuple):
-    """score = miscalibration - discrimination + uncertainty"""
+    """A score split into miscalibration - discrimination + uncertainty (CORP).
+
+    Returned by ``CalibrationHistogram.decomposition``.
+
+    Example:
+        >>> import torch
+        >>> from sc_bce import CalibrationHistogram
+        >>> histogram = CalibrationHistogram()
+        >>> histogram.update(torch.full((10,), 0.9), torch.arange(10) < 8, from_logits=False)
+        >>> parts = histogram.decomposition("brier")
+        >>> score = parts.miscalibration - parts.discrimination + parts.uncertainty
+        >>> score, histogram.brier()
+        (tensor(0.1700, dtype=torch.float64), tensor(0.1700, dtype=torch.float64))
+    """
 
     miscalibration: Tensor
-    """what the best monotone repair would take off the score"""
+    """the part of the score that the best monotone repair removes"""
     discrimination: Tensor
-    """what the repaired network gains over always answering the base rate"""
+    """what the repaired predictions gain over always predicting the base rate"""
     uncertainty: Tensor
-    """the score of always answering the base rate"""
+    """the score of always predicting the base rate"""
 
 
 class Bins(NamedTuple):
@@ -68,7 +96,7 @@ class Bins(NamedTuple):
 
 
 def into_bins(cells: Bins, index: Tensor, num_bins: int) -> Bins:
-    """Cells gathered into the bins that ``index`` names, of the shape of a row or of all."""
+    """Cells summed into the bins that ``index`` names; it has the shape of a row or of all."""
     index = index.expand(cells.count.shape)
     return Bins(
         *(
@@ -80,8 +108,8 @@ def into_bins(cells: Bins, index: Tensor, num_bins: int) -> Bins:
 
 def equal_mass(cells: Bins, num_bins: int) -> Bins:
     count = cells.count
-    # A cell goes where its middle element would go if each element could be moved alone. In
-    # float64, since the product of a count and num_bins may pass int64's end.
+    # A cell goes to the bin of its middle element. In float64, since the product of a count and
+    # num_bins can overflow int64.
     middle = (count.cumsum(-1) - count).double() + (count - 1).double() / 2
     index = (middle * num_bins / cells.total[..., None]).floor().nan_to_num(0)
     return into_bins(cells, index.clamp(0, num_bins - 1).to(torch.int64), num_bins)
@@ -112,7 +140,7 @@ def debiased(bins: Bins) -> Tensor:
 
 
 def sweep(cells: Bins) -> Tensor:
-    """Of one label: the most bins of equal mass whose accuracy does not fall."""
+    """ECE of one label over the most equal-mass bins whose accuracy does not fall."""
     filled = cells.count > 0
     cells = Bins(*(part[filled] for part in cells))
     best = ece(equal_mass(cells, 1))
@@ -132,11 +160,10 @@ def affine(
     cells: Cells, *, slope: float | None = None, bias: bool = True,
     limits: tuple[float, float] = (-math.inf, math.inf),
 ) -> tuple[float, float]:  # fmt: skip
-    """The (a, b) of the least mean loss of a z + b; a given as ``slope``, or b = 0, on demand.
+    """The (a, b) that minimise the mean loss of a z + b; ``slope`` fixes a, ``bias=False`` b = 0.
 
-    nan where the cells determine no line: nothing seen, or one class only, or, for a slope, one
-    logit only. An infinite slope (the end of ``limits``, if there is one) where the classes are
-    apart.
+    nan if the cells determine no line: no element, only one class, or, for a slope, only one
+    logit. If a threshold separates the classes, the slope is infinite, or the end of ``limits``.
     """
     z, n, k = (part[cells.count > 0] for part in cells)
     total, positive = float(n.sum()), float(k.sum())
@@ -156,13 +183,13 @@ def affine(
     low, high = limits
     if low <= a <= high:
         return a, (b if math.isfinite(a) else math.nan)
-    # The loss is convex: with the slope kept inside, its best place is the nearer end.
+    # The loss is convex, so that within the limits it is least at the nearer end.
     end = min(max(a, low), high)
     return end, (_newton(z, n, k, end, fit_slope=False)[1] if bias else 0.0)
 
 
 def _apart(z: Tensor, n: Tensor, k: Tensor, bias: bool) -> float:
-    """The infinite slope of classes that some logit (without a bias: 0) divides, else 0."""
+    """An infinite slope if some logit (without a bias: 0) separates the classes, otherwise 0."""
     negative, positive = (z[part].aminmax() for part in (n > k, k > 0))
     for low, high, end in ((negative, positive, math.inf), (positive, negative, -math.inf)):
         between = low.max <= high.min if bias else low.max <= 0 <= high.min
@@ -179,10 +206,7 @@ def _spread(z: Tensor, n: Tensor, centred: bool) -> float:
 def _newton(
     z: Tensor, n: Tensor, k: Tensor, a: float, *, fit_slope: bool = True, fit_bias: bool = True
 ) -> tuple[float, float]:
-    """Newton's method, its step halved until the loss falls: the loss is convex, so that is safe.
-
-    In float64; a and b in units of one.
-    """
+    """Newton's method with steps halved until the loss falls, which is safe for a convex loss."""
     n, k = n / n.sum(), k / n.sum()
     rate = float(k.sum())
     b = math.log(rate / (1 - rate)) if fit_bias and fit_slope else 0.0
@@ -220,7 +244,7 @@ def _step(
     gradient: tuple[float, float], hessian: tuple[float, float, float],
     fit_slope: bool, fit_bias: bool,
 ) -> tuple[float, float]:  # fmt: skip
-    """The solution of H s = g, with a little added to H where it is flat."""
+    """The solution of H s = g, with a little added to the diagonal in case H is flat."""
     (g_a, g_b), (h_aa, h_ab, h_bb) = gradient, hessian
     little = 1e-300 + 1e-14 * (h_aa * fit_slope + h_bb * fit_bias)
     h_aa, h_bb = h_aa + little, h_bb + little
@@ -234,11 +258,11 @@ def _step(
     return (g_a * h_bb - g_b * h_ab) / determinant, (g_b * h_aa - g_a * h_ab) / determinant
 
 
-# --- any curve that rises -------------------------------------------------------------------------
+# --- isotonic regression --------------------------------------------------------------------------
 
 
 class Blocks(NamedTuple):
-    """What isotonic regression pooled: neighbours whose share of positives did not rise."""
+    """Blocks of isotonic regression: pooled neighbours whose share of positives did not rise."""
 
     first: list[int]
     """index of the first cell of each block"""
@@ -247,7 +271,7 @@ class Blocks(NamedTuple):
 
 
 def isotonic(count: Tensor, positive: Tensor) -> Blocks:
-    """Pool adjacent violators, over the cells that are not empty."""
+    """Pool adjacent violators over the cells that are not empty."""
     first: list[int] = []
     n: list[float] = []
     k: list[float] = []
@@ -266,13 +290,13 @@ def isotonic(count: Tensor, positive: Tensor) -> Blocks:
     return Blocks(first, n, k)
 
 
-# --- what is no logit -----------------------------------------------------------------------------
+# --- probabilities passed as logits ---------------------------------------------------------------
 
 
 def like_probabilities(logit: Tensor, count: Tensor) -> Tensor:
-    """Whether all logits lie in [0, 1], all over it or crowded at an end; a 0-d tensor.
+    """Whether all logits are in [0, 1], spread over it or crowded at one end; a 0-d tensor.
 
-    Those of an untrained network may lie inside too: in a heap that neither end cuts.
+    The logits of an untrained network can be in [0, 1] too, but in a heap clear of both ends.
     """
     seen = count > 0  # not amin and amax: without a dimension XLA reduces nothing
     low = torch.where(seen, logit, torch.inf).min()
@@ -287,19 +311,19 @@ def like_probabilities(logit: Tensor, count: Tensor) -> Tensor:
 
 
 def entropy(p: Tensor) -> Tensor:
-    """of a share of positives, in nats"""
+    """Entropy of a share of positives, in nats."""
     return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
 
 
 def least_score(count: Tensor, positive: Tensor, score: str) -> Tensor:
-    """The mean score where each cell, or block, answers its own share of positives."""
+    """The mean score if each cell, or block, predicts its own share of positives."""
     share = torch.where(count > 0, positive / count, 0.5)
     each = entropy(share) if score == "log" else share * (1 - share)
     return (count * each).sum(-1) / count.sum(-1)
 
 
 def refinement(cells: Cells, score: str) -> Tensor:
-    """The mean score after the best repair that keeps the order, of one label."""
+    """The mean score of one label after the best monotone repair."""
     if not bool(cells.count.sum() > 0):
         return cells.count.new_full((), math.nan)
     blocks = isotonic(cells.count, cells.positive)

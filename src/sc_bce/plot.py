@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["reliability_diagram"]
 
-# Okabe and Ito's palette, told apart by colour-blind readers too; hatching tells it in grey.
+# Okabe and Ito's palette, which colour-blind readers can distinguish; hatching for print in grey.
 _LINE = "#444444"
 _CURVE = "#D55E00"
 _BAR: dict[str, Any] = {"facecolor": "#0072B2", "edgecolor": "white"}
@@ -33,27 +33,28 @@ def reliability_diagram(
     kind: str = "top_label",
     ax: Axes | None = None,
 ) -> Figure:
-    """Draw accuracy against confidence, the gap shaded, with the counts of elements below.
+    """Draw a reliability diagram: accuracy against confidence, with the counts of elements below.
 
-    With ``kind="positive_class"`` a line shows the isotonic curve: the share of positives that
-    :class:`IsotonicCalibration` would answer, free of bins.
+    The gap between confidence and accuracy is shaded. With ``kind="positive_class"`` a line shows
+    the isotonic curve, the share of positives that :class:`IsotonicCalibration` would predict,
+    which needs no bins.
 
     Args:
-        histogram: one histogram, or several by the name to be written above each.
-        num_bins: equal-width bins over [0, 1]. Default: 10.
+        histogram: one histogram, or a mapping of several by the title of each panel.
+        num_bins: number of equal-width bins over [0, 1]. Default: 10.
         kind: ``"top_label"`` (shown from 0.5 on) or ``"positive_class"``. Default:
             ``"top_label"``.
-        ax: matplotlib axes to draw one histogram into, without the counts and the legend; its
-            limits and labels are set, its title is not. Default: None, a new figure.
+        ax: matplotlib axes for one histogram, drawn without the counts and the legend; limits and
+            labels are set, the title is not. Default: None, a new figure.
 
     Returns:
-        A matplotlib ``Figure``, that of ``ax`` or a new one, which is registered with no global
-        state: ``figure.savefig(path)``.
+        A matplotlib ``Figure``: the figure of ``ax``, or a new one that pyplot does not manage.
+        Save it with ``figure.savefig(path)``.
 
     Raises:
         TypeError: not a histogram, or a mapping of them.
-        ValueError: no histogram, or several for one ``ax``; one of several labels; an unknown
-            ``kind``.
+        ValueError: there is no histogram, or several for one ``ax``; a histogram has several
+            labels; ``kind`` is unknown.
         ImportError: matplotlib is not installed.
 
     Example:
@@ -63,8 +64,8 @@ def reliability_diagram(
         >>> histogram = CalibrationHistogram()
         >>> histogram.update(torch.randn(1000), torch.rand(1000) > 0.5)
         >>> figure = reliability_diagram({"untrained": histogram})
-        >>> [axes.get_title() for axes in figure.axes[:1]]
-        ['untrained']
+        >>> figure.axes[0].get_title()
+        'untrained'
     """
     named = histogram if isinstance(histogram, Mapping) else {"": histogram}
     _check_histograms(named)
@@ -180,7 +181,7 @@ def _panel(ax: Axes, histogram: CalibrationHistogram, num_bins: int, kind: str) 
 
 
 def _isotonic_curve(histogram: CalibrationHistogram) -> tuple[list[float], list[float]]:
-    """Probability said, and share of positives after isotonic regression, of each filled cell."""
+    """Predicted probability and isotonic share of positives, for each cell with elements."""
     (cells,) = histogram.cells_by_label()
     blocks = measures.isotonic(cells.count, cells.positive)
     filled = torch.nonzero(cells.count > 0).flatten()
@@ -198,8 +199,8 @@ def _counts(ax: Axes, histogram: CalibrationHistogram, num_bins: int, kind: str)
         lefts, [counts[m] for m in filled], width=1 / num_bins, align="edge", linewidth=0.6,
         color="#999999", edgecolor="white",
     )  # fmt: skip
-    # In the logarithm: of a dense prediction nearly all elements are in the last bin. From below
-    # one element, so that one is seen, to twice the most.
+    # Logarithmic: in dense prediction nearly all elements are in the last bin. From below one
+    # element, so that a single one is visible, to twice the largest count.
     ax.set_yscale("log")
     ax.set_ylim(0.7, max(ax.get_ylim()[1], 2 * max(counts)))
     ax.spines[["top", "right"]].set_visible(False)

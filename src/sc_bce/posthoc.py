@@ -1,4 +1,4 @@
-"""After training: maps of the logits, fitted to validation data or to their histogram."""
+"""Post-hoc calibration: maps of the logits, fitted to validation data or to their histogram."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ __all__ = ["IsotonicCalibration", "TemperatureScaling"]
 Repair = TypeVar("Repair", bound="_Repair")
 
 _CELLS = 10_000  # of the histogram that a repair is fitted to
-_MANY = 1_000_000  # elements from which raw logits are gathered into cells first
-_MANY_TIMES = 10_000  # where flip rates are searched for
-_CLIP = 1e-3  # of the rarer class's base rate: what a removed flip leaves at least
-_SLOPES = (1e-3, 1e3)  # of 1 / temperature: separable data would ask for an infinite one
-_COARSE = (0.0, 0.002, 0.01, 0.03, 0.08, 0.17, 0.3)  # flip rates that a search begins with
-_FINEST = 1e-3  # its last step, in the root of a flip rate
-_WORSE = 1e-6  # relative loss that rounding may add
-_BLOCK = 1 << 17  # logits that a curve is read for at a time
-_FEW = 1 << 12  # up to which it takes one pass
-_CODES = 1 << 16  # values of a floating-point type of 16 bits
+_MANY = 1_000_000  # elements above which raw logits are first gathered into cells
+_MANY_TIMES = 10_000  # the same if flip rates are searched for, which takes many passes
+_CLIP = 1e-3  # share of the rarer class's base rate: the least probability after a removed flip
+_SLOPES = (1e-3, 1e3)  # limits of 1 / temperature, which would be infinite on separable data
+_COARSE = (0.0, 0.002, 0.01, 0.03, 0.08, 0.17, 0.3)  # flip rates at which a search starts
+_FINEST = 1e-3  # last step of the search, in the root of a flip rate
+_WORSE = 1e-6  # relative increase of the loss that rounding can cause
+_BLOCK = 1 << 17  # logits that a curve is applied to at a time
+_FEW = 1 << 12  # logits up to which it is applied in one pass
+_CODES = 1 << 16  # values of a 16-bit floating-point type
 _SUSPECT = 1000  # as in the histogram
 
 
 class _Repair(nn.Module):
-    """What the repairs share: a fit to cells, label by label, that is done whole or not at all."""
+    """What the repairs share: a fit to cells, label by label, that changes all labels or none."""
 
     def __init__(self, num_labels: int | None) -> None:
         super().__init__()
@@ -50,22 +50,36 @@ class _Repair(nn.Module):
         *,
         ignore_index: int | None = None,
     ) -> Repair:
-        """Fit to validation data, and return this module.
+        """Fit the calibration map to validation data, and return this module.
 
-        Sets ``nll`` to the mean negative log-likelihood of these data before and after; a fit
-        that makes it worse warns.
+        Sets ``nll`` to the mean negative log-likelihood of these data before and after. If the
+        fit makes it worse, there is a warning.
 
         Args:
-            logits: a :class:`CalibrationHistogram` of the validation data; or what the network
-                answers on them, of any shape (labels in dimension 1 with ``num_labels``).
-            target: with logits, their labels, of the same size and any dtype.
+            logits: a :class:`CalibrationHistogram` of the validation data; or the raw output of
+                the network on them, of any shape (labels in dimension 1 with ``num_labels``).
+            target: if logits are given, their labels, of the same size and any dtype. Default:
+                None.
             ignore_index: target value of elements to leave out. Default: None.
 
         Raises:
-            ValueError: sizes or numbers of labels that differ; illegal labels; nothing left, or
-                one class only, of any label; logits that are not finite; a histogram that nan has
-                spoilt. The module is then unchanged.
-            TypeError: an argument of the wrong type.
+            ValueError: sizes or numbers of labels differ; labels are illegal; a label has no
+                element, or only one class; logits are not finite; the histogram holds nan. The
+                module is then unchanged.
+            TypeError: an argument has the wrong type.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import CalibrationHistogram, IsotonicCalibration, TemperatureScaling
+            >>> _ = torch.manual_seed(0)
+            >>> truth = torch.randn(20000)
+            >>> target = torch.rand(20000) < torch.sigmoid(truth)
+            >>> scaling = TemperatureScaling().fit(3 * truth, target)  # from logits
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(3 * truth, target)
+            >>> isotonic = IsotonicCalibration().fit(histogram)  # from a histogram
+            >>> [[round(nll, 2) for nll in repair.nll] for repair in (scaling, isotonic)]
+            [[0.77, 0.6], [0.77, 0.6]]
         """
         cells = self._evidence(logits, target, ignore_index)
         self._fit(cells)
@@ -74,7 +88,7 @@ class _Repair(nn.Module):
         self.nll = (before, after)
         if after > before * (1 + _WORSE) + 1e-12:
             _checks.warn(
-                f"This {type(self).__name__} makes the data worse that it is fitted to: NLL "
+                f"This {type(self).__name__} raises the NLL of the data that it is fitted to: "
                 f"{after:.4g} instead of {before:.4g}; {self._if_worse}"
             )
         return self
@@ -185,38 +199,39 @@ class _Repair(nn.Module):
 
 
 class TemperatureScaling(_Repair):
-    r"""Calibrates logits after training: removes a flip, then scales and shifts them.
+    r"""Temperature scaling and Platt scaling: calibrate logits after training, flip removed first.
 
-    A network trained at flip rates :math:`(g_0, g_1)` answers
-    :math:`\sigma(z) \approx (1 - g_0 - g_1) P + g_0`, so that it can't say less than :math:`g_0`
-    or more than :math:`1 - g_1`. With temperature :math:`T` and bias :math:`b` fitted on
-    validation data by negative log-likelihood,
+    A network trained at flip rates :math:`(g_0, g_1)` predicts
+    :math:`\sigma(z) \approx (1 - g_0 - g_1) P + g_0`, with :math:`P` the true probability: at
+    least :math:`g_0`, at most :math:`1 - g_1`. With temperature :math:`T` and bias :math:`b`
+    fitted on validation data by negative log-likelihood,
 
     .. math::
         P = \mathrm{clip}\Big(\frac{\sigma(z) - g_0}{1 - g_0 - g_1},\, c,\, 1 - c\Big), \qquad
         \mathrm{calibrated\ logit} = \mathrm{logit}(P) / T + b
 
-    Special cases: at ``flip_rate=0`` nothing is removed or clipped, and this is ordinary
-    temperature scaling, :math:`z / T`; with ``bias=True`` it is Platt scaling. Before :meth:`fit`
-    the temperature is 1 and the bias 0. A rate of 0 on one side leaves that side unclipped.
+    Special cases: at ``flip_rate=0``, the default, nothing is removed or clipped, and this is
+    ordinary temperature scaling, :math:`z / T`. With ``bias=True`` as well it is Platt scaling.
+    Before :meth:`fit` the temperature is 1 and the bias 0. A rate of 0 on one side leaves that
+    side unclipped.
 
     Args:
         flip_rate: flip rate of the training: a number or 0-d tensor in [0, 1/2), the same for
-            both labels; a pair (g0, g1) of a negative's and a positive's, as ``flip_rates`` of
-            either loss, with g0 + g1 below 1, each of shape (num_labels,) too; None fits the
-            pair: for levels that still moved at the end, or a network of unknown training.
+            both labels; a pair (g0, g1) for negatives and positives, such as ``flip_rates`` of
+            either loss, with g0 + g1 below 1, each a number or of shape (num_labels,); None fits
+            the pair, for levels that still moved at the end, or if the training is not known.
             Default: 0.
-        bias: whether a shift of the logits is fitted too: for a base rate that training changed
+        bias: whether to fit a shift of the logits too, for a base rate that training changed
             (``pos_weight``, smoothing towards 1/2 on rare positives). Default: False.
-        num_labels: number of labels in dimension 1, each with a map of its own. Default: None.
+        num_labels: number of labels in dimension 1, each with its own map. Default: None.
 
     Attributes:
-        flip_rates: the pair that is removed, a buffer of shape (2,) or (2, num_labels); 0 until
-            it is fitted.
+        flip_rates: the pair that is removed, a buffer of shape (2,) or (2, num_labels); 0 before
+            a fitted pair is known.
         temperature: the fitted temperature, a buffer, 0-d or (num_labels,).
-        bias: the fitted shift, likewise.
-        clip: the least probability :math:`c` that a removed flip leaves, likewise: 0.001 of the
-            rarer class's base rate once fitted, 0.001 before.
+        bias: the fitted shift, a buffer of the same shape.
+        clip: the least probability :math:`c` after a removed flip, a buffer of the same shape:
+            0.001 of the rarer class's base rate after the fit, 0.001 before.
         nll: mean negative log-likelihood of the fitted data before and after; None before a fit.
 
     Shape:
@@ -224,16 +239,16 @@ class TemperatureScaling(_Repair):
         - Returns: the same, in the same dtype.
 
     Raises:
-        ValueError: ``flip_rate`` outside [0, 1/2), or a pair that sums to 1 or more.
-        TypeError: ``flip_rate`` of another type.
+        ValueError: ``flip_rate`` is outside [0, 1/2), or a pair sums to 1 or more.
+        TypeError: ``flip_rate`` has another type.
 
     Note:
-        The decision at 1/2 never changes under a temperature and equal flip rates; unequal flip
-        rates and a bias move it, to where the repaired probability is 1/2. Logits that are all
-        alike determine no temperature: it stays 1, and a bias alone is fitted. The temperature
-        stays in [0.001, 1000]. Above a million raw logits the fit gathers them into the cells of a
-        histogram first. nan in, nan out. Computed in at least float32; works under compile,
-        export and ONNX, so that it can be shipped with the model.
+        A temperature and equal flip rates never change the decision at 1/2. Unequal flip rates
+        and a bias move it to where the repaired probability is 1/2. Logits that are all alike
+        determine no temperature: it stays 1, and only the bias is fitted. The temperature stays
+        in [0.001, 1000]. The fit gathers more than a million raw logits into the cells of a
+        histogram first. nan stays nan. Computed in at least float32. The module works under
+        compile, export and ONNX, so that it can be shipped with the model.
 
     References:
         Guo et al., ICML 2017 (temperature scaling); Platt 1999 (with a bias).
@@ -272,7 +287,7 @@ class TemperatureScaling(_Repair):
         super().__init__(num_labels)
         self.fit_flip_rates = flip_rate is None
         self.fit_bias = bool(bias)
-        # A search looks at the data some hundred times.
+        # A search takes a hundred passes or so over the data.
         self._gather_from = _MANY_TIMES if self.fit_flip_rates else _MANY
         self._given = _flip_rates(0.0 if flip_rate is None else flip_rate, self.num_labels)
         shape = () if self.num_labels is None else (self.num_labels,)
@@ -283,7 +298,17 @@ class TemperatureScaling(_Repair):
 
     @property
     def flip_rate(self) -> Tensor:
-        """The flip rate that is removed, where it is the same for both labels."""
+        """The flip rate that is removed, if it is the same for both labels.
+
+        Raises:
+            ValueError: the two rates differ.
+
+        Example:
+            >>> from sc_bce import SCBCEWithLogitsLoss, TemperatureScaling
+            >>> criterion = SCBCEWithLogitsLoss.label_smoothing(0.1)
+            >>> TemperatureScaling(criterion.flip_rates).flip_rate
+            tensor(0.0500)
+        """
         up, down = self.flip_rates.unbind()
         if not torch.equal(up, down):
             raise ValueError("The flip rates of the two labels differ: read `flip_rates`")
@@ -291,7 +316,17 @@ class TemperatureScaling(_Repair):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Forget the fit; to be called after ``to_empty`` too."""
+        """Forget the fit. Also call it after ``to_empty``, which leaves the buffers unfilled.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import TemperatureScaling
+            >>> logits, target = torch.tensor([1.0, 1.0, -1.0]), torch.tensor([1, 0, 0])
+            >>> scaling = TemperatureScaling().fit(logits, target)
+            >>> scaling.reset_parameters()
+            >>> scaling.temperature
+            tensor(1.)
+        """
         given = torch.tensor(self._given, device="cpu")
         self.flip_rates.copy_(given.view_as(self.flip_rates))
         self.temperature.fill_(1.0)
@@ -345,24 +380,24 @@ class TemperatureScaling(_Repair):
 
 
 class IsotonicCalibration(_Repair):
-    r"""Calibrates logits after training by the best curve that rises (isotonic regression).
+    r"""Isotonic regression: calibrate logits after training by the best monotone curve.
 
-    Pool-adjacent-violators on the cells of a :class:`CalibrationHistogram`: any number of pixels
-    and processes, at constant memory. Neighbouring cells whose share of positives would fall are
-    pooled into blocks, and each cell gets the logit of its block's share, an empty one a value on
-    the straight line between its neighbours. That table of one value per cell is read by a closed
-    formula:
+    Pool-adjacent-violators on the cells of a :class:`CalibrationHistogram`, for any number of
+    pixels and processes at constant memory. Neighbouring cells whose share of positives would
+    fall are pooled into blocks. Each cell gets the logit of its block's share; an empty cell gets
+    a value on the straight line between its neighbours. Applying the curve is a look-up in this
+    table of one value per cell:
 
     .. math::
         \mathrm{calibrated\ logit} = v_{\mathrm{cell}(z)}, \qquad
         v_i = \mathrm{logit}\,\frac{\text{positives in the block of } i}
         {\text{elements in the block of } i}
 
-    Special cases: before :meth:`fit` it leaves logits as they are, to the width of a cell and up
-    to where the cells end. Logits beyond the fitted ones get the value of the nearest block.
+    Special cases: before :meth:`fit` it returns logits unchanged to within the width of a cell,
+    up to where the cells end. Logits outside the fitted range get the value of the nearest block.
 
     Args:
-        num_labels: number of labels in dimension 1, each with a curve of its own. Default: None.
+        num_labels: number of labels in dimension 1, each with its own curve. Default: None.
 
     Attributes:
         table: calibrated logit of each cell, a buffer of shape (cells,) or (num_labels, cells).
@@ -373,16 +408,17 @@ class IsotonicCalibration(_Repair):
         - Returns: the same, in the same dtype.
 
     Raises:
-        ValueError: ``num_labels`` not positive.
-        TypeError: ``num_labels`` not an int or None.
+        ValueError: ``num_labels`` is not positive.
+        TypeError: ``num_labels`` is not an int or None.
 
     Note:
-        Answers are finite for every logit but nan, which stays nan: a first block of n elements
-        without a positive counts as half a positive in n + 1, a last one without a negative
-        likewise. The decision at 1/2 moves to where the repaired probability is 1/2. The curve
-        is made of steps: order within a cell is lost, and no gradient passes. It needs
-        more data than a line: with few images take :class:`TemperatureScaling` with
-        ``bias=True``. Computed in at least float32; works under compile, export and ONNX.
+        The result is finite for every logit except nan, which stays nan: a first block of n
+        elements without a positive counts as half a positive in n + 1, and a last one without a
+        negative as half a negative. The decision at 1/2 moves to where the repaired probability
+        is 1/2. The curve is made of steps, so the order within a block is lost and no gradient
+        passes. It needs more data than a line: with few images take :class:`TemperatureScaling`
+        with ``bias=True``. Computed in at least float32. The module works under compile, export
+        and ONNX.
 
     References:
         Zadrozny and Elkan, KDD 2002 (isotonic); Ayer et al. 1955 (the algorithm).
@@ -414,12 +450,20 @@ class IsotonicCalibration(_Repair):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Forget the fit; to be called after ``to_empty`` too."""
+        """Forget the fit. Also call it after ``to_empty``, which leaves the table unfilled.
+
+        Example:
+            >>> from sc_bce import IsotonicCalibration
+            >>> isotonic = IsotonicCalibration()
+            >>> isotonic.reset_parameters()
+            >>> isotonic.nll is None
+            True
+        """
         self.table.copy_(_centres(self._grid))
         self.nll = None
 
     def _of_logits(self, z: Tensor, y: Tensor, ignore_index: int | None) -> Cells:
-        # Checked as a temperature's data, gathered as a histogram's.
+        # Checked like the data of a temperature, gathered like those of a histogram.
         super()._of_logits(z, y, ignore_index)
         home = _batch.home(z.device)
         counted = _tally.count(_CELLS, z.to(home)[None], y.to(home)[None], True, ignore_index)
@@ -450,7 +494,7 @@ class IsotonicCalibration(_Repair):
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         size = z.abs()
         place = self._grid.coordinate(size, torch.sigmoid(-size))
-        # nan has no cell; which one is read then does not matter.
+        # nan has no cell: any will do, since its value is replaced below.
         half = self.table.shape[-1] // 2
         cell = place.nan_to_num(0.0).to(torch.int64).clamp(0, half - 1)
         index = torch.where(z >= 0, half + cell, half - 1 - cell)
@@ -461,7 +505,7 @@ class IsotonicCalibration(_Repair):
         return torch.where(z.isnan(), z, answer).to(logits.dtype)
 
     def _look_up(self, logits: Tensor) -> Tensor:
-        """There are 65,536 logits of 16 bits: form the answer of each once, then look it up."""
+        """The same values for 16-bit logits: calibrate all 65,536 of them once, then look up."""
         labels = self.num_labels or 1
         first = torch.arange(labels, dtype=torch.int32, device="cpu").mul_(_CODES).add_(_CODES // 2)
         codes = torch.arange(_CODES, dtype=torch.int32, device="cpu").sub_(_CODES // 2)
@@ -482,10 +526,10 @@ class IsotonicCalibration(_Repair):
         return result
 
     def _read(self, logits: Tensor) -> Tensor:
-        """The same values by the same arithmetic, block by block in few buffers."""
+        """The same values by the same arithmetic, block by block in a few buffers."""
         labels = self.num_labels or 1
         result = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        # Blocks of whole samples, where a sample has labels.
+        # With num_labels, blocks of whole samples.
         shape = (-1,) if self.num_labels is None else (len(logits), labels, -1)
         samples, results = logits.detach().reshape(shape), result.view(shape)
         rows = max(_BLOCK * len(samples) // max(logits.numel(), 1), 1)
@@ -503,9 +547,9 @@ class IsotonicCalibration(_Repair):
             z, size, place, work = (one[: some.numel()].view(some.shape) for one in buffers)
             torch.abs(z.copy_(some), out=size)
             _place(self._grid, size, place, work)
-            # By way of int32 to an index: to the right of the middle cell, or as far to its left.
+            # Through int32 to an index, counted from the middle to the right or to the left.
             cell = work.view(torch.int32).copy_(place).clamp_(0, half - 1)
-            negative = z.add_(0.0).view(torch.int32)  # which -0.0 is not
+            negative = z.add_(0.0).view(torch.int32)  # -0.0 becomes 0.0, which is not negative
             cell ^= negative.bitwise_right_shift_(31)
             cell.add_(first if labels > 1 else half)
             index = cell.view(-1)
@@ -521,7 +565,7 @@ class IsotonicCalibration(_Repair):
 
 
 def _in_blocks(logits: Tensor, table: Tensor) -> bool:
-    """Whether these are ordinary tensors in a CPU's memory, of which no derivative is asked."""
+    """Whether these are ordinary CPU tensors of which no derivative is needed."""
     return (
         not torch.compiler.is_compiling()
         and type(logits) is Tensor
@@ -536,7 +580,7 @@ def _in_blocks(logits: Tensor, table: Tensor) -> bool:
 
 
 def _place(cells: _tally.Grid, size: Tensor, place: Tensor, work: Tensor) -> None:
-    """`Grid.coordinate` in place, rounded alike."""
+    """`Grid.coordinate` in place, with the same rounding."""
     torch.neg(size, out=place).sigmoid_().mul_(-2 * cells.half)
     place.add_(cells.half + _tally.slack(2 * cells.half, size.dtype)).clamp_(max=cells.inner)
     torch.clamp(size, cells.start, cells.bend, out=work)
@@ -546,11 +590,11 @@ def _place(cells: _tally.Grid, size: Tensor, place: Tensor, work: Tensor) -> Non
         place.add_(work.sub_(cells.bend).mul_(cells.wide))
 
 
-# --- what a fit is made from ----------------------------------------------------------------------
+# --- data of a fit --------------------------------------------------------------------------------
 
 
 def validation_data(logits: Tensor, target: Tensor) -> None:
-    """What a repair can be fitted to; its values are waited for."""
+    """Refuse logits and labels that no repair can be fitted to; waits for their values."""
     if not len(target):
         raise ValueError(
             _checks.sentence(
@@ -583,11 +627,11 @@ def validation_data(logits: Tensor, target: Tensor) -> None:
 
 
 def suspect(cells: Cells) -> None:
-    """Warn of what looks like probabilities."""
+    """Warn if the logits look like probabilities."""
     if cells.count.sum() >= _SUSPECT and measures.like_probabilities(cells.logit, cells.count):
         _checks.warn(
-            "All logits of this fit lie in [0, 1], as if they were probabilities; pass what the "
-            "network answers before the sigmoid, or `torch.logit(probabilities)`"
+            "All logits of this fit lie in [0, 1], as if they were probabilities; pass the output "
+            "of the network before the sigmoid, or `torch.logit(probabilities)`"
         )
 
 
@@ -618,7 +662,7 @@ def _mean_loss(cells: list[Cells], answers: list[Tensor]) -> float:
 
 
 def _gathered(z: Tensor, y: Tensor) -> Cells:
-    """Elements, labels and logits summed over the cells of a histogram, block by block."""
+    """Count, sum of labels and mean logit in each cell of a histogram, block by block."""
     cells = _tally.grid(_CELLS)
     count, positive, logit = z.new_zeros(3, 2 * cells.size, dtype=torch.float64).unbind()
     blocks = (torch.split(part, _tally._BLOCK) for part in (z, y))
@@ -635,7 +679,7 @@ def _gathered(z: Tensor, y: Tensor) -> Cells:
 
 
 def _flip_rates(value: object, num_labels: int | None) -> list[list[float]]:
-    """A row for the negatives and one for the positives."""
+    """Check `flip_rate`; return a row of rates for the negatives and one for the positives."""
     pair = isinstance(value, (tuple, list))
     rates: list[object] = list(value) if pair else [value, value]  # type: ignore[call-overload]
     if len(rates) != 2:
@@ -658,9 +702,9 @@ def _flip_rates(value: object, num_labels: int | None) -> list[list[float]]:
             raise ValueError(
                 _checks.sentence(
                     "flip_rate",
-                    "be below 1/2, where labels still say something"
+                    "be below 1/2, so that labels carry information"
                     if not pair
-                    else "sum to less than 1, where labels still say something",
+                    else "sum to less than 1, so that labels carry information",
                     up if not pair else (up, down),
                     "it is `criterion.flip_rates` of the training",
                 )
@@ -672,10 +716,10 @@ def _without_flip(z: Tensor, up: Tensor, down: Tensor, clip: Tensor) -> Tensor:
     """logit((s - up) / (1 - up - down)) with s = sigmoid(z), between the logits of the clip.
 
     With r = g / (1 - g), that is z + log(1 - up) - log(1 - down) + log(1 - r_up e^-z)
-    - log(1 - r_down e^z). The last two in one logarithm, worked out from 0 to the side of z:
-    exact where no flip is removed, and where the rates are equal 0 stays 0 and no logit shrinks.
+    - log(1 - r_down e^z). The last two are one logarithm, computed for |z| on the side of z. So
+    the result is exact if no flip is removed; at equal rates 0 stays 0 and no logit shrinks.
     """
-    # A side without a flip is left as it is.
+    # A side without a flip is unchanged.
     removed = 1 - up - down
     low = torch.where(up > 0, _logit(up + removed * clip), -torch.inf)
     high = torch.where(down > 0, -_logit(down + removed * clip), torch.inf)
@@ -684,7 +728,7 @@ def _without_flip(z: Tensor, up: Tensor, down: Tensor, clip: Tensor) -> Tensor:
     near, far = torch.where(right, down, up), torch.where(right, up, down)
     near_odds, far_odds = near / (1 - near), far / (1 - far)
     size = z.abs()
-    # Where a flip is removed no logit is beyond this; elsewhere its term is 0 anyway.
+    # If a flip is removed, no logit is beyond this; otherwise the term is 0 anyway.
     up_e = torch.exp(size.clamp(max=60.0))
     gain = near_odds * (up_e - 1 / up_e) + (near_odds - far_odds) / up_e
     rest = 1 - near_odds * up_e
@@ -696,12 +740,12 @@ def _without_flip(z: Tensor, up: Tensor, down: Tensor, clip: Tensor) -> Tensor:
 
 
 def _logit(p: Tensor) -> Tensor:
-    """torch.logit, which ONNX has not."""
+    """torch.logit, which ONNX does not have."""
     return torch.log(p) - torch.log1p(-p)
 
 
 def _best_map(cells: Cells, rates: Tensor | None, bias: bool) -> tuple[Tensor, ...]:
-    """Flip rates, clip, temperature and bias of the least loss."""
+    """Flip rates, clip, temperature and bias that minimise the loss."""
     filled = cells.count > 0
     cells = Cells(*(part[filled] for part in cells))
     rate = float(cells.positive.sum() / cells.count.sum())
@@ -723,15 +767,15 @@ def _best_map(cells: Cells, rates: Tensor | None, bias: bool) -> tuple[Tensor, .
 
 
 def _search(loss: Any) -> Tensor:
-    """The pair of flip rates of the least loss: from a coarse grid, ever smaller steps.
+    """The pair of flip rates with the lowest loss: from a coarse grid, in ever smaller steps.
 
-    In their roots: a rate of 0.001 matters as much as one of 0.1.
+    The steps are in the roots of the rates, since 0.001 matters as much as 0.1.
     """
     tried: dict[tuple[float, float], float] = {}
 
     def at(roots: tuple[float, float]) -> float:
         if roots not in tried:
-            # As the module will keep them.
+            # Rounded to float32, as the module will hold them.
             pair = torch.tensor([root**2 for root in roots], device="cpu").double().tolist()
             tried[roots] = loss(pair)
         return tried[roots]
@@ -749,7 +793,7 @@ def _search(loss: Any) -> Tensor:
     return torch.tensor([root**2 for root in best], dtype=torch.float32, device="cpu").double()
 
 
-# --- the free curve -------------------------------------------------------------------------------
+# --- the isotonic curve ---------------------------------------------------------------------------
 
 
 def _centres(cells: _tally.Grid) -> Tensor:
@@ -764,7 +808,7 @@ def _curve(cells: Cells) -> Tensor:
 
 
 def steps(cells: Cells, blocks: Blocks, values: Tensor) -> Tensor:
-    """One value per cell: that of its block, and straight lines over empty cells in between."""
+    """One value per cell: that of its block, with straight lines across empty cells."""
     filled = torch.nonzero(cells.count > 0).flatten()
     owner = torch.searchsorted(torch.tensor(blocks.first, device="cpu"), filled, right=True) - 1
     return _through(
@@ -773,7 +817,7 @@ def steps(cells: Cells, blocks: Blocks, values: Tensor) -> Tensor:
 
 
 def lines(cells: Cells, blocks: Blocks, values: Tensor) -> Tensor:
-    """One value per cell: on straight lines between the blocks' mean places."""
+    """One value per cell, on straight lines between the mean places of the blocks."""
     place = torch.arange(len(cells.count), dtype=torch.float64, device="cpu")
     owner = torch.searchsorted(torch.tensor(blocks.first, device="cpu"), place, right=True) - 1
     owner = owner.clamp(min=0)
@@ -782,7 +826,7 @@ def lines(cells: Cells, blocks: Blocks, values: Tensor) -> Tensor:
 
 
 def _through(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
-    """Straight lines through points in order of x, level beyond the first and the last."""
+    """Straight lines through points in order of x, constant beyond the first and the last."""
     if len(x) == 1:
         return y.expand(at.shape)
     right = torch.searchsorted(x, at).clamp(1, len(x) - 1)
@@ -791,7 +835,7 @@ def _through(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
 
 
 def shares(blocks: Blocks) -> Tensor:
-    """Of positives in each block; never 0 or 1, which one miss would make infinitely costly."""
+    """Share of positives in each block; never 0 or 1, for which one miss costs an infinite NLL."""
     n, k = (
         torch.tensor(part, dtype=torch.float64, device="cpu")
         for part in (blocks.count, blocks.positive)

@@ -1,1 +1,1 @@
-"""Callbacks for training frameworks, each imported by its own name and needing its framework."""
+"""Callbacks for training frameworks; each module is imported by name and needs its framework."""

@@ -23,36 +23,37 @@ __all__ = ["AdaptivePerturbationCallback"]
 
 
 class AdaptivePerturbationCallback(Callback):
-    """Measures each validation and reports it to the criterion of the LightningModule.
+    """Lightning callback that measures calibration in each validation and steps the criterion.
 
     ``validation_step`` returns a mapping with ``"logits"`` and ``"target"``. At the end of each
-    validation of ``fit`` the callback calls the ``step`` of an :class:`AdaptivePerturbation` with
-    the histogram over all processes, and logs ``val_ece``, ``val_oe`` and ``alpha_mean``. With an
-    :class:`SCBCEWithLogitsLoss`, which has no levels, it logs the first two and steps nothing.
-    ``Trainer.validate`` logs and does not step; the sanity check before training does neither.
+    validation of ``fit`` the callback calls ``step`` of an :class:`AdaptivePerturbation` with the
+    histogram over all processes and logs ``val_ece``, ``val_oe`` and ``alpha_mean``. With an
+    :class:`SCBCEWithLogitsLoss`, which has no levels, it only logs the first two.
+    ``Trainer.validate`` logs without a step; the sanity check before training does neither.
 
     Args:
-        criterion: name of the criterion in the LightningModule, with dots if it lies deeper.
+        criterion: name of the criterion in the LightningModule, with dots for a nested one.
             Default: ``"criterion"``.
 
     Attributes:
         histogram: :class:`CalibrationHistogram` of the last validation, over all processes.
 
     Raises:
-        ValueError: in use, no loss of this package of that name, or a ``validation_step`` that
-            returns something else.
-        ImportError: at import, lightning is not installed.
+        ValueError: in use, if there is no loss of this package under that name, or
+            ``validation_step`` returns something else.
+        ImportError: at import, if lightning is not installed.
 
     Note:
-        Elements of the criterion's ``ignore_index`` are left out. So is a second validation loader
-        (one out of distribution, say) if ``validation_step`` returns None for its batches. Each
-        validation is a step: where there is not one per epoch, the criterion's ``warmup`` counts
-        validations. In several processes Lightning's sampler repeats samples until all have as
-        many, and these count twice.
+        Elements with the criterion's ``ignore_index`` are left out. To leave out a second
+        validation loader (out of distribution, for example), return None from
+        ``validation_step`` for its batches. Each validation is a step: if there is not exactly
+        one per epoch, the criterion's ``warmup`` counts validations. In several processes
+        Lightning's sampler repeats samples until all processes have equally many, and these
+        samples count twice.
 
         The criterion is a part of the LightningModule, so that its checkpoint holds the levels.
-        One that is written after a validation, as ModelCheckpoint does, serves all processes; one
-        from within an epoch holds only the levels of the process that wrote it.
+        A checkpoint that is written after a validation, as ModelCheckpoint does, restores all
+        processes. One from within an epoch holds only the levels of the process that wrote it.
 
     Example:
         >>> from sc_bce.integrations.lightning import AdaptivePerturbationCallback
@@ -66,7 +67,7 @@ class AdaptivePerturbationCallback(Callback):
         self.histogram = CalibrationHistogram()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._find(pl_module)  # before the first epoch rather than after it
+        self._find(pl_module)  # fail before the first epoch rather than after it
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.histogram = CalibrationHistogram()
@@ -80,7 +81,7 @@ class AdaptivePerturbationCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if outputs is None and dataloader_idx > 0:
+        if outputs is None and dataloader_idx > 0:  # a second loader, left out on request
             return
         logits, target = _logits_and_target(outputs)
         self.histogram.update(logits, target, ignore_index=self._find(pl_module).ignore_index)
@@ -89,13 +90,13 @@ class AdaptivePerturbationCallback(Callback):
         histogram, criterion = self.histogram.all_reduce(), self._find(pl_module)
         if trainer.sanity_checking:
             return
-        # Here and not later: a checkpoint may be written right after the validation.
+        # Step here and not later: a checkpoint may be written right after the validation.
         measures = {"val_ece": histogram.ece(), "val_oe": histogram.oe()}
         if isinstance(criterion, AdaptivePerturbation):
             if trainer.state.fn == "fit":
                 criterion.step(histogram)
             measures["alpha_mean"] = criterion.alpha.mean()
-        # The processes agree already; without sync_dist Lightning warns that they might not.
+        # The processes agree already, but without sync_dist Lightning warns that they may not.
         pl_module.log_dict({k: float(v) for k, v in measures.items()}, sync_dist=True)
 
     def _find(self, pl_module: LightningModule) -> AdaptivePerturbation | SCBCEWithLogitsLoss:
@@ -116,7 +117,7 @@ class AdaptivePerturbationCallback(Callback):
 
 
 def _logits_and_target(outputs: object) -> tuple[Any, Any]:
-    """What a validation step hands to the callback."""
+    """Check what a validation step returned."""
     if not isinstance(outputs, Mapping) or not {"logits", "target"} <= set(outputs):
         held = f" with {sorted(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
         raise ValueError(
