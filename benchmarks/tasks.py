@@ -2,8 +2,7 @@
 
 Digits and photographs are those of ``calibration.py``. Street scenes bring eleven labels of very
 different base rates, a table of rare labels is the case of most multi-label users, and the last
-task is the one of the page that gets a user started. No task needs a download but for the two
-that are given a folder.
+task restores noisy digits. No task needs a download but for the two that are given a folder.
 """
 
 import hashlib
@@ -108,7 +107,7 @@ def photographs(folder: Path) -> Task:
 
 
 def start() -> Task:
-    """Denoising of digits by a small dense network, as on the page that gets a user started."""
+    """Denoising of digits by a small dense network."""
     from sklearn.datasets import load_digits
 
     rng = Generator().manual_seed(0)

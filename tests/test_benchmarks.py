@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 import defaults
+import gallery
 import numpy as np
 import pytest
 import reference as ref
@@ -298,6 +299,23 @@ def test_the_committed_page_is_the_one_made_from_the_committed_results(page, mak
     assert pictures == sorted(path.name for path in (committed / page).iterdir())
 
 
+def test_the_gallery_is_drawn(tmp_path, monkeypatch):
+    page, out = tmp_path / "start.md", tmp_path / "out"
+    page.write_text("""```python
+from PIL import Image
+
+Image.new("L", (300, 300)).save("reliability.png")
+```
+""")
+    monkeypatch.setattr(gallery, "TUTORIAL", page)
+    gallery.main(["--epochs", "1", "--out", str(out)])
+    committed = ROOT / "docs" / "gallery"
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in committed.iterdir())
+    for path in out.iterdir():
+        with Image.open(path) as image:
+            assert min(image.size) >= 300
+
+
 # ---------------------------------------------------------------- the tasks of the defaults
 
 
@@ -366,7 +384,7 @@ def test_spoilt_street_scenes_are_refused(tmp_path, what, text):
         tasks.streets(folder, 16, 12)
 
 
-def test_the_table_has_rare_labels_and_the_start_is_that_of_the_page():
+def test_the_table_has_rare_labels_and_the_start_has_its_parts():
     rates = tasks.rare().train.target.float().mean(0)
     assert 0.01 <= rates.mean() <= 0.03
     start = tasks.start()

@@ -23,23 +23,41 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.M)
 
 
+def steps(page):
+    """Each Python block, and the block of text that follows it at once: what it prints."""
+    text = page.read_text("utf-8")
+    return re.findall(r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", text, re.DOTALL | re.M)
+
+
+def assert_printed(printed, shown):
+    """The same words; numbers as near as trainings on two machines are."""
+    number = r"-?\d+(?:\.\d+)?"
+    assert re.sub(number, "#", printed).split() == re.sub(number, "#", shown).split()
+    values, wanted = ([float(x) for x in re.findall(number, text)] for text in (printed, shown))
+    assert values == pytest.approx(wanted, rel=0.1, abs=0.02)
+
+
 # frameworks.md runs in test_integrations.py, which also looks at what it leaves behind.
 RUN_HERE = [p for p in PAGES if blocks(p, "python") and p.name != "frameworks.md"]
 
 
-def run(page, optional=()):
-    """The blocks of a page in one namespace, without those that name a package to be left out."""
+def run(page, capsys, optional=()):
+    """The steps of a page in one namespace, without those that name a package to be left out."""
     namespace = {"__name__": "page"}
-    for number, block in enumerate(blocks(page, "python")):
-        if not any(name in block for name in optional):
-            exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+    for number, (block, shown) in enumerate(steps(page)):
+        if any(name in block for name in optional):
+            continue
+        capsys.readouterr()
+        exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+        if shown:
+            assert_printed(capsys.readouterr().out, shown)
 
 
 @pytest.mark.parametrize("page", RUN_HERE, ids=lambda p: p.name)
 @pytest.mark.filterwarnings("ignore:AdaptivePerturbation has trained past its warm-up")
 def test_code_of_the_page_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run(page, optional=["onnxruntime"])
+    run(page, capsys, optional=["onnxruntime"])
 
 
 # What torch's exporter uses, and torch deprecates.
@@ -50,7 +68,7 @@ def test_the_export_to_onnx_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "guide" / "repair.md"
     assert any("onnxruntime" in block for block in blocks(page, "python"))
-    run(page)
+    run(page, capsys)
 
 
 def test_api_page_shows_every_public_name():
