@@ -749,15 +749,6 @@ def steps(cells: Cells, blocks: Blocks, values: Tensor) -> Tensor:
     )
 
 
-def lines(cells: Cells, blocks: Blocks, values: Tensor) -> Tensor:
-    """One value per cell: on straight lines between the blocks' mean places."""
-    place = torch.arange(len(cells.count), dtype=torch.float64, device="cpu")
-    owner = torch.searchsorted(torch.tensor(blocks.first, device="cpu"), place, right=True) - 1
-    owner = owner.clamp(min=0)
-    means = torch.zeros_like(values).index_add_(0, owner, cells.count * place)
-    return _through(means / torch.tensor(blocks.count, device="cpu"), values, place)
-
-
 def _through(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
     """Straight lines through points in order of x, level beyond the first and the last."""
     if len(x) == 1:
