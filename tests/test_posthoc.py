@@ -731,6 +731,12 @@ def test_one_flip_rate_is_read_where_there_is_one():
 
 def test_logits_that_are_all_alike_have_a_documented_answer():
     z, y = torch.full((8,), 0.7), torch.tensor([0, 1, 1, 1, 1, 1, 0, 1])
+    # Of 0.1 in float64 the mean of three is not quite 0.1; a flip once removed rounds likewise.
+    wide, three = torch.full((3,), 0.1).double().fill_(0.1), torch.tensor([0, 1, 1])
+    for scaling in (TemperatureScaling(bias=True), TemperatureScaling(0.1, bias=True)):
+        scaling.fit(wide, three)
+        assert scaling.temperature == 1
+        assert float(scaling(wide)[0]) == pytest.approx(math.log(2), rel=1e-4)
     for data in ((z, y), (filled(z, y),)):
         scaling = TemperatureScaling(bias=True).fit(*data)
         assert scaling.temperature == 1

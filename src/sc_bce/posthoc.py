@@ -228,11 +228,11 @@ class TemperatureScaling(_Repair):
 
     Note:
         The decision at 1/2 never changes under a temperature and equal flip rates; unequal flip
-        rates and a bias move it, to where the repaired probability is 1/2. Logits that are all
-        alike determine no temperature: it stays 1, and a bias alone is fitted. The temperature
-        stays in [0.001, 1000]. Above a million raw logits the fit gathers them into the cells of a
-        histogram first. nan in, nan out. Computed in at least float32; works under compile,
-        export and ONNX, so that it can be shipped with the model.
+        rates and a bias move it, to where the repaired probability is 1/2. With ``bias=True``,
+        logits that are all alike determine no temperature: it stays 1, and the bias alone is
+        fitted. The temperature stays in [0.001, 1000]. Above a million raw logits the fit gathers
+        them into the cells of a histogram first. nan in, nan out. Computed in at least float32;
+        works under compile, export and ONNX, so that it can be shipped with the model.
 
     References:
         Guo et al., ICML 2017 (temperature scaling); Platt 1999 (with a bias).
