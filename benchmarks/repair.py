@@ -34,7 +34,7 @@ from tasks import Task, part_of
 from torch import Tensor
 
 from sc_bce import CalibrationHistogram, IsotonicCalibration, TemperatureScaling, posthoc
-from sc_bce.measures import Blocks, isotonic
+from sc_bce.measures import Blocks, Cells, isotonic
 
 SEEDS = (0, 1, 2)
 SCALES = (1, 2, 4, 8, 32)
@@ -165,8 +165,16 @@ def shares(blocks: Blocks, ends: str) -> Tensor:
     return share.clamp(1e-9, 1 - 1e-9)
 
 
+def lines(cells: Cells, blocks: Blocks, values: Tensor) -> Tensor:
+    """One value per cell: on straight lines between the blocks' mean places."""
+    place, count = np.arange(len(cells.count)), cells.count.numpy()
+    owner = np.searchsorted(blocks.first, place, side="right") - 1
+    total = np.bincount(owner.clip(0), count * place, minlength=len(values))
+    return torch.from_numpy(np.interp(place, total / blocks.count, values.numpy()))
+
+
 ENDS = ("half a count", "clip at 0.001", "end block pooled with its neighbour")
-FORMS = {"steps": posthoc.steps, "lines": posthoc.lines}
+FORMS = {"steps": posthoc.steps, "lines": lines}
 
 
 def choices(seed: int, answers: dict[str, Pair]) -> list[dict[str, Any]]:

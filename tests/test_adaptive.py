@@ -1,6 +1,7 @@
 import itertools
 import math
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
-from sc_bce import AdaptivePerturbation, sc_bce_with_logits
+from sc_bce import AdaptivePerturbation, _batch, sc_bce_with_logits
+from sc_bce._batch import Batch, label_counts, sample_means
 
 # Tests that train more than an epoch's samples before they step.
 unstepped = pytest.mark.filterwarnings("ignore:AdaptivePerturbation has trained past its warm-up")
@@ -605,6 +607,36 @@ def test_an_illegal_label_never_spoils_the_observed_prior(illegal, pixels):
     assert criterion.prior.tolist() == pytest.approx([0.25, 0.25], abs=1e-3)
 
 
+def test_labels_are_counted_whether_their_values_can_be_read_or_not():
+    """Elements, labels in parts of 2^-20, labels of at least 1/2: the sum where that is illegal."""
+    for labels, want in (
+        ([0.0, 0.25, 0.5, 1.0], [4, 7 << 18, 2]),
+        ([0.0, 0.0], [2, 0, 0]),
+        ([-1.0, 1.0], [2, 0, 1]),
+        ([-0.25, 0.0, 0.0], [3, 0, 0]),
+        ([7.0, 0.0, 0.25], [3, 1 << 20, 1]),
+    ):
+        for mode in (False, True):
+            with torch.inference_mode(mode):  # whose tensors are not read
+                batch = Batch(torch.zeros(len(labels)), torch.tensor(labels), True, None)
+            for shape in ((), (1,)):
+                assert label_counts(batch, shape)[:, 0].tolist() == want
+
+
+def test_without_float64_each_label_is_counted_apart():
+    with torch.inference_mode():
+        y = torch.tensor([[0.25, 7.0], [0.5, -0.25], [1.0, math.nan]])
+    with mock.patch.object(_batch, "_WITHOUT_FLOAT64", (y.device.type,)):
+        counts = label_counts(Batch(torch.zeros(3, 2), y, True, None), (1, 2))
+    assert counts.tolist() == [[3, 3], [7 << 18, 1 << 20], [2, 1]]
+
+
+def test_means_of_a_vector_are_its_valid_values():
+    means = sample_means(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, True]))
+    assert means[[0, 2]].tolist() == [1.0, 3.0]
+    assert means[1].isnan()
+
+
 def test_the_observed_prior_counts_valid_labels_and_stays_fixed_between_steps():
     criterion = build(
         4, beta=1.0, prior="observed", num_labels=2, warmup=1, ignore_index=-1, sampling="expected"
@@ -1019,6 +1051,8 @@ def test_resize_keeps_what_is_there():
     criterion = moving(2, focus=1.0, sampling="expected")
     criterion(torch.full((2, 1), 5.0), torch.ones(2, 1), torch.arange(2))
     before = criterion.alpha.clone()
+    criterion.resize(2)  # as large as it is
+    assert torch.equal(criterion.alpha, before)
     criterion.resize(4)
     assert torch.equal(criterion.alpha, torch.cat((before, torch.zeros(2))))
     assert criterion.sample_accuracy.tolist() == pytest.approx([0.55, 0.55, 0.5, 0.5])

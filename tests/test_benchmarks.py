@@ -21,6 +21,8 @@ from PIL import Image
 from saliency import SmallUNet, digit_scenes, folder_data
 from study import main as study_page
 
+from sc_bce.measures import Blocks, Cells
+
 COUNTS = dict(train=12, val=6, test=8, ood=5)
 
 ROOT = Path(__file__).parents[1]
@@ -188,6 +190,18 @@ def test_a_repair_from_cells_is_that_from_raw_values(capsys):
     assert [row["pixels"] for row in rows] == [1000, 1000]
     repair.show_costs(rows)
     assert "worst relative difference, temperature" in capsys.readouterr().out
+
+
+def test_a_curve_of_lines_joins_the_mean_places_of_its_blocks():
+    count = torch.tensor([1.0, 1.0, 0.0, 2.0, 1.0, 1.0]).double()
+    # Two blocks: cells 0 to 2 around 0.5, and cells 3 to 5 around 3.75.
+    blocks = Blocks([0, 3], [2.0, 4.0], [1.0, 3.0])
+    got = repair.lines(Cells(torch.arange(6).double(), count, count / 2), blocks, torch.ones(2))
+    assert got.tolist() == [1.0] * 6
+    got = repair.lines(
+        Cells(torch.arange(6).double(), count, count / 2), blocks, torch.tensor([0.0, 13.0])
+    )
+    assert got.tolist() == pytest.approx([0, 2, 6, 10, 13, 13])
 
 
 def test_the_kept_bounds_are_met_and_told():

@@ -210,6 +210,12 @@ def test_low_precision_smooths_both_labels_alike(dtype):
     assert_close(q, torch.tensor([0.9995, 0.0005]))
 
 
+@pytest.mark.parametrize("prior", [0.02, 0.3, torch.tensor(0.7)])
+def test_a_label_that_is_wholly_replaced_is_the_prior(prior):
+    q = perturb_target(torch.tensor([0.0, 0.25, 1.0]), 1.0, 1.0, prior=prior)
+    assert torch.equal(q, torch.as_tensor(prior, dtype=torch.float32).expand(3))
+
+
 def test_perturb_target_keeps_default_and_given_dtypes():
     assert perturb_target(torch.tensor([True])).dtype == torch.float32
     assert perturb_target(torch.ones(1, dtype=torch.float64), 0.1).dtype == torch.float64

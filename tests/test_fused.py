@@ -196,7 +196,10 @@ def test_an_illegal_label_beside_void_ones_is_refused_in_large_batches_too():
     with pytest.raises(ValueError, match="got the value -1"):
         sc_bce_with_logits(x, y, 0.1, ignore_index=255)
     y[-1] = 1
-    assert sc_bce_with_logits(x, y, 0.1, ignore_index=255).isfinite()
+    want = sc_bce_with_logits(x, y, 0.1, ignore_index=255)
+    assert want.isfinite()
+    across = y.view(1024, 1024).t()
+    assert_close(sc_bce_with_logits(x.view(1024, 1024), across, 0.1, ignore_index=255), want)
 
 
 @pytest.mark.parametrize("prior", [0.5, 0.02, torch.tensor([[0.02], [0.5], [0.9]])])

@@ -243,6 +243,32 @@ def test_memory_is_fixed_whatever_was_seen():
 # --- conventions ------------------------------------------------------------------------------
 
 
+def test_bins_are_ten_unless_said_otherwise():
+    histogram = measured(*predictions(0, 500, 2.0))
+    for name in ("ece", "oe", "mce", "adaptive_ece", "debiased_ece"):
+        measure = getattr(histogram, name)
+        for kind in KINDS:
+            assert measure(kind=kind) == measure(10, kind) != measure(9, kind), name
+    assert histogram.reliability().count.shape == (10,)
+
+
+def test_a_cell_that_an_edge_cuts_goes_whole_into_the_bin_of_its_centre():
+    # 4/7 = 0.571428... cuts the cell from 0.5714 to 0.5715, and 3/7 that from 0.4285 to 0.4286.
+    p = torch.tensor([0.57141, 0.57142, 0.57148], dtype=torch.float64)
+    assert measured(p, torch.ones(3)).reliability(7).count.tolist() == [0, 0, 0, 0, 3, 0, 0]
+    both = measured(torch.cat((p, 1 - p)), torch.ones(6)).reliability(7, "positive_class")
+    assert both.count.tolist() == [0, 0, 3, 0, 3, 0, 0]
+
+
+def test_cells_of_the_tails_go_into_fine_bins_by_their_probability():
+    histogram = CalibrationHistogram()
+    histogram.update(torch.tensor([8.0, -8.0]), torch.tensor([1, 0]))
+    share = torch.sigmoid(torch.tensor(-8.0)).item()  # 0.000335
+    assert int(histogram.reliability(10_000).count[9999 - int(1e4 * share)]) == 2
+    count = histogram.reliability(10_000, "positive_class").count
+    assert count.nonzero()[:, 0].tolist() == [3, 9996]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_probability_and_its_complement_are_the_same_confidence(dtype):
     for num_bins in (10, 20, 25, 50, 100):
@@ -570,6 +596,16 @@ def test_a_cells_logit_is_the_mean_of_its_elements(seed, scale, dtype):
         order.abs() < 7.2, 1.1e-4 / slope, torch.where(order.abs() < 50, 0.06, 0.41)
     )
     assert ((near - order).abs() <= width).all()
+
+
+def test_elements_of_one_cell_have_their_mean_logit():
+    histogram = CalibrationHistogram()
+    z = torch.tensor([1.2346, -1.2348, -1.2348], dtype=torch.float64)
+    histogram.update(z, torch.ones(3))
+    cells = histogram.cells()
+    filled = cells.count > 0
+    assert cells.count[filled].tolist() == [2, 1]
+    assert cells.logit[filled].tolist() == pytest.approx([-1.2348, 1.2346], abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

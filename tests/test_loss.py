@@ -1,5 +1,6 @@
 import copy
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
-from sc_bce import SCBCEWithLogitsLoss, sc_bce_with_logits
+from sc_bce import SCBCEWithLogitsLoss, _batch, sc_bce_with_logits
 from sc_bce._batch import bernoulli, truncated_normal
 
 SETTINGS = {
@@ -99,6 +100,14 @@ def test_draws_by_bytes_have_the_probability(alpha):
         for row, want in zip(drawn, [alpha, alpha / (1 if level is alpha else 2)], strict=True):
             bound = 5 * math.sqrt(want * (1 - want) * 2 / count)
             assert abs(float(row.double().mean()) - want) <= bound
+
+
+@pytest.mark.parametrize("size", [8, 1 << 16])
+def test_the_least_uniform_number_is_below_no_probability_of_0(size):
+    least = mock.patch.object(_batch, "_uniform", lambda like, shape, generator: torch.zeros(shape))
+    with least:
+        assert not bernoulli(0.0, torch.empty(size), "element", None).any()
+        assert not bernoulli(torch.zeros(size), torch.empty(size, 2), "sample", None).any()
 
 
 def test_draws_by_bytes_are_independent_and_repeat_with_the_generator():

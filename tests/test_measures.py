@@ -106,6 +106,37 @@ def test_a_line_through_the_origin():
     assert a == pytest.approx(ref.logistic(z, y, bias=False)[0], rel=1e-8)
 
 
+def test_a_line_of_which_one_part_is_given():
+    z = tensor([-1.0, 1.0]).double()
+    cells = Cells(z, torch.full_like(z, 8), tensor([2.0, 6.0]).double())
+    assert measures.affine(cells, slope=1.0, bias=False) == (1.0, 0.0)
+    # The slope of least loss is log 3.
+    assert measures.affine(cells, bias=False, limits=(2.0, 5.0)) == (2.0, 0.0)
+    a, b = measures.affine(cells, limits=(2.0, 5.0))
+    assert (a, b) == (2.0, pytest.approx(0.0, abs=1e-9))
+
+
+@pytest.mark.parametrize("value", [0.1, -1.7])
+def test_equal_logits_determine_no_line_however_their_mean_is_rounded(value):
+    for count in (1, 3, 7):
+        z = torch.full((count + 1,), value, dtype=torch.float64)
+        cells = Cells(z, torch.ones_like(z), torch.arange(count + 1).clamp(max=1).to(z))
+        assert all(map(math.isnan, measures.affine(cells)))
+        a, b = measures.affine(cells._replace(logit=0 * z), bias=False)
+        assert math.isnan(a)
+        assert b == 0
+
+
+def test_a_line_of_tiny_loss_is_found_to_the_end():
+    """One wrong in 10^9 at either logit: the mean loss is 2e-8."""
+    z = tensor([-1.0, 1.0]).double()
+    positive = torch.tensor([1.0, 1e9 - 1], dtype=torch.float64)
+    cells = Cells(z, torch.full_like(z, 1e9), positive)
+    a, b = measures.affine(cells)
+    assert a == pytest.approx(math.log(1e9 - 1), rel=1e-6)
+    assert b == pytest.approx(0.0, abs=1e-6)
+
+
 # --- a curve --------------------------------------------------------------------------------------
 
 

@@ -723,6 +723,32 @@ def test_bad_pairs_are_refused(rate, text):
         TemperatureScaling(rate)
 
 
+@pytest.mark.parametrize("build", [TemperatureScaling, IsotonicCalibration])
+def test_a_bad_number_of_labels_is_refused(build):
+    with pytest.raises(ValueError, match="`num_labels` to be a positive int, but got 0"):
+        build(num_labels=0)
+    with pytest.raises(TypeError, match=r"`num_labels` to be a positive int, but got 2\.0"):
+        build(num_labels=2.0)
+
+
+def test_a_bias_is_shown_where_one_is_fitted_or_held():
+    assert "bias" not in repr(TemperatureScaling())
+    assert "bias=0" in repr(TemperatureScaling(bias=True))
+    held = TemperatureScaling(num_labels=2)
+    held.bias[1] = 0.5
+    assert "bias=[0, 0.5]" in repr(held)
+
+
+def test_raw_logits_are_gathered_into_the_cells_of_a_histogram():
+    z = torch.tensor([-9.0, -1.2346, -1.2348, -1e-5, 0.0, 1e-5, 1.2346, 9.0]).double()
+    y = torch.tensor([0, 1, 0, 1, 0, 1, 1, 0])
+    got, want = posthoc._gathered(z, y), filled(z, y).cells()
+    assert torch.equal(got.count, want.count)
+    assert torch.equal(got.positive, want.positive)
+    seen = got.count > 0
+    assert_close(got.logit[seen], want.logit[seen], rtol=1e-7, atol=1e-7)
+
+
 def test_one_flip_rate_is_read_where_there_is_one():
     assert float(TemperatureScaling(0.1).flip_rate) == pytest.approx(0.1)
     with pytest.raises(ValueError, match="differ: read `flip_rates`"):
@@ -731,6 +757,12 @@ def test_one_flip_rate_is_read_where_there_is_one():
 
 def test_logits_that_are_all_alike_have_a_documented_answer():
     z, y = torch.full((8,), 0.7), torch.tensor([0, 1, 1, 1, 1, 1, 0, 1])
+    # Of 0.1 in float64 the mean of three is not quite 0.1; a flip once removed rounds likewise.
+    wide, three = torch.full((3,), 0.1).double().fill_(0.1), torch.tensor([0, 1, 1])
+    for scaling in (TemperatureScaling(bias=True), TemperatureScaling(0.1, bias=True)):
+        scaling.fit(wide, three)
+        assert scaling.temperature == 1
+        assert float(scaling(wide)[0]) == pytest.approx(math.log(2), rel=1e-4)
     for data in ((z, y), (filled(z, y),)):
         scaling = TemperatureScaling(bias=True).fit(*data)
         assert scaling.temperature == 1

@@ -575,8 +575,7 @@ def merged(
         for name, column in columns.items():
             total = column[rows] * own
             all_reduce(total)
-            mean = (total / movers).clamp(0.0, 1.0)
-            new[name][rows] = torch.where(movers > 0, mean, column[rows])
+            new[name][rows] = torch.where(movers > 0, total / movers, column[rows])
     return new, anywhere
 
 

@@ -171,9 +171,9 @@ def affine(
         return (math.nan if slope is None else slope), math.nan
     if slope is not None:
         return slope, (_newton(z, n, k, slope, fit_slope=False)[1] if bias else 0.0)
-    if len(z) < 2 and bias:
-        return math.nan, math.nan
-    scale = _spread(z, n, bias)
+    # Compared, since the rounded mean of equal logits need not be equal to them.
+    alike = not bool((z != (z[0] if bias else 0.0)).any())
+    scale = 0.0 if alike else _spread(z, n, bias)
     if scale == 0:
         return math.nan, (math.nan if bias else 0.0)
     a, b = _apart(z, n, k, bias), 0.0
@@ -213,7 +213,8 @@ def _newton(
 
     def loss(a: float, b: float) -> float:
         line = a * z + b
-        return float((n * F.softplus(line) - k * line).sum())
+        # Each class alone: a difference would lose the digits of what is sure and right.
+        return float(((n - k) * F.softplus(line) + k * F.softplus(-line)).sum())
 
     value = loss(a, b)
     for _ in range(_ITERATIONS):
@@ -221,10 +222,7 @@ def _newton(
         miss, weight = n * p - k, n * p * (1 - p)
         g_a, g_b = float((miss * z).sum()), float(miss.sum())
         h_aa, h_ab, h_bb = (float((weight * z**i).sum()) for i in (2, 1, 0))
-        step_a, step_b = _step(
-            (g_a if fit_slope else 0.0, g_b if fit_bias else 0.0), (h_aa, h_ab, h_bb),
-            fit_slope, fit_bias,
-        )  # fmt: skip
+        step_a, step_b = _step((g_a, g_b), (h_aa, h_ab, h_bb), fit_slope, fit_bias)
         promise = g_a * step_a + g_b * step_b
         if not promise > _TINY * max(value, 1e-300):
             break
@@ -244,7 +242,7 @@ def _step(
     gradient: tuple[float, float], hessian: tuple[float, float, float],
     fit_slope: bool, fit_bias: bool,
 ) -> tuple[float, float]:  # fmt: skip
-    """The solution of H s = g, with a little added to the diagonal in case H is flat."""
+    """Solves H s = g, with a little added to the diagonal in case H is flat; 0 for what is fixed."""
     (g_a, g_b), (h_aa, h_ab, h_bb) = gradient, hessian
     little = 1e-300 + 1e-14 * (h_aa * fit_slope + h_bb * fit_bias)
     h_aa, h_bb = h_aa + little, h_bb + little

@@ -244,11 +244,11 @@ class TemperatureScaling(_Repair):
 
     Note:
         A temperature and equal flip rates never change the decision at 1/2. Unequal flip rates
-        and a bias move it to where the repaired probability is 1/2. Logits that are all alike
-        determine no temperature: it stays 1, and only the bias is fitted. The temperature stays
-        in [0.001, 1000]. The fit gathers more than a million raw logits into the cells of a
-        histogram first. nan stays nan. Computed in at least float32. The module works under
-        compile, export and ONNX, so that it can be shipped with the model.
+        and a bias move it to where the repaired probability is 1/2. With ``bias=True``, logits
+        that are all alike determine no temperature: it stays 1, and only the bias is fitted. The
+        temperature stays in [0.001, 1000]. The fit gathers more than a million raw logits into
+        the cells of a histogram first. nan stays nan. Computed in at least float32. The module
+        works under compile, export and ONNX, so that it can be shipped with the model.
 
     References:
         Guo et al., ICML 2017 (temperature scaling); Platt 1999 (with a bias).
@@ -814,15 +814,6 @@ def steps(cells: Cells, blocks: Blocks, values: Tensor) -> Tensor:
     return _through(
         filled.double(), values[owner], torch.arange(len(cells.count), device="cpu").double()
     )
-
-
-def lines(cells: Cells, blocks: Blocks, values: Tensor) -> Tensor:
-    """One value per cell, on straight lines between the mean places of the blocks."""
-    place = torch.arange(len(cells.count), dtype=torch.float64, device="cpu")
-    owner = torch.searchsorted(torch.tensor(blocks.first, device="cpu"), place, right=True) - 1
-    owner = owner.clamp(min=0)
-    means = torch.zeros_like(values).index_add_(0, owner, cells.count * place)
-    return _through(means / torch.tensor(blocks.count, device="cpu"), values, place)
 
 
 def _through(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
