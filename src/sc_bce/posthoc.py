@@ -414,7 +414,8 @@ class IsotonicCalibration(_Repair):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Forget the fit; to be called after ``to_empty`` too."""
-        self.table.copy_(_centres(self._grid))
+        # Expanded here: XLA's copy_ would take the smaller shape over instead of filling its own.
+        self.table.copy_(_centres(self._grid).expand_as(self.table))
         self.nll = None
 
     def _of_logits(self, z: Tensor, y: Tensor, ignore_index: int | None) -> Cells:
