@@ -29,9 +29,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
+from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from sc_bce import AdaptivePerturbation, CalibrationHistogram, SCBCEWithLogitsLoss, _fused
+from sc_bce import (
+    AdaptivePerturbation,
+    CalibrationHistogram,
+    IndexedDataset,
+    IsotonicCalibration,
+    SCBCEWithLogitsLoss,
+    _fused,
+)
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -46,6 +54,7 @@ COPIES = 4  # of every input, taken in turn: together larger than the caches whe
 ROUNDS = 3  # in each of which all contenders have their turn
 PIXELS = 10**7
 STREAM = 100  # such updates make 10^9
+ROWS = 200_000  # of the dataset that is loaded with its index and without
 SIZES = tuple(2**power for power in range(6, 27, 2))  # of the comparison with the plain path
 BASELINE = "bce"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -486,6 +495,43 @@ def state_bytes(histogram: CalibrationHistogram) -> int:
     return sum(value.nbytes for value in histogram.state_dict().values())
 
 
+# ---------------------------------------------------------------- dataset and repair
+
+
+def time_others(threads: int, seconds: float) -> list[Record]:
+    """An epoch of IndexedDataset beside that of the bare dataset, a repair beside sigmoid."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    columns = TensorDataset(torch.randn(ROWS, 10), torch.randn(ROWS, 1))
+    pairs: list[Any] = [columns[row] for row in range(ROWS)]
+    given: dict[tuple[str, float], tuple[Callable[[], object], Callable[[], object]]] = {}
+
+    def epoch(dataset: Any) -> Callable[[], object]:
+        loader = DataLoader(dataset, batch_size=256, shuffle=True)
+        return lambda: sum(len(batch) for batch in loader)
+
+    def repaired(repair: IsotonicCalibration, x: Tensor) -> Callable[[], object]:
+        return lambda: repair(x)
+
+    def sigmoid(x: Tensor) -> Callable[[], object]:
+        return lambda: torch.sigmoid(x)
+
+    for what, dataset in (("TensorDataset", columns), ("list of tuples", pairs)):
+        given[f"IndexedDataset, {what}", 1.15] = epoch(IndexedDataset(dataset)), epoch(dataset)
+    logits = 3 * torch.randn(PIXELS)
+    repair = IsotonicCalibration().fit(logits, torch.rand(PIXELS) < torch.sigmoid(logits))
+    for name in BYTES:
+        x = logits.to(getattr(torch, name))
+        given[f"isotonic repair, {name}", 4.0] = repaired(repair, x), sigmoid(x)
+    records = []
+    for (what, goal), (ours, theirs) in given.items():
+        timed = time_steps({"ours": ours, "theirs": theirs}, threads, seconds, warm=1)
+        ms, base = (timed[name]["median_ms"] for name in ("ours", "theirs"))
+        about: Record = {"case": what, "threads": threads, "median_ms": ms, "base_ms": base}
+        records.append(about | {"ratio": ms / base, "asked": goal})
+    return records
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -525,6 +571,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         result |= {"times": times, "sizes": sizes, "memory": measure_memory()}
         result["histogram"] = [
             alone(time_histogram, threads, args.seconds) for threads in args.threads[:2]
+        ]
+        result["others"] = [
+            record
+            for threads in args.threads[:2]
+            for record in alone(time_others, threads, args.seconds)
         ]
     else:
         times = time_all(1, args.seconds, "cuda")

@@ -2,9 +2,9 @@
 
     python benchmarks/study.py
 
-Every number, verdict and picture of ``docs/study.md`` comes from here; what stays the same
-whatever the runs say stands in ``benchmarks/study.md``, where a line such as ``@answers`` is
-replaced. Nothing is said beyond a 95 % interval.
+Every number, verdict and picture of ``docs/study.md`` comes from here. The text that does not
+depend on the runs is in ``benchmarks/study.md``, where a line such as ``@answers`` is replaced.
+Nothing is said beyond a 95 % interval.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from compare import Gap, over_seeds
@@ -90,12 +90,15 @@ def title(name: str) -> str:
     return ROWS[name].title
 
 
-def cell(gap: Gap) -> str:
-    """Bold where the interval excludes 0."""
+def figures(gap: Gap) -> str:
     if not np.isfinite(gap.low):
         return f"{gap.value:+.1f} % (one seed)"
-    text = f"{gap.value:+.1f} % [{gap.low:+.1f}, {gap.high:+.1f}]"
-    return f"**{text}**" if gap.verdict != "undecided" else text
+    return f"{gap.value:+.1f} % [{gap.low:+.1f}, {gap.high:+.1f}]"
+
+
+def cell(gap: Gap) -> str:
+    """Bold if the interval excludes 0."""
+    return f"**{figures(gap)}**" if gap.verdict != "undecided" else figures(gap)
 
 
 def listed(names: Iterable[str]) -> str:
@@ -103,19 +106,27 @@ def listed(names: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def by_verdict(gaps: dict[str, Gap]) -> str:
-    """Where lower, where higher, where neither is shown."""
+def by_verdict(gaps: dict[str, Gap], intervals: bool = True) -> str:
+    """On which tasks it is lower, on which higher, on which no difference is shown."""
+    words = {n: figures(gap) if intervals else f"{gap.value:+.1f} %" for n, gap in gaps.items()}
     said = []
-    for verdict, words in (
+    for verdict, where in (
         ("lower", "lower on"),
         ("higher", "higher on"),
-        ("undecided", "neither shown on"),
+        ("undecided", "no difference shown on"),
     ):
         names = [name for name, gap in gaps.items() if gap.verdict == verdict]
         if names:
-            each = ", ".join(f"{NAMES.get(n, n)} ({gaps[n].value:+.1f} %)" for n in names)
-            said.append(f"{words} {each}")
+            said.append(f"{where} " + listed(f"{NAMES[n]} ({words[n]})" for n in names))
     return "; ".join(said)
+
+
+class Answer(NamedTuple):
+    """Of one question: a line for the first screen, a small table, and the tables to unfold."""
+
+    line: str
+    table: str
+    more: str = ""
 
 
 def having(kept: Tasks, names: Iterable[str], *rows: str) -> dict[str, Kept]:
@@ -130,7 +141,7 @@ def pictured(name: str, words: str) -> str:
 # ---------------------------------------------------------------- the questions
 
 
-def first(kept: Tasks) -> tuple[str, str]:
+def first(kept: Tasks) -> Answer:
     """Stopped early and repaired, does the default beat plain BCE?"""
     there = having(kept, MAIN, PLAIN, DEFAULT)
     gaps = {
@@ -142,7 +153,8 @@ def first(kept: Tasks) -> tuple[str, str]:
         seeds = k.seeds(PLAIN, DEFAULT)
         maps = [k.best_map(row, "best", seeds) for row in (PLAIN, DEFAULT)]
         values = [
-            k.mean(row, "best", fix, "nll") for row, fix in zip((PLAIN, DEFAULT), maps, strict=True)
+            np.mean(k.each(row, seeds, "best", "test", fix, "nll"))
+            for row, fix in zip((PLAIN, DEFAULT), maps, strict=True)
         ]
         rows.append(
             [
@@ -163,22 +175,24 @@ def first(kept: Tasks) -> tuple[str, str]:
     kind = all(gap.value <= 1 for gap in nll.values())
     word = "No" if harm else "Yes" if goal and kind else "Undecided"
     left = [n for n in MAIN if n not in there]
-    answer = f"{word}. NLL of the default: {by_verdict(nll)}."
+    line = f"{word}. Its NLL: {by_verdict(nll)}."
     if left:
-        answer += f" Not run yet: {listed(left)}."
-    return answer, markdown(head, rows)
+        line += f" Not run yet: {listed(NAMES[n] for n in left)}."
+    return Answer(line, markdown(head, rows), truth(kept))
 
 
-def second(kept: Tasks) -> tuple[str, str]:
+PAIRS = (
+    ("draw, towards the base rate", BEST_FIXED, SMOOTHED_BASE),
+    ("draw, towards ½", DRAWN_HALF, SMOOTHED),
+    ("base rate, drawn", BEST_FIXED, DRAWN_HALF),
+    ("base rate, expected", SMOOTHED_BASE, SMOOTHED),
+)
+
+
+def second(kept: Tasks) -> Answer:
     """Is it the draw, the base rate, or both? Calibration or refinement?"""
-    pairs = (
-        ("draw, towards the base rate", BEST_FIXED, SMOOTHED_BASE),
-        ("draw, towards ½", DRAWN_HALF, SMOOTHED),
-        ("base rate, drawn", BEST_FIXED, DRAWN_HALF),
-        ("base rate, expected", SMOOTHED_BASE, SMOOTHED),
-    )
     rows, found = [], {}
-    for words, one, two in pairs:
+    for words, one, two in PAIRS:
         for name, k in having(kept, MAIN, one, two).items():
             last = {key: k.gap(one, two, key=key) for key in ("nll", "nll_refined")}
             both = k.gap(one, two, "best", True)
@@ -187,49 +201,57 @@ def second(kept: Tasks) -> tuple[str, str]:
                 [words, NAMES[name], cell(last["nll"]), cell(last["nll_refined"]), cell(both)]
             )
     head = ["", "", "NLL, last epoch, raw", "of it refinement", "NLL, stopped early, repaired"]
-    said = []
-    for words, _, _ in pairs:
-        gaps = {name: gap for (w, name), gap in found.items() if w == words}
-        if gaps:
-            said.append(f"{words}: {by_verdict(gaps)}")
-    parts = [
-        (name, k.gap(BEST_FIXED, PLAIN, key="nll_refined"), k.gap(BEST_FIXED))
-        for name, k in having(kept, MAIN, BEST_FIXED, PLAIN).items()
+    shown: dict[str, list[str]] = {words: [] for words, _ in found}
+    for (words, name), gap in found.items():
+        if gap.verdict != "undecided":
+            shown[words].append(f"{NAMES[name]} {gap.value:+.1f} %")
+    lower = {w.split(",")[0] for (w, _), gap in found.items() if gap.verdict == "lower"}
+    word = "Both" if len(lower) > 1 else f"The {lower.pop()}" if lower else "Neither is shown"
+    said = "; ".join(f"{w} ({', '.join(names)})" for w, names in shown.items() if names)
+    line = f"{word}, at the last epoch and raw. Shown to change the NLL: {said or 'nothing'}."
+    without = [words for words, names in shown.items() if not names]
+    if said and without:
+        line += f" Not shown: {'; '.join(without)}."
+    whole = {n: k.gap(BEST_FIXED) for n, k in having(kept, MAIN, BEST_FIXED, PLAIN).items()}
+    gain = [
+        f"{NAMES[n]} {_refined(kept[n]):.1f} of {-gap.value:.1f} %"
+        for n, gap in whole.items()
+        if gap.verdict == "lower"
     ]
-    gain = ", ".join(
-        f"{NAMES[name]} {-refined.value * refined.base / 100:.1f} of {-whole.value:.1f} %"
-        for name, refined, whole in _scaled(parts, kept)
-        if whole.verdict == "lower"
-    )
-    answer = f"At the last epoch, raw: {'. '.join(said)}."
     if gain:
-        answer += f" Of what drawn moderation .2 gains on plain BCE there, refinement is {gain}."
-    return answer, markdown(head, rows)
+        line += f" Of what moderation .2 gains there, refinement is {listed(gain)}."
+    return Answer(line, markdown(head, rows))
 
 
-def _scaled(parts: Sequence[tuple[str, Gap, Gap]], kept: Tasks) -> list[tuple[str, Gap, Gap]]:
-    """Refinement in per cent of the NLL, so that the two add up."""
-    found = []
-    for name, refined, whole in parts:
-        k = kept[name]
-        share = k.mean(PLAIN, "last", RAW, "nll_refined") / k.mean(PLAIN, "last", RAW, "nll")
-        found.append((name, refined._replace(base=100 * share), whole))
-    return found
+def _refined(k: Kept) -> float:
+    """What drawn moderation gains in refinement, in per cent of plain BCE's NLL."""
+    share = k.mean(PLAIN, "last", RAW, "nll_refined") / k.mean(PLAIN, "last", RAW, "nll")
+    return -share * k.gap(BEST_FIXED, key="nll_refined").value
 
 
-def third(kept: Tasks) -> tuple[str, str]:
+def _tried(k: Kept) -> dict[str, float]:
+    """Raw NLL at the last epoch of each fixed level, on the seeds of the default."""
+    rows = [row for row in FIXED if k.has(row, DEFAULT)]
+    seeds = k.seeds(DEFAULT, *rows)
+    return {row: float(np.mean(k.each(row, seeds, "last", "test", RAW, "nll"))) for row in rows}
+
+
+def _levels(k: Kept) -> list[float]:
+    return [run["history"]["level"][-1] for run in k.runs[DEFAULT].values()]
+
+
+def third(kept: Tasks) -> Answer:
     """Does the adaptive level find the best fixed one? Does a level per sample help?"""
     rows, gaps = [], {}
     for name, k in having(kept, MAIN, PLAIN, DEFAULT, BEST_FIXED).items():
-        tried = [row for row in FIXED if k.has(row, DEFAULT)]
-        means = {row: k.mean(row, "last", RAW, "nll") for row in tried}
+        means = _tried(k)
         best = min(means, key=means.__getitem__)
         gaps[name] = k.gap(DEFAULT, best)
-        level = [run["history"]["level"][-1] for run in k.runs[DEFAULT].values()]
+        level = _levels(k)
         rows.append(
             [
                 NAMES[name],
-                title(best),
+                f"{title(best)} (of {len(means)})",
                 f"{min(level):.2f} to {max(level):.2f}",
                 cell(gaps[name]),
                 cell(k.gap(DEFAULT, best, "best", True)),
@@ -237,7 +259,7 @@ def third(kept: Tasks) -> tuple[str, str]:
         )
     head = ["", "best fixed, by hindsight", "level at the end", "default against it, raw",
             "stopped early, repaired"]  # fmt: skip
-    text = markdown(head, rows)
+    table = markdown(head, rows)
     each = having(kept, ("digits", "photographs", "digits-replaced", "digits-borders"),
                   DEFAULT, "adaptive-focus-2")  # fmt: skip
     focus = {name: k.gap("adaptive-focus-2", DEFAULT) for name, k in each.items()}
@@ -247,16 +269,16 @@ def third(kept: Tasks) -> tuple[str, str]:
              _found(each[n])]
             for n, gap in focus.items()
         ]  # fmt: skip
-        text += "\n\nA level per sample (focus 2) against one for all (the default):\n\n"
-        text += markdown(["", "NLL, last epoch, raw", "stopped early, repaired",
-                          "wrong masks found by level (by loss), AUROC"], body)  # fmt: skip
+        table += "\n\nA level per sample (focus 2) against one for all (the default):\n\n"
+        table += markdown(["", "NLL, last epoch, raw", "stopped early, repaired",
+                           "wrong masks found by level (by loss), AUROC"], body)  # fmt: skip
     beyond = any(gap.low > 2 for gap in gaps.values())
     within = all(gap.high <= 2 for gap in gaps.values()) and len(gaps) == len(MAIN)
     word = "No" if beyond else "Yes" if within else "Undecided"
-    answer = f"{word}. Raw NLL at the last epoch, against the best fixed level: {by_verdict(gaps)}."
+    line = f"{word}. Raw NLL at the last epoch, against the best fixed level: {by_verdict(gaps)}."
     if focus:
-        answer += f" A level per sample, against one for all: {by_verdict(focus)}."
-    return answer, text
+        line += f" A level per sample, against one for all: {by_verdict(focus)}."
+    return Answer(line, table)
 
 
 def _found(k: Kept) -> str:
@@ -267,55 +289,67 @@ def _found(k: Kept) -> str:
     return f"{level:.2f} ({loss:.2f})"
 
 
-def fourth(kept: Tasks) -> tuple[str, str]:
+def _rivals(kept: Tasks) -> "tuple[dict[str, Kept], list[str]]":
+    there = having(kept, ("digits", "photographs"), PLAIN, DEFAULT)
+    rows = [
+        row
+        for row in dict.fromkeys((*RIVALS, BEST_FIXED, *OTHERS))
+        if any(k.has(row, DEFAULT) for k in there.values())
+    ]
+    return there, rows
+
+
+def fourth(kept: Tasks) -> Answer:
     """Which rivals are better, where?"""
-    there = [n for n in ("digits", "photographs") if n in kept and kept[n].has(PLAIN, DEFAULT)]
-    rows: list[list[str]] = []
+    there, names = _rivals(kept)
+    shown: list[list[str]] = []
+    rest: list[list[str]] = []
     wins: dict[str, list[str]] = {}
-    for row in dict.fromkeys((*RIVALS, BEST_FIXED, *OTHERS)):
-        cells = []
-        for name in there:
-            k = kept[name]
+    for row in names:
+        cells, sure = [], False
+        for name, k in there.items():
             if not k.has(row, DEFAULT):
                 cells += ["", ""]
                 continue
             raw, both = k.gap(row, DEFAULT), k.gap(row, DEFAULT, "best", True)
             cells += [cell(raw), cell(both)]
+            sure = sure or both.verdict != "undecided"
             if both.verdict == "lower":
-                wins.setdefault(name, []).append(title(row))
-        if any(cells):
-            rows.append([title(row), *cells])
+                wins.setdefault(name, []).append(f"{title(row)} ({figures(both)})")
+        (shown if sure else rest).append([title(row), *cells])
     head = [""]
     for name in there:
         head += [f"{NAMES[name]}: last epoch, raw", f"{NAMES[name]}: stopped early, repaired"]
     said = "; ".join(f"on {NAMES[name]} {', '.join(won)}" for name, won in wins.items())
-    answer = f"Stopped early and repaired, better than the default: {said or 'none is shown'}."
-    return answer, markdown(head, rows)
+    line = f"Stopped early and repaired, better than the default: {said or 'none is shown'}."
+    if not shown:
+        return Answer(line, markdown(head, rest))
+    return Answer(line, markdown(head, shown), markdown(head, rest) if rest else "")
 
 
-def fifth(kept: Tasks) -> tuple[str, str]:
+def fifth(kept: Tasks) -> Answer:
     """Under corruption and without validation data, which loss is the safest?"""
-    rows, said = [], []
     there = having(kept, MAIN, PLAIN, BEST_FIXED)
-    for row in SOFTER:
-        cells = []
+    rows = {row: [title(row)] for row in SOFTER}
+    for row, cells in rows.items():
         for k in there.values():
-            if not k.has(row):
+            if not k.has(row, PLAIN):
                 cells.append("")
-            elif row == PLAIN:
-                cells.append(f"{corrupted(k, row, k.seeds(row)).mean():.4f}")
-            else:
-                gap = _under_corruption(k, row)
-                cells.append(f"{corrupted(k, row, k.seeds(row)).mean():.4f}, {cell(gap)}")
-        rows.append([title(row), *cells])
+                continue
+            mean = f"{corrupted(k, row, k.seeds(row)).mean():.4f}"
+            cells.append(mean if row == PLAIN else f"{mean}, {cell(_under_corruption(k, row))}")
+    safest: dict[str, list[str]] = {}
     for name, k in there.items():
-        gaps = {row: _under_corruption(k, row).value for row in SOFTER if k.has(row, PLAIN)}
-        least = min(gaps, key=gaps.__getitem__)
-        against = "" if least == PLAIN else f" ({cell(_under_corruption(k, least))} of plain BCE)"
-        said.append(f"{NAMES[name]} {title(least)}{against}".replace("**", ""))
-    answer = f"Least mean NLL over the corruptions, to the last epoch, raw: {'; '.join(said)}."
+        gaps = {row: _under_corruption(k, row) for row in SOFTER if k.has(row, PLAIN)}
+        least = min(gaps, key=lambda row: gaps[row].value)
+        against = "" if least == PLAIN else f" ({figures(gaps[least])})"
+        safest.setdefault(least, []).append(f"{NAMES[name]}{against}")
+    said = "; ".join(f"{title(row)} on {listed(names)}" for row, names in safest.items())
+    line = (
+        f"To the last epoch, raw, the least mean NLL on corrupted data, against plain BCE: {said}."
+    )
     both = {name: _under_corruption(k, DEFAULT, True) for name, k in there.items()}
-    answer += f" With both stopped early and repaired before, the default: {by_verdict(both)}."
+    line += f" Stopped early and repaired on clean data, the default: {by_verdict(both)}."
     head = ["", *(NAMES[name] for name in there)]
     repaired = [
         [
@@ -327,8 +361,18 @@ def fifth(kept: Tasks) -> tuple[str, str]:
         ]
         for row in SOFTER[1:]
     ]
+    few = markdown(head, [rows[row] for row in (PLAIN, SMOOTHED, BEST_FIXED, DEFAULT)])
+    others = markdown(head, list(rows.values()))
     words = "The same, stopped early and repaired on validation data that are not corrupted:"
-    return answer, f"{markdown(head, rows)}\n\n{words}\n\n{markdown(head, repaired)}"
+    return Answer(line, few, f"{others}\n\n{words}\n\n{markdown(head, repaired)}")
+
+
+def corrupted(
+    k: Kept, row: str, seeds: Sequence[int], epoch: str = "last", fix: str = RAW
+) -> "NDArray[np.float64]":
+    """NLL of each seed, mean of the kinds and severities."""
+    each = k.each(row, seeds, epoch, "corrupted", fix)
+    return np.array([np.mean([brief[0] for brief in one.values()]) for one in each])
 
 
 def _under_corruption(k: Kept, row: str, repaired: bool = False) -> Gap:
@@ -401,48 +445,62 @@ def truth(kept: Tasks) -> str:
     return f"{words}\n\n{markdown([cell.replace('|', '&#124;') for cell in head], rows)}"
 
 
-def corrupted(
-    k: Kept, row: str, seeds: Sequence[int], epoch: str = "last", fix: str = RAW
-) -> "NDArray[np.float64]":
-    """NLL of each seed, mean of the kinds and severities."""
-    each = k.each(row, seeds, epoch, "corrupted", fix)
-    return np.array([np.mean([brief[0] for brief in one.values()]) for one in each])
+Few = dict[tuple[str, str, str], tuple[float, list[float]]]
 
 
-def sixth(kept: Tasks) -> tuple[str, str]:
-    """How many validation images does each repair need?"""
-    rows, said = [], []
-    for name in ("digits", "photographs"):
-        if name not in kept or not kept[name].has(PLAIN):
-            continue
-        k = kept[name]
-        for epoch, words in zip(EPOCHS, ("last epoch", "stopped early"), strict=True):
-            raw = k.mean(PLAIN, epoch, RAW, "nll")
-            enough = {}
+def _few(kept: Tasks) -> Few:
+    """Plain BCE's NLL by task, epoch and repair: raw, and repaired from 10, 25, 50, 150 images."""
+    found: Few = {}
+    for name, k in having(kept, ("digits", "photographs"), PLAIN).items():
+        for epoch in EPOCHS:
             for repair in REPAIRS:
-                few = [_few(k, epoch, repair, count) for count in IMAGES]
-                full = k.mean(PLAIN, epoch, repair, "nll")
-                rows.append(
-                    [f"{NAMES[name]}, {words}", repair, f"{raw:.4f}", *(f"{x:.4f}" for x in few),
-                     f"{full:.4f}"]
-                )  # fmt: skip
-                counts = [*IMAGES, 150]
-                below = [c for c, x in zip(counts, [*few, full], strict=True) if x < raw]
-                enough[repair] = min(below, default=151)
-            least, most = (f(enough.values()) for f in (min, max))
-            span = str(least) if least == most else f"{least} to {most}"
-            said.append(f"{NAMES[name]}, {words}, {span}".replace("151", "more than 150"))
-    head = ["plain BCE", "repair", "raw", *(f"{count} images" for count in IMAGES), "150 images"]
-    answer = (
-        "The fewest of 10, 25, 50 and 150 images with which plain BCE's mean NLL falls, from the "
-        f"easiest to the hardest of the four repairs: {'; '.join(said)}."
+                few = [
+                    float(
+                        np.mean(
+                            [
+                                score[0]
+                                for scores in k.each(
+                                    PLAIN, k.seeds(PLAIN), epoch, "few", str(count), repair
+                                )
+                                for score in scores
+                            ]
+                        )
+                    )
+                    for count in IMAGES
+                ]
+                raw, full = (k.mean(PLAIN, epoch, fix, "nll") for fix in (RAW, repair))
+                found[name, epoch, repair] = raw, [*few, full]
+    return found
+
+
+ENDS = dict(zip(EPOCHS, ("last epoch", "stopped early"), strict=True))
+
+
+def sixth(kept: Tasks) -> Answer:
+    """How many validation images does each repair need?"""
+    found, counts = _few(kept), [*IMAGES, 150]
+    enough: dict[str, list[float]] = {}
+    rows = {}
+    for (name, epoch, repair), (raw, few) in found.items():
+        helped = (c for c, x in zip(counts, few, strict=True) if x < raw)
+        enough.setdefault(repair, []).append(next(helped, np.inf))
+        rows[name, epoch, repair] = [
+            f"{NAMES[name]}, {ENDS[epoch]}", repair, f"{raw:.4f}", *(f"{x:.4f}" for x in few)
+        ]  # fmt: skip
+    said = [
+        f"{repair} {max(least):.0f}" if np.isfinite(max(least)) else f"{repair} more than 150"
+        for repair, least in enough.items()
+    ]
+    line = (
+        "Of 10, 25, 50 and 150 images, the fewest that lower plain BCE's mean NLL on digits and "
+        f"photographs, stopped early or not: {listed(said)}."
+        if said
+        else "Not run yet."
     )
-    return answer, markdown(head, rows)
-
-
-def _few(k: Kept, epoch: str, repair: str, count: int) -> float:
-    each = k.each(PLAIN, k.seeds(PLAIN), epoch, "few", str(count), repair)
-    return float(np.mean([score[0] for scores in each for score in scores]))
+    head = ["plain BCE", "repair", "raw", *(f"{count} images" for count in counts)]
+    few_rows = [row for (_, epoch, repair), row in rows.items()
+                if epoch == "best" and repair in ("temperature", "isotonic")]  # fmt: skip
+    return Answer(line, markdown(head, few_rows), markdown(head, list(rows.values())))
 
 
 def slopes(kept: Tasks) -> dict[str, tuple[float, Gap, Gap]]:
@@ -457,7 +515,7 @@ def slopes(kept: Tasks) -> dict[str, tuple[float, Gap, Gap]]:
     }
 
 
-def seventh(kept: Tasks) -> tuple[str, str]:
+def seventh(kept: Tasks) -> Answer:
     """Does the slope tell beforehand where a softening loss helps?"""
     found = slopes(kept)
     rows = [
@@ -470,29 +528,30 @@ def seventh(kept: Tasks) -> tuple[str, str]:
         for name, (slope, raw, _) in found.items()
         if raw.verdict != "undecided"
     }
-    wrong = [name for name, good in right.items() if not good]
-    answer = (
-        f"At the last epoch, raw, drawn moderation .2 is shown to change the NLL on {len(right)} "
-        f"of {len(found)} tasks and variants; a slope below 1 tells it rightly on "
-        f"{sum(right.values())}"
+    wrong = [NAMES[name] for name, good in right.items() if not good]
+    word = "No" if len(wrong) > 1 else "Undecided" if wrong or len(right) < 2 else "Yes"
+    line = (
+        f"{word}, to the last epoch and raw: a slope below 1 predicts whether moderation .2 lowers "
+        f"the NLL on {sum(right.values())} of the {len(right)} tasks and variants on which a "
+        f"difference is shown, of {len(found)} tried"
     )
-    answer += f", wrongly on {listed(wrong)}." if wrong else "."
-    helped = [n for n, (s, _, both) in found.items() if s < 1 and both.verdict == "lower"]
-    answer += (
-        " After early stopping and repair a slope below 1 promises little: the NLL is shown to be "
-        f"lower on {listed(helped) if helped else 'none of these tasks'}."
+    line += f"; it is wrong on {listed(wrong)}." if wrong else "."
+    helped = [NAMES[n] for n, (s, _, both) in found.items() if s < 1 and both.verdict == "lower"]
+    line += (
+        " After early stopping and repair it predicts little: a gain is shown on "
+        f"{listed(helped) if helped else 'none of them'}."
     )
-    return answer, markdown(head, rows)
+    return Answer(line, markdown(head, rows))
 
 
-QUESTIONS: tuple[tuple[str, Callable[[Tasks], tuple[str, str]]], ...] = (
+QUESTIONS: tuple[tuple[str, Callable[[Tasks], Answer]], ...] = (
     ("Stopped early and repaired, does our default beat plain BCE?", first),
     ("Is it the draw, the base rate, or both?", second),
     ("Does the adaptive level find the best fixed one?", third),
-    ("Which rival is better than ours, where?", fourth),
-    ("Which loss is the safest where nothing can be repaired?", fifth),
+    ("Which rival is better than ours, and on which task?", fourth),
+    ("Which loss is the safest if nothing can be repaired?", fifth),
     ("How many validation images does a repair need?", sixth),
-    ("Does plain BCE's slope tell beforehand where softening helps?", seventh),
+    ("Does plain BCE's slope predict when softening helps?", seventh),
 )
 
 
@@ -500,10 +559,9 @@ QUESTIONS: tuple[tuple[str, Callable[[Tasks], tuple[str, str]]], ...] = (
 
 
 def answers(kept: Tasks) -> str:
-    lines = [
-        f"{i}. **{asked}** {answer(kept)[0]}" for i, (asked, answer) in enumerate(QUESTIONS, 1)
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        f"{i}. **{asked}** {answer(kept).line}" for i, (asked, answer) in enumerate(QUESTIONS, 1)
+    )
 
 
 def state(kept: Tasks) -> str:
@@ -517,7 +575,7 @@ def state(kept: Tasks) -> str:
     each = ", ".join(f"{NAMES[name]} {len(k.all)}" for name, k in kept.items())
     left = len(wanted) - done
     partial = (
-        f"**Partial:** {left} of {len(wanted)} planned runs are missing; what rests on them is "
+        f"**Partial:** {left} of {len(wanted)} planned runs are missing. What rests on them is "
         "left out, and more seeds will narrow the intervals. "
         if left > 0
         else ""
@@ -540,9 +598,15 @@ def made_of(kept: Tasks) -> str:
 
 
 def section(number: int) -> Callable[[Tasks], str]:
+    """A question's answer, figure and small table, and the rest to unfold."""
+
     def text(kept: Tasks) -> str:
-        answer, table = QUESTIONS[number - 1][1](kept)
-        return f"{answer}\n\n{table}"
+        said = QUESTIONS[number - 1][1](kept)
+        more = said.more and (
+            '\n\n<details markdown="1">\n<summary>The whole table</summary>\n\n'
+            f"{said.more}\n\n</details>"
+        )
+        return f"{said.line}\n\n@{PICTURES[number - 1]}\n\n{said.table}{more}"
 
     return text
 
@@ -568,12 +632,15 @@ def readme(kept: Tasks) -> str:
         rows.append([words, *cells])
     table = markdown(["NLL on test data", *(NAMES[name] for name in shown)], rows)
     ends, both = (
-        by_verdict({name: there[name].gap(DEFAULT, PLAIN, epoch, repaired) for name in shown})
+        by_verdict(
+            {name: there[name].gap(DEFAULT, PLAIN, epoch, repaired) for name in shown},
+            intervals=False,
+        )
         for epoch, repaired in (("last", False), ("best", True))
     )
     return (
-        f"{table}\n\nThe adaptive loss against plain BCE, both to the last epoch: {ends}. Both "
-        f"stopped early and repaired: {both}."
+        f"{table}\n\nNLL of the adaptive loss against plain BCE:\n\n"
+        f"- both to the last epoch: {ends};\n- both stopped early and repaired: {both}."
     )
 
 
@@ -667,32 +734,167 @@ def parts_figure(kept: Tasks) -> "Figure":
     return figure
 
 
-def gaps_figure(kept: Tasks) -> "Figure":
-    """Against plain BCE, both stopped early and repaired."""
-    rows = (DEFAULT, BEST_FIXED, SMOOTHED_BASE, DRAWN_HALF, SMOOTHED, "published", "decay")
-    there = having(kept, MAIN, PLAIN, DEFAULT)
-    figure, axes = _figure(max(len(there), 1), 2.6 * max(len(there), 1) + 1.5, 2.8)
-    for one, (name, k) in zip(axes, there.items(), strict=False):
+Change = Callable[[Kept, str], "Gap | None"]
+
+
+def _against(other: str, epoch: str, repaired: bool) -> Change:
+    def change(k: Kept, row: str) -> "Gap | None":
+        return k.gap(row, other, epoch, repaired) if k.has(row, other) else None
+
+    return change
+
+
+def _forest(
+    there: dict[str, Kept],
+    rows: Sequence[tuple[str, str]],
+    changes: Sequence[tuple[str, Change]],
+    words: str,
+) -> "Figure":
+    """A panel per task, a line per row (its words and name), a mark per change with its interval.
+
+    A mark is filled if the interval excludes 0.
+    """
+    height = 0.24 * len(rows) * len(changes) ** 0.5 + 1.2
+    figure, axes = _figure(max(len(there), 1), 2.2 * max(len(there), 1) + 2.2, height)
+    steps = np.linspace(0.15, -0.15, len(changes)) if len(changes) > 1 else [0.0]
+    for one, k in zip(axes, there.values(), strict=False):
         one.axvline(0, color="#888888", linewidth=1)
-        for place, row in enumerate(rows[::-1]):
-            if not k.has(row, PLAIN):
-                continue
-            gap = k.gap(row, PLAIN, "best", True)
-            sure = gap.verdict != "undecided"
-            one.plot([gap.low, gap.high], [place, place], color="#000000", linewidth=1)
-            one.plot(
-                gap.value,
-                place,
-                "o",
-                color="#000000",
-                markerfacecolor="#000000" if sure else "white",
-            )
-        one.set_yticks(range(len(rows)), [title(row) for row in rows[::-1]])
-        one.set_ylim(-0.5, len(rows) - 0.5)
+        ends: list[float] = []
+        for place, (_, row) in enumerate(rows[::-1]):
+            for step, mark, (_, change) in zip(steps, "os", changes, strict=False):
+                gap = change(k, row)
+                if gap is None:
+                    continue
+                y, finite = place + step, np.isfinite(gap.low)
+                ends += [gap.value, *((gap.low, gap.high) if finite else ())]
+                if finite:
+                    one.plot([gap.low, gap.high], [y, y], color="#000000", linewidth=0.8)
+                one.plot(
+                    gap.value, y, mark, color="#000000", markersize=4,
+                    markerfacecolor="#000000" if gap.verdict != "undecided" and finite else "white",
+                )  # fmt: skip
+        one.set_yticks(range(len(rows)), [words for words, _ in rows[::-1]])
+        one.set_ylim(-0.6, len(rows) - 0.4)
         one.tick_params(left=one is axes[0], labelleft=one is axes[0])
         one.locator_params(axis="x", nbins=5)
-        one.set_title(NAMES[name], fontsize=9)
-        one.set_xlabel("NLL against plain BCE, %", fontsize=8)
+        one.set_title(NAMES[k.task], fontsize=9)
+    figure.supxlabel(words, fontsize=8)
+    if len(changes) > 1:
+        for mark, (label, _) in zip("os", changes, strict=False):
+            axes[0].plot([], [], mark, color="#000000", markersize=4, label=label)
+        figure.legend(loc="outside upper center", ncols=2, fontsize=7, frameon=False)
+    return figure
+
+
+def _both(other: str) -> list[tuple[str, Change]]:
+    return [
+        ("last epoch, raw", _against(other, "last", False)),
+        ("stopped early, repaired", _against(other, "best", True)),
+    ]
+
+
+def gaps_figure(kept: Tasks) -> "Figure":
+    """Against plain BCE, both stopped early and repaired."""
+    names = (DEFAULT, BEST_FIXED, SMOOTHED_BASE, DRAWN_HALF, SMOOTHED, "published", "decay")
+    rows = [(title(name), name) for name in names]
+    there = having(kept, MAIN, PLAIN, DEFAULT)
+    return _forest(there, rows, _both(PLAIN)[1:], "NLL against plain BCE, %")
+
+
+def draws_figure(kept: Tasks) -> "Figure":
+    """The four contrasts of draw and base rate."""
+    seconds = {words: two for words, _, two in PAIRS}
+    firsts = {words: one for words, one, _ in PAIRS}
+
+    def change(epoch: str, repaired: bool) -> Change:
+        return lambda k, words: _against(seconds[words], epoch, repaired)(k, firsts[words])
+
+    there = {n: k for n, k in kept.items() if n in having(kept, MAIN, BEST_FIXED, SMOOTHED_BASE)}
+    return _forest(
+        there,
+        [(words, words) for words in firsts],
+        [
+            ("last epoch, raw", change("last", False)),
+            ("stopped early, repaired", change("best", True)),
+        ],
+        "change of NLL, %",
+    )  # fmt: skip
+
+
+def _legend(axes: "Axes") -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, frameon=False)
+
+
+def levels_figure(kept: Tasks) -> "Figure":
+    """Raw NLL at the last epoch over the level: fixed ones, and the adaptive loss at its own."""
+    there = having(kept, MAIN, PLAIN, DEFAULT, BEST_FIXED)
+    figure, axes = _figure(max(len(there), 1), 2.1 * max(len(there), 1) + 0.8, 2.8)
+    for one, k in zip(axes, there.values(), strict=False):
+        means = _tried(k)
+        levels = [0.0 if row == PLAIN else float(row.rsplit("-", 1)[1]) for row in means]
+        base = means[PLAIN]
+        order = np.argsort(levels)
+        change = [100 * (value / base - 1) for value in means.values()]
+        one.plot(
+            np.array(levels)[order], np.array(change)[order], "o-", color="#000000", markersize=4,
+            linewidth=1, label="fixed level",
+        )  # fmt: skip
+        seeds = k.seeds(DEFAULT, *means)
+        value = np.mean(k.each(DEFAULT, seeds, "last", "test", RAW, "nll"))
+        one.plot(
+            float(np.mean(_levels(k))), 100 * (value / base - 1), "*", color=COLOURS[5],
+            markersize=11, markeredgecolor="#000000", label="adaptive (default)",
+        )  # fmt: skip
+        one.set_title(NAMES[k.task], fontsize=9)
+        one.set_xlim(-0.03, 0.43)
+    figure.supxlabel("level towards the base rate, drawn per sample", fontsize=8)
+    axes[0].set_ylabel("NLL against plain BCE, %", fontsize=8)
+    _legend(axes[0])
+    return figure
+
+
+def rivals_figure(kept: Tasks) -> "Figure":
+    there, names = _rivals(kept)
+    rows = [(title(name), name) for name in names]
+    return _forest(there, rows, _both(DEFAULT), "NLL against the adaptive default, %")
+
+
+def corrupted_figure(kept: Tasks) -> "Figure":
+    def change(repaired: bool) -> Change:
+        return lambda k, row: _under_corruption(k, row, repaired) if k.has(row, PLAIN) else None
+
+    return _forest(
+        having(kept, MAIN, PLAIN, BEST_FIXED),
+        [(title(name), name) for name in SOFTER[1:]],
+        [("last epoch, raw", change(False)), ("stopped early, repaired", change(True))],
+        "NLL on corrupted data against plain BCE, %",
+    )
+
+
+def images_figure(kept: Tasks) -> "Figure":
+    """What each repair changes, over the number of validation images."""
+    found = _few(kept)
+    panels = list(dict.fromkeys((name, epoch) for name, epoch, _ in found))
+    figure, axes = _figure(max(len(panels), 1), 2.2 * max(len(panels), 1) + 0.8, 2.8)
+    looks = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"))
+    for one, (name, epoch) in zip(axes, panels, strict=False):
+        one.axhline(0, color="#888888", linewidth=1)
+        for repair, (mark, line), colour in zip(
+            REPAIRS, looks, COLOURS[:1] + COLOURS[3:], strict=False
+        ):
+            raw, few = found[name, epoch, repair]
+            one.plot(
+                [*IMAGES, 150], [100 * (x / raw - 1) for x in few], marker=mark, linestyle=line,
+                color=colour, markersize=4, linewidth=1, label=repair,
+            )  # fmt: skip
+        one.set_title(f"{NAMES[name]}, {ENDS[epoch]}", fontsize=9)
+        one.set_xscale("log")
+        one.set_xticks([*IMAGES, 150], [str(count) for count in (*IMAGES, 150)])
+        one.minorticks_off()
+    figure.supxlabel("validation images", fontsize=8)
+    axes[0].set_ylabel("change of plain BCE's NLL, %", fontsize=8)
+    _legend(axes[-1])
     return figure
 
 
@@ -721,13 +923,18 @@ def slopes_figure(kept: Tasks) -> "Figure":
 FIGURES: dict[str, "tuple[str, Callable[[Tasks], Figure]]"] = {
     "parts": ("Miscalibration against refinement, one point per row", parts_figure),
     "gaps": ("NLL against plain BCE, both stopped early and repaired", gaps_figure),
+    "draws": ("What the draw and the base rate each change", draws_figure),
+    "levels": ("NLL over the fixed level, and the adaptive loss at its own", levels_figure),
+    "rivals": ("NLL of the rivals against the default", rivals_figure),
+    "corrupted": ("NLL against plain BCE on corrupted images", corrupted_figure),
+    "images": ("Change of NLL by a repair over the number of images", images_figure),
     "slopes": ("Change of NLL over the slope of plain BCE", slopes_figure),
 }
+PICTURES = tuple(FIGURES)[1:]  # of the questions, in their order
 TEXTS: dict[str, Callable[[Tasks], str]] = {
     "answers": answers,
     "made-of": made_of,
     "no-object": no_object,
-    "truth": truth,
     **{f"question-{i}": section(i) for i in range(1, len(QUESTIONS) + 1)},
 }
 
@@ -752,7 +959,9 @@ def page(words: str, kept: Tasks, folder: Path) -> str:
         return pictured(name, caption)
 
     words = words.replace("{{state}}", state(kept))
-    return re.sub(r"^@([\w-]+)$", fill, words, flags=re.M)
+    for _ in range(2):  # a question names its picture
+        words = re.sub(r"^@([\w-]+)$", fill, words, flags=re.M)
+    return words
 
 
 def main(argv: Sequence[str] | None = None) -> None:

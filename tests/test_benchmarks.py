@@ -272,6 +272,19 @@ def test_the_histogram_is_timed_beside_torchmetrics(monkeypatch):
     assert found["ours"]["state_bytes"] == found["stream"]["state_bytes"]
 
 
+def test_datasets_and_repairs_are_timed_beside_what_they_replace(monkeypatch):
+    monkeypatch.setattr(speed, "PIXELS", 10_000)
+    monkeypatch.setattr(speed, "ROWS", 600)
+    records = speed.time_others(threads=1, seconds=0.003)
+    assert [record["case"] for record in records] == [
+        "IndexedDataset, TensorDataset",
+        "IndexedDataset, list of tuples",
+        *(f"isotonic repair, {name}" for name in speed.BYTES),
+    ]
+    for record in records:
+        assert record["ratio"] == pytest.approx(record["median_ms"] / record["base_ms"])
+
+
 @pytest.mark.parametrize(
     ("page", "make"), [("performance", performance_page), ("study", study_page)]
 )

@@ -180,15 +180,23 @@ def test_a_backward_pass_in_evaluation_mode_is_said_once(fixed):
         criterion(x, y)
 
 
-def test_the_readme_task_gains_on_five_seeds():
-    """As printed, its seed aside."""
+def test_the_readme_task_gains_on_five_seeds(capsys):
     text = (ROOT / "README.md").read_text("utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
     for seed in range(5):
         names = {}
         exec(code.replace("manual_seed(0)", f"manual_seed({seed})"), names)
-        assert names["adaptive"].nll() < names["plain"].nll()
-        assert names["adaptive"].ece() < names["plain"].ece()
+        plain, repaired, adaptive = names["seen"].values()
+        for better in (repaired, adaptive):
+            assert better.nll() < plain.nll()
+            assert better.ece() < plain.ece()
+        if seed == 0:  # what README shows; versions of torch differ in the last digit
+            printed = capsys.readouterr().out
+            shown = re.search(r"```text\n(plain BCE  .*?)```", text, re.S)[1]
+            numbers = r"\d\.\d+"
+            got = re.findall(numbers, printed[printed.index("plain BCE  ") :])
+            for value, want in zip(got, re.findall(numbers, shown), strict=True):
+                assert float(value) == pytest.approx(float(want), abs=0.01)
 
 
 def test_flip_rates_have_one_value_for_each_label():

@@ -72,7 +72,7 @@ class IndexedDataset(Dataset[Any]):
         # What a batch mostly is: all alike, and of a type that needs one look only.
         kinds = set(map(type, items))
         if kinds == {tuple}:
-            return [(*item, index) for item, index in pairs]
+            return list(map(operator.add, items, zip(indices, strict=True)))
         if kinds == {dict} and not any(self.key in item for item in items):
             return [{**item, self.key: index} for item, index in pairs]
         return [self._join(item, index) for item, index in pairs]

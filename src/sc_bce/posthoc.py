@@ -28,6 +28,7 @@ _FINEST = 1e-3  # its last step, in the root of a flip rate
 _WORSE = 1e-6  # relative loss that rounding may add
 _BLOCK = 1 << 17  # logits that a curve is read for at a time
 _FEW = 1 << 12  # up to which it takes one pass
+_CODES = 1 << 16  # values of a floating-point type of 16 bits
 _SUSPECT = 1000  # as in the histogram
 
 
@@ -445,7 +446,8 @@ class IsotonicCalibration(_Repair):
         if self.num_labels is not None:
             by_label(logits, self.num_labels, "logits")
         if _in_blocks(logits, self.table):
-            return self._read(logits)
+            many = logits.numel() > 4 * _CODES * (self.num_labels or 1)
+            return (self._look_up if many and logits.itemsize == 2 else self._read)(logits)
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         size = z.abs()
         place = self._grid.coordinate(size, torch.sigmoid(-size))
@@ -458,6 +460,27 @@ class IsotonicCalibration(_Repair):
             index = index + first.reshape(-1, *(1 for _ in z.shape[2:]))
         answer = self.table.to(z.dtype).reshape(-1)[index]
         return torch.where(z.isnan(), z, answer).to(logits.dtype)
+
+    def _look_up(self, logits: Tensor) -> Tensor:
+        """There are 65,536 logits of 16 bits: form the answer of each once, then look it up."""
+        labels = self.num_labels or 1
+        first = torch.arange(labels, dtype=torch.int32, device="cpu").mul_(_CODES).add_(_CODES // 2)
+        codes = torch.arange(_CODES, dtype=torch.int32, device="cpu").sub_(_CODES // 2)
+        every = codes.to(torch.int16).view(logits.dtype)
+        if self.num_labels is not None:
+            every = every.view(-1, 1).expand(-1, labels)
+        table = self._read(every).view(_CODES, labels).t().reshape(-1)
+        result = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        shape = (-1, 1, 1) if self.num_labels is None else (len(logits), labels, -1)
+        samples, results = logits.detach().view(torch.int16).reshape(shape), result.view(shape)
+        rows = max(_BLOCK * len(samples) // logits.numel(), 1)
+        work = torch.empty(samples[:rows].numel(), dtype=torch.int32, device="cpu")
+        for some, answer in zip(
+            torch.split(samples, rows), torch.split(results, rows), strict=True
+        ):
+            index = work[: some.numel()].view(some.shape).copy_(some).add_(first.view(-1, 1))
+            torch.index_select(table, 0, index.view(-1), out=answer.view(-1))
+        return result
 
     def _read(self, logits: Tensor) -> Tensor:
         """The same values by the same arithmetic, block by block in few buffers."""
