@@ -221,6 +221,16 @@ def test_refinement_knows_a_repair_from_a_better_network():
     assert float(seen(z + noise, y).refinement()) > float(one.refinement()) + 0.01
 
 
+def test_decomposition_of_labels_is_that_of_each():
+    z, y = torch.randn(90, 3), torch.rand(90, 3) < torch.tensor([0.1, 0.5, 0.8])
+    histogram = seen(z, y, num_labels=3)
+    for score in ("log", "brier"):
+        for label in range(3):
+            want = histogram.label(label).decomposition(score)
+            for part, value in zip(histogram.decomposition(score), want, strict=True):
+                assert float(part[label]) == pytest.approx(float(value), rel=1e-12)
+
+
 def test_decomposition_of_nothing_and_of_an_unknown_score():
     for part in CalibrationHistogram().decomposition():
         assert part.isnan()

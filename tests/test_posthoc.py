@@ -391,7 +391,6 @@ def test_a_bias_brings_the_mean_to_the_base_rate():
     assert "bias=" in repr(scaling)
 
 
-@pytest.mark.not_on("xla", "torch_xla loads no state of another layout; not explained yet")
 @pytest.mark.parametrize("size", [(400, 3), (50, 3, 4), (40, 3, 5, 2)])
 def test_labels_apart_are_as_many_repairs(size):
     truth = torch.randn(size)
@@ -613,7 +612,6 @@ def test_compile_and_export_of_each_repair(build):
         assert_close(exported(more), model(more))
 
 
-@pytest.mark.not_on("xla", "torch_xla loads no state of another layout; not explained yet")
 @pytest.mark.parametrize("build", REPAIRS, ids=range(len(REPAIRS)))
 def test_copies_and_checkpoints_of_a_whole_model_answer_the_same(build, tmp_path):
     def whole(repair):

@@ -64,7 +64,9 @@ class CalibrationHistogram:
         the input's precision, at least float32, so that small losses keep their digits, and
         summed in float64. Measures are float64 tensors, 0-d without ``num_labels``, and nan
         before the first update. If 1000 or more logits all lie in [0, 1], spread over it or
-        crowded at one end, they look like probabilities: the first measure then warns, once.
+        crowded at one end, they look like probabilities: the first measure then warns, once. On
+        an accelerator that is the first measure that reads the cells: the slope, the
+        decomposition, a report or a repair.
 
     References:
         Guo et al., ICML 2017 (ECE, MCE); Thulasidasan et al., NeurIPS 2019 (OE); Nixon et al.,
@@ -195,11 +197,11 @@ class CalibrationHistogram:
     def __add__(self, other: CalibrationHistogram) -> CalibrationHistogram:
         if not isinstance(other, CalibrationHistogram):
             return NotImplemented
-        return self._empty().merge(self).merge(other)
+        return self._copy().merge(other)
 
     def __radd__(self, other: object) -> CalibrationHistogram:
         """For ``sum(histograms)``, which begins at 0."""
-        return self._empty().merge(self) if other == 0 else NotImplemented
+        return self._copy() if other == 0 else NotImplemented
 
     def pooled(self) -> CalibrationHistogram:
         """Return a histogram of the elements of all labels together, without ``num_labels``.
@@ -687,16 +689,17 @@ class CalibrationHistogram:
         """
         if self._state.counts.is_meta:
             raise ValueError(_checks.sentence("histogram", "hold values", "one on device meta"))
-        self._suspect()
-        return _cells_of(self._state, self._grid)
+        counts = self._state.counts.cpu()
+        self._suspect(counts)
+        return _cells_of(counts, self._state.doubts.cpu(), self._grid)
 
     # --- inside -----------------------------------------------------------------------------------
 
     def _bins(self, kind: str) -> Bins:
         """Count, outcomes and summed confidence of each cell, in order of confidence."""
         _checks.choice("kind", kind, _KINDS)
-        self._suspect()
         counts, doubts = self._state.counts, self._state.doubts
+        self._suspect(counts)
         count = counts.sum(2)
         # nan in a cell's sum makes its outcome nan too.
         positive = torch.where(doubts.isnan(), torch.nan, counts[:, :, 1].double())
@@ -726,18 +729,22 @@ class CalibrationHistogram:
     def _shaped(self, value: Tensor) -> Tensor:
         return value[0] if self.num_labels is None else value
 
-    def _empty(self) -> CalibrationHistogram:
-        return CalibrationHistogram(self.num_labels, num_cells=self.num_cells)
+    def _copy(self) -> CalibrationHistogram:
+        # Its state is the same one: no part of it is ever changed in place.
+        return holding(self._state, self.num_labels, self.num_cells, only_logits=self._only_logits)
 
     def _with(self, state: _tally.Counted) -> CalibrationHistogram:
         return holding(state, None, self.num_cells, only_logits=self._only_logits)
 
-    def _suspect(self) -> None:
-        """Warn once if what was passed as logits looks like probabilities."""
-        if self._looked or not self._only_logits:
+    def _suspect(self, counts: Tensor) -> None:
+        """Warn once if what was passed as logits looks like probabilities.
+
+        Counts on an accelerator are not looked at, since that would wait.
+        """
+        if self._looked or not self._only_logits or counts.device.type != "cpu":
             return
         self._looked = True
-        if _tally.readable(_like_probabilities(self._state.counts, self._grid)):
+        if _tally.readable(_like_probabilities(counts, self._grid)):
             self._only_logits = False
             _checks.warn(
                 "All logits that this histogram has seen lie in [0, 1], as if they were "
@@ -777,9 +784,8 @@ def restored(saved: Mapping[str, Tensor], own: _tally.Counted) -> _tally.Counted
     )
 
 
-def _cells_of(state: _tally.Counted, grid: _tally.Grid) -> list[Cells]:
-    """Logit, elements and positives of each cell, label by label."""
-    counts, doubts = state.counts.cpu(), state.doubts.cpu()
+def _cells_of(counts: Tensor, doubts: Tensor, grid: _tally.Grid) -> list[Cells]:
+    """Logit, elements and positives of each cell, label by label, on the CPU."""
     count = counts.sum(2).double()
     low, middle = grid.logits()
     mean = doubts / count

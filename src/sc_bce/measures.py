@@ -242,7 +242,7 @@ def _step(
     gradient: tuple[float, float], hessian: tuple[float, float, float],
     fit_slope: bool, fit_bias: bool,
 ) -> tuple[float, float]:  # fmt: skip
-    """Solves H s = g, with a little added to the diagonal in case H is flat; 0 for what is fixed."""
+    """Solve H s = g, a little added to the diagonal in case H is flat; 0 for what is fixed."""
     (g_a, g_b), (h_aa, h_ab, h_bb) = gradient, hessian
     little = 1e-300 + 1e-14 * (h_aa * fit_slope + h_bb * fit_bias)
     h_aa, h_bb = h_aa + little, h_bb + little

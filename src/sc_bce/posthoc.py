@@ -459,7 +459,8 @@ class IsotonicCalibration(_Repair):
             >>> isotonic.nll is None
             True
         """
-        self.table.copy_(_centres(self._grid))
+        # Expanded here: XLA's copy_ would take the smaller shape over instead of filling its own.
+        self.table.copy_(_centres(self._grid).expand_as(self.table))
         self.nll = None
 
     def _of_logits(self, z: Tensor, y: Tensor, ignore_index: int | None) -> Cells:
