@@ -12,7 +12,7 @@ from .loss import SCBCEWithLogitsLoss
 from .measures import Decomposition, Reliability
 from .posthoc import IsotonicCalibration, TemperatureScaling
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdaptivePerturbation",
