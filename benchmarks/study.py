@@ -694,8 +694,10 @@ MARKS = {
 
 def parts_figure(kept: Tasks) -> "Figure":
     """All rows: miscalibration against refinement, at the last epoch and stopped early."""
+    from matplotlib.ticker import LogLocator
+
     there = having(kept, MAIN, PLAIN)
-    figure, axes = _figure(max(len(there), 1), max(2.9 * len(there), 6.0), 3.8)
+    figure, axes = _figure(max(len(there), 1), max(1.9 * len(there), 6.0), 3.6)
     for one, (name, k) in zip(axes, there.items(), strict=False):
         for row in k.runs:
             family = next((f for f, best in k.tuned.items() if best == row), row)
@@ -720,7 +722,10 @@ def parts_figure(kept: Tasks) -> "Figure":
                 )  # fmt: skip
         one.set_title(NAMES[name], fontsize=9)
         one.set_yscale("log")
-        one.locator_params(axis="x", nbins=4)
+        one.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        one.yaxis.set_major_formatter("{x:g}")
+        one.minorticks_off()
+        one.locator_params(axis="x", nbins=3)
         one.set_xlabel("refinement (NLL)", fontsize=8)
     axes[0].set_ylabel("miscalibration (NLL)", fontsize=8)
     named: dict[str, Any] = {}
@@ -755,7 +760,7 @@ def _forest(
     A mark is filled if the interval excludes 0.
     """
     height = 0.24 * len(rows) * len(changes) ** 0.5 + 1.2
-    figure, axes = _figure(max(len(there), 1), 2.2 * max(len(there), 1) + 2.2, height)
+    figure, axes = _figure(max(len(there), 1), 1.5 * max(len(there), 1) + 2.2, height)
     steps = np.linspace(0.15, -0.15, len(changes)) if len(changes) > 1 else [0.0]
     for one, k in zip(axes, there.values(), strict=False):
         one.axvline(0, color="#888888", linewidth=1)
@@ -776,7 +781,7 @@ def _forest(
         one.set_yticks(range(len(rows)), [words for words, _ in rows[::-1]])
         one.set_ylim(-0.6, len(rows) - 0.4)
         one.tick_params(left=one is axes[0], labelleft=one is axes[0])
-        one.locator_params(axis="x", nbins=5)
+        one.locator_params(axis="x", nbins=4)
         one.set_title(NAMES[k.task], fontsize=9)
     figure.supxlabel(words, fontsize=8)
     if len(changes) > 1:
@@ -829,7 +834,7 @@ def _legend(axes: "Axes") -> None:
 def levels_figure(kept: Tasks) -> "Figure":
     """Raw NLL at the last epoch over the level: fixed ones, and the adaptive loss at its own."""
     there = having(kept, MAIN, PLAIN, DEFAULT, BEST_FIXED)
-    figure, axes = _figure(max(len(there), 1), 2.1 * max(len(there), 1) + 0.8, 2.8)
+    figure, axes = _figure(max(len(there), 1), 1.8 * max(len(there), 1) + 0.8, 2.8)
     for one, k in zip(axes, there.values(), strict=False):
         means = _tried(k)
         levels = [0.0 if row == PLAIN else float(row.rsplit("-", 1)[1]) for row in means]
@@ -908,15 +913,20 @@ def slopes_figure(kept: Tasks) -> "Figure":
         for name, (slope, raw, both) in found.items():
             gap = raw if one is axes[0] else both
             one.plot([slope, slope], [gap.low, gap.high], color="#000000", linewidth=1)
-            one.plot(slope, gap.value, "o", color=COLOURS[4], markersize=5)
-            one.annotate(
-                NAMES[name], (slope, gap.value), (4, 4), textcoords="offset points", fontsize=6
-            )
+            face = COLOURS[4] if name in MAIN else "white"
+            one.plot(slope, gap.value, "o", color=COLOURS[4], markersize=5, markerfacecolor=face)
+            if name in MAIN:
+                one.annotate(
+                    NAMES[name], (slope, gap.value), (4, 4), textcoords="offset points", fontsize=7
+                )
         one.set_title(words, fontsize=9)
         one.set_xlabel("calibration slope of plain BCE (validation)", fontsize=8)
         most = max((abs(values[1].value) for values in found.values()), default=0.0)
         one.set_ylim(-1.5 * most - 5, 1.5 * most + 5)  # a wide interval is cut
     axes[0].set_ylabel("NLL of moderation .2 against plain BCE, %", fontsize=8)
+    axes[1].plot([], [], "o", color=COLOURS[4], markerfacecolor="white", markersize=5,
+                 label="digits with fewer or wrong masks")  # fmt: skip
+    _legend(axes[1])
     return figure
 
 

@@ -117,8 +117,11 @@ def sampling(value: object) -> None:
 
 
 def tensor_or_none(name: str, value: object, remedy: str) -> None:
+    """The ``{}`` of the remedy is the value, which is never formatted if it is a tensor."""
     if value is not None and not isinstance(value, Tensor):
-        raise TypeError(sentence(name, "be a Tensor or None", describe(value), remedy))
+        raise TypeError(
+            sentence(name, "be a Tensor or None", describe(value), remedy.format(value))
+        )
 
 
 def generator(value: object) -> None:

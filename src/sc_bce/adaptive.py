@@ -210,8 +210,8 @@ class AdaptivePerturbation(Levels):
         _require_rule(objective, lr, penalty, warmup, solver, reference_accuracy)
         _require_rows(num_samples, focus)
         _checks.sampling(sampling)
-        _checks.tensor_or_none("weight", weight, f"pass `torch.tensor({weight})`")
-        _checks.tensor_or_none("pos_weight", pos_weight, f"pass `torch.tensor({pos_weight})`")
+        _checks.tensor_or_none("weight", weight, "pass `torch.tensor({})`")
+        _checks.tensor_or_none("pos_weight", pos_weight, "pass `torch.tensor({})`")
         _checks.reduction(reduction)
         _checks.generator(generator)
         # What the host must know of the state, and alone a compiled forward may read of it.

@@ -128,9 +128,9 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         ignore_index: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        remedy = f"for label smoothing write `{type(self).__name__}.label_smoothing({weight})`"
+        remedy = f"for label smoothing write `{type(self).__name__}.label_smoothing({{}})`"
         _checks.tensor_or_none("weight", weight, remedy)
-        _checks.tensor_or_none("pos_weight", pos_weight, f"pass `torch.tensor({pos_weight})`")
+        _checks.tensor_or_none("pos_weight", pos_weight, "pass `torch.tensor({})`")
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
         _checks.reduction(self.reduction)
         for name, value, high in (("alpha", alpha, 1.0), ("beta", beta, 2.0)):
