@@ -347,6 +347,11 @@ def time_all(threads: int, seconds: float, device: str = "cpu") -> list[Record]:
     return records
 
 
+def time_first(threads: int, seconds: float) -> list[Record]:
+    torch.set_num_threads(threads)
+    return time_case(CASES[0], threads, seconds)
+
+
 # ---------------------------------------------------------------- which path
 
 
@@ -544,10 +549,10 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | found
 
 
-def alone(function: Callable[..., Any], *args: Any) -> Any:
-    """In a process of its own, which keeps the memory that it frees."""
+def alone(function: Callable[..., Any], *args: Any, keep: bool = True) -> Any:
+    """In a process of its own, which keeps the memory that it frees, or does as glibc likes."""
     with (
-        mock.patch.dict(os.environ, ALLOCATOR),
+        mock.patch.dict(os.environ, ALLOCATOR if keep else {}),
         ProcessPoolExecutor(1, get_context("spawn")) as pool,
     ):
         return pool.submit(function, *args).result()
@@ -575,6 +580,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         times = [r for n in args.threads for r in alone(time_all, n, args.seconds)]
         sizes = [r for n in args.threads for r in alone(compare_paths, n, args.seconds / 4)]
         result |= {"times": times, "sizes": sizes, "memory": measure_memory()}
+        result["given_back"] = alone(time_first, 2, args.seconds, keep=False)
         result["histogram"] = [
             alone(time_histogram, threads, args.seconds) for threads in args.threads[:2]
         ]

@@ -186,3 +186,20 @@ def test_the_reference_imports_nothing_of_ours():
     assert "sc_bce" not in re.findall(
         r"^(?:import|from) (\w+)", (ROOT / "tests" / "reference.py").read_text("utf-8"), re.M
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_order_of_the_tutorial_is_that_of_every_seed(seed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "\n".join(blocks(ROOT / "docs" / "start.md", "python"))
+    inner = "    torch.manual_seed(0)\n"
+    assert text.count(inner) == 1
+    names = {"__name__": "page"}
+    exec(text.replace(inner, inner.replace("0", str(seed))), names)
+
+    def nll(model):
+        return float(names["measure"](model, names["test"]).nll())
+
+    stopped = max(nll(names["stopped"]), nll(names["adaptive_stopped"]))
+    assert stopped < nll(names["adaptive_last"]) < nll(names["last"])

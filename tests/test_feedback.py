@@ -227,8 +227,11 @@ def test_flip_rates_have_one_value_for_each_label():
     adaptive.alpha.fill_(0.2)
     for got, want in zip(adaptive.flip_rates, fixed.flip_rates, strict=True):
         assert torch.allclose(got, want)
-    with pytest.raises(ValueError, match="read `flip_rates`, a pair"):
-        _ = adaptive.flip_rate
+    for one in (adaptive, AdaptivePerturbation(3)):
+        with pytest.raises(
+            ValueError, match="a tensor, as an observed prior is; read `flip_rates`"
+        ):
+            _ = one.flip_rate
 
 
 def test_an_empty_histogram_is_named():

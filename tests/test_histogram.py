@@ -1021,3 +1021,15 @@ def test_void_elements_are_as_if_left_out_whatever_they_hold(target_dtype, from_
     marked[~void] = 3
     call = lambda: whole.update(spoilt, marked, ignore_index=255, from_logits=from_logits)  # noqa: E731
     refused(ValueError, "the value 3", call)
+
+
+@pytest.mark.slow
+@pytest.mark.cpu_only("torchmetrics keeps 400 MB")
+def test_many_elements_in_one_bin_beside_torchmetrics():
+    """As docs/compare.md says: counts in float32 stop at 2^24."""
+    p = torch.full((1 << 25,), 0.9)
+    y = torch.arange(1 << 25) % 2 == 0  # right in half of the cases: an error of 0.4
+    histogram = CalibrationHistogram()
+    histogram.update(p, y, from_logits=False)
+    assert float(histogram.ece()) == pytest.approx(0.4, abs=1e-6)
+    assert float(peer.binary_calibration_error(p, y, n_bins=10)) == pytest.approx(0.0, abs=1e-3)

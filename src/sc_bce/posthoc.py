@@ -180,7 +180,8 @@ class _Repair(nn.Module):
                 )
         return rows
 
-    def _of_logits(self, z: Tensor, y: Tensor, ignore_index: int | None) -> Cells:
+    def _valid(self, z: Tensor, y: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+        """The elements that count, checked, where sums can be formed."""
         z, y = z.reshape(-1), y.reshape(-1)
         if ignore_index is not None:
             valid = _batch.valid_elements(y, ignore_index)
@@ -188,6 +189,10 @@ class _Repair(nn.Module):
         home = _batch.home(z.device)
         z, y = z.to(home), y.to(home)
         validation_data(z, y)
+        return z, y
+
+    def _of_logits(self, z: Tensor, y: Tensor, ignore_index: int | None) -> Cells:
+        z, y = self._valid(z, y, ignore_index)
         cells = (
             _gathered(z, y)
             if len(z) > self._gather_from
@@ -464,11 +469,11 @@ class IsotonicCalibration(_Repair):
         self.nll = None
 
     def _of_logits(self, z: Tensor, y: Tensor, ignore_index: int | None) -> Cells:
-        # Checked like the data of a temperature, gathered like those of a histogram.
-        super()._of_logits(z, y, ignore_index)
-        home = _batch.home(z.device)
-        counted = _tally.count(_CELLS, z.to(home)[None], y.to(home)[None], True, ignore_index)
-        return holding(counted, None, _CELLS).cells_by_label()[0]
+        z, y = self._valid(z, y, ignore_index)
+        counted = _tally.count(_CELLS, z[None], y[None], True, None)
+        (cells,) = holding(counted, None, _CELLS).cells_by_label()
+        suspect(cells)
+        return cells
 
     def _of_histogram(self, histogram: CalibrationHistogram, target: object) -> list[Cells]:
         if histogram.num_cells != _CELLS:
