@@ -376,7 +376,7 @@ def flat(prior: float | Tensor) -> Tensor:
 
 def single_flip_rate(rates: tuple[Tensor, Tensor], prior: float | Tensor) -> Tensor:
     if isinstance(prior, Tensor) or prior != 0.5:
-        wanted = "be the number 1/2, at which both labels share one flip rate"
+        wanted = "be 1/2, given as a number, for both labels to share one flip rate"
         got = "a tensor, as an observed prior is" if isinstance(prior, Tensor) else prior
         raise ValueError(sentence("prior", wanted, got, "read `flip_rates`, a pair"))
     return rates[0]
