@@ -374,7 +374,7 @@ def compare_paths(threads: int, seconds: float) -> list[Record]:
         loss = build(name, case)
 
         def plain(*batch: Tensor, loss: Loss = loss) -> Tensor:
-            with mock.patch.object(_fused, "_MIN_ELEMENTS", 1 << 62):
+            with mock.patch.object(_fused, "_MIN_PER_ROW", 1 << 62):
                 return loss(*batch)
 
         def own(*batch: Tensor, loss: Loss = loss) -> Tensor:  # the same but for what is patched

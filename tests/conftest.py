@@ -1,13 +1,11 @@
 """Shared fixtures: fixed seeds, one Hypothesis profile."""
 
 import os
-from unittest import mock
 
 import hypothesis
 import pytest
 import torch
-
-from sc_bce import _fused
+from paths import fusing
 
 # What runs on any device; the rest is not collected there.
 SUITES = (
@@ -113,7 +111,7 @@ def path(request):
         return
     if torch.get_default_device().type != "cpu":
         pytest.skip("CPU only: the fused sweep is for CPUs")
-    with mock.patch.multiple(_fused, _MIN_ELEMENTS=1, _MIN_DRAWN=1, _MIN_PER_ROW=1, _BLOCK=5):
+    with fusing(5):
         yield
 
 

@@ -593,7 +593,7 @@ def test_flip_rates_and_doubt_away_from_one_half():
 
 
 @pytest.mark.parametrize("illegal", [math.nan, 1e9, -1e9])
-@pytest.mark.parametrize("pixels", [5000, 1 << 18])  # the reference path, and the sweep
+@pytest.mark.parametrize("pixels", [5000, 1 << 19])  # the reference path, and the sweep
 def test_an_illegal_label_never_spoils_the_observed_prior(illegal, pixels):
     criterion = build(1, prior="observed", beta=1.0, num_labels=2)
     criterion._seen.batches = 4  # past those of which every label is looked at

@@ -259,9 +259,9 @@ def test_speed_is_measured_side_by_side(monkeypatch):
 
 
 def test_what_is_kept_and_allocated_is_counted_beyond_inputs_and_gradient(monkeypatch):
-    cases = [tiny(case, (8, 1, 256, 256)) for case in speed.CASES[1:2]]
+    cases = [tiny(case, (8, 1, 512, 1024)) for case in speed.CASES[1:2]]
     monkeypatch.setattr(speed, "CASES", cases)
-    monkeypatch.setattr(speed, "SEGMENTATION", (8, 1, 256, 256))
+    monkeypatch.setattr(speed, "SEGMENTATION", (8, 1, 512, 1024))
     memory = {row["contender"]: row for row in speed.measure_memory()}
     assert memory["bce"]["saved_bytes_per_element"] == pytest.approx(8, abs=0.01)
     assert memory["bce"]["peak_bytes_per_element"] >= 8

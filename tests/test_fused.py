@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import fusing
 from strategies import FLOATS, MASKS, batches, inner, pairs, seeds
 from torch.testing import assert_close
 
@@ -17,11 +18,6 @@ from sc_bce._batch import perturbation, prepare
 
 matrices = st.tuples(st.integers(1, 4), st.integers(1, 70))
 blocks = st.sampled_from([1, 3, 8, 64, 1 << 20])
-
-
-def fusing(block=8):
-    """Every batch that the sweep can take takes it, in blocks of a few elements."""
-    return mock.patch.multiple(_fused, _MIN_ELEMENTS=1, _MIN_DRAWN=1, _MIN_PER_ROW=1, _BLOCK=block)
 
 
 def watched():
@@ -418,8 +414,14 @@ def test_what_it_can_not_serve_takes_the_reference_path():
         sc_bce_with_logits(x, y, 0.1, weight=one.long())
         sc_bce_with_logits(x, y.long(), 0.1, ignore_index=(1 << 24) + 1)
         sc_bce_with_logits(x, y, 0.1, reduction="none")
-        with mock.patch.object(_fused, "_MIN_DRAWN", 25):
+        with mock.patch.object(_fused, "_MIN_FIXED", 25):
+            sc_bce_with_logits(x, y, 0.1)
             sc_bce_with_logits(x, y, torch.rand(4, 6) < 0.5)
+        with mock.patch.object(_fused, "_MIN_WEIGHTED", 25):
+            sc_bce_with_logits(x, y, 0.1, weight=torch.full((4, 1), 0.1))
+        with mock.patch.object(_fused, "_MIN_ELEMENTS", 25):
+            sc_bce_with_logits(x, y, 0.1, ignore_index=255)
+            AdaptivePerturbation(4)(x, y, torch.arange(4))
         with mock.patch.object(_fused, "_MIN_PER_ROW", 2):
             sc_bce_with_logits(x, y, torch.full((4, 6), 0.1))
             sc_bce_with_logits(x, y, 0.1, prior=torch.full((4, 6), 0.1))
@@ -615,3 +617,21 @@ def test_the_named_losses_take_it():
         ):
             criterion(x.clone().requires_grad_(), y)
     assert taken.call_count == 5
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4, 9])
+def test_each_thread_has_its_share_of_elements(threads):
+    counted = min(threads, 4)
+    with (
+        mock.patch.object(torch, "get_num_threads", return_value=threads),
+        mock.patch.multiple(_fused, _BLOCK=8, _MIN_FIXED=16, _MIN_ELEMENTS=4, _MIN_PER_ROW=1),
+        watched() as taken,
+    ):
+        rows, columns = next(_fused._Work(torch.zeros(5, 1000)).blocks)
+        assert (rows.stop, columns.stop) == (1, 8 * counted)
+        for share, fixed, void in ((3, 0, 0), (4, 0, 1), (15, 0, 1), (16, 1, 1)):
+            x, y = torch.zeros(share * counted), torch.zeros(share * counted)
+            for want, kwargs in ((fixed, {}), (void, {"ignore_index": 255})):
+                taken.reset_mock()
+                sc_bce_with_logits(x, y, 0.1, **kwargs)
+                assert taken.call_count == want

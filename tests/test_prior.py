@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,11 +11,12 @@ import torch.nn.functional as F
 from devices import array, tensor
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import fusing, plain
 from strategies import FLOATS, batches, inner, pairs, perturbations, priors, seeds
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from sc_bce import SCBCEWithLogitsLoss, _fused, perturb_target, sc_bce_with_logits
+from sc_bce import SCBCEWithLogitsLoss, perturb_target, sc_bce_with_logits
 
 LABELS = torch.tensor([0.0, 1.0], dtype=torch.float64)
 REDUCTIONS = ("none", "mean", "sum")
@@ -401,7 +401,7 @@ def test_towards_one_half_every_bit_is_that_of_the_first_version(seed, pair, by_
         s = (alpha * beta)[:, None]
     z = x.detach().clone().requires_grad_()
     for prior in (0.5, torch.tensor(0.5)):
-        with mock.patch.object(_fused, "_MIN_ELEMENTS", 1 << 60):
+        with plain():
             got = sc_bce_with_logits(x, y, alpha, beta, prior=prior)
         want = first_version(z, y, s)
         assert torch.equal(got, want)
@@ -419,7 +419,7 @@ def test_towards_one_half_the_sweep_is_that_of_the_first_version(seed, pair, by_
     if by_sample:
         alpha = torch.rand(4) / 2
         s = alpha * beta
-    with mock.patch.multiple(_fused, _MIN_ELEMENTS=1, _MIN_PER_ROW=1, _BLOCK=1 << 20):
+    with fusing(1 << 20):
         got = sc_bce_with_logits(x, y, alpha, beta)
     rows = (x, y) if by_sample else (x.view(1, -1), y.view(1, -1))
     assert torch.equal(got, first_sweep(*rows, s))

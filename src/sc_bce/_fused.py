@@ -23,9 +23,12 @@ from ._batch import Batch, Perturbation, readable, require_labels, valid_element
 
 __all__ = ["Sums", "sums"]
 
-_BLOCK = 1 << 19  # elements worked on at a time: few enough for a cache, enough for two threads
-_MIN_ELEMENTS = 1 << 18  # from which this is faster than the reference path
-_MIN_DRAWN = 1 << 20  # the same if each element is drawn
+_BLOCK = 1 << 18  # elements that each thread works on at a time: few enough for its cache
+# Elements for each thread from which this is faster than the reference path:
+_MIN_ELEMENTS = 1 << 18  # if that makes many passes, for the levels of samples or for void elements
+_MIN_FIXED = 1 << 20  # if it makes few
+_MIN_WEIGHTED = 1 << 21  # the same with a weight: then each element needs its own logarithm
+_MOST_THREADS = 4  # that count: with more, nothing was measured; labels of a block must sum exactly
 _MIN_PER_ROW = 1 << 10  # elements that share a strength and a prior, from which this is faster
 _UNFIT = (torch.uint16, torch.uint32, torch.uint64)  # torch has no minimum for them
 _LOOK = 1 << 16  # floating-point labels that are checked: all would cost a twentieth of the sweep
@@ -62,15 +65,16 @@ def sums(
     x, y = batch.input, batch.target
     if torch.compiler.is_compiling():  # the checks of sizes below would specialise a graph
         return None
-    if x.numel() < _MIN_ELEMENTS or not readable(x) or not _fit(x, y):
+    least = _MIN_FIXED if weight is None else _MIN_WEIGHTED
+    if by_sample or batch.void is not None:
+        least = _MIN_ELEMENTS
+    if x.numel() < least * _threads() or not readable(x) or not _fit(x, y):
         return None
     given_tensors = given.tensors if weight is None else [*given.tensors, weight]
     if any(_is_dual(value) for value in (x, y, *given_tensors)):
         return None
     drawn = _draw_per_element(given.alpha, x)
     if drawn is not None:
-        if x.numel() < _MIN_DRAWN:
-            return None
         given = given._replace(alpha=1.0)
     lead = max((_varying(value) for value in given.tensors), default=0)
     lead = max(lead, int(by_sample))
@@ -107,6 +111,10 @@ def sums(
         return None  # a void logit is inf or nan: it must be replaced, which costs a pass
     total = _Sweep.apply(x, strength, prior, y, drawn, factor, void, found.loss, found.slope)  # type: ignore[no-untyped-call]
     return Sums(total.sum(), found.slope, found.labels, found.hits, found.valid, shape)
+
+
+def _threads() -> int:
+    return min(torch.get_num_threads(), _MOST_THREADS)
 
 
 def _fit(x: Tensor, y: Tensor) -> bool:
@@ -372,7 +380,8 @@ class _Work:
     def __init__(self, x: Tensor) -> None:
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self._shape = x.shape
-        self._rows, self._columns = max(1, _BLOCK // x.shape[1]), min(x.shape[1], _BLOCK)
+        block = _BLOCK * _threads()
+        self._rows, self._columns = max(1, block // x.shape[1]), min(x.shape[1], block)
         self._buffers: dict[str, Tensor] = {}
 
     @property
