@@ -208,7 +208,8 @@ def second(kept: Tasks) -> Answer:
     lower = {w.split(",")[0] for (w, _), gap in found.items() if gap.verdict == "lower"}
     word = "Both" if len(lower) > 1 else f"The {lower.pop()}" if lower else "Neither is shown"
     said = "; ".join(f"{w} ({', '.join(names)})" for w, names in shown.items() if names)
-    line = f"{word}, at the last epoch and raw. Shown to change the NLL: {said or 'nothing'}."
+    line = f"{word}, after the last epoch and unrepaired. What is shown to change the NLL: "
+    line += f"{said or 'nothing'}."
     without = [words for words, names in shown.items() if not names]
     if said and without:
         line += f" Not shown: {'; '.join(without)}."
@@ -275,7 +276,8 @@ def third(kept: Tasks) -> Answer:
     beyond = any(gap.low > 2 for gap in gaps.values())
     within = all(gap.high <= 2 for gap in gaps.values()) and len(gaps) == len(MAIN)
     word = "No" if beyond else "Yes" if within else "Undecided"
-    line = f"{word}. Raw NLL at the last epoch, against the best fixed level: {by_verdict(gaps)}."
+    line = f"{word}. After the last epoch and unrepaired, its NLL against the best fixed level: "
+    line += f"{by_verdict(gaps)}."
     if focus:
         line += f" A level per sample, against one for all: {by_verdict(focus)}."
     return Answer(line, table)
@@ -346,7 +348,8 @@ def fifth(kept: Tasks) -> Answer:
         safest.setdefault(least, []).append(f"{NAMES[name]}{against}")
     said = "; ".join(f"{title(row)} on {listed(names)}" for row, names in safest.items())
     line = (
-        f"To the last epoch, raw, the least mean NLL on corrupted data, against plain BCE: {said}."
+        "After the last epoch and unrepaired, the lowest mean NLL on corrupted data (against plain "
+        f"BCE): {said}."
     )
     both = {name: _under_corruption(k, DEFAULT, True) for name, k in there.items()}
     line += f" Stopped early and repaired on clean data, the default: {by_verdict(both)}."
@@ -530,9 +533,10 @@ def seventh(kept: Tasks) -> Answer:
     }
     wrong = [NAMES[name] for name, good in right.items() if not good]
     word = "No" if len(wrong) > 1 else "Undecided" if wrong or len(right) < 2 else "Yes"
+    shown = sum(right.values())
     line = (
-        f"{word}, to the last epoch and raw: a slope below 1 predicts whether moderation .2 lowers "
-        f"the NLL on {sum(right.values())} of the {len(right)} tasks and variants on which a "
+        f"{word}, after the last epoch and unrepaired: a slope below 1 predicts whether moderation "
+        f".2 lowers the NLL on {shown} of the {len(right)} tasks and variants on which a "
         f"difference is shown, of {len(found)} tried"
     )
     line += f"; it is wrong on {listed(wrong)}." if wrong else "."
