@@ -1156,6 +1156,35 @@ def test_the_rows_of_a_fold_are_no_positions(rows):
         criterion.step(0.9)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_wholly_void_samples_are_no_positions(objective):
+    """Partly annotated data: more than half of the rows are never moved."""
+    criterion = build(10, objective=objective, warmup=1, ignore_index=255)
+    x, y = torch.randn(10, 4), torch.randint(0, 2, (10, 4))
+    y[4:] = 255
+    for _ in range(3):
+        for rows in torch.arange(10).split(5):
+            criterion(x[rows], y[rows], rows)
+        criterion.step(0.9, 0.95)
+
+
+def test_a_small_subset_of_the_table_is_no_batch():
+    criterion = moving(1000)
+    for _ in range(3):
+        criterion(torch.zeros(80), torch.ones(80), torch.arange(80))
+        criterion.step(0.9)
+
+
+def test_a_reset_forgets_what_was_seen():
+    criterion = build(4, warmup=1)
+    x, y, index = torch.zeros(4), torch.ones(4), torch.arange(4)
+    for _ in range(3):  # an epoch each, and no step in between
+        criterion(x, y, index)
+        assert criterion._seen.batches == 1
+        criterion.reset_parameters()
+    assert (criterion._seen.batches, criterion._seen.samples) == (0, 0)
+
+
 def test_an_epoch_resumed_before_its_end_never_warns():
     x, index = torch.zeros(20), torch.arange(20)
     criterion = moving(20)

@@ -1,6 +1,7 @@
 """Intervals over images: they cover, and those over pixels do not."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -111,6 +112,37 @@ def test_an_ece_near_0_has_an_upper_bound_alone():
     assert made(3 * truth, y).interval("ece").low > 0.1
 
 
+@pytest.mark.parametrize("measure", ["slope", "accuracy", "confidence", "intercept"])
+def test_what_is_no_error_keeps_its_lower_end(measure):
+    """Draws of a slope that is not sure to be above 0, if none of them is below."""
+    generator = torch.Generator().manual_seed(0)
+    draws = 0.1 + torch.rand(300, dtype=torch.float64, generator=generator)
+    histograms = made(torch.randn(3, 20), torch.rand(3, 20) < 0.5)
+    with mock.patch.object(ImageHistograms, "_resampled", return_value=draws):
+        _, low, high = histograms.interval(measure)
+        assert (low, high) == (float(draws.quantile(0.025)), float(draws.quantile(0.975)))
+        assert histograms.interval("ece").low == 0
+        assert histograms.interval(lambda h: h.ece(3)).low == 0
+
+
+def test_probabilities_taken_for_logits_are_said_once():
+    images = made(torch.rand(20, 50), torch.rand(20, 50) < 0.5)
+    with pytest.warns(UserWarning, match="as if they were probabilities"):
+        images.interval("ece", resamples=5)
+    for other in (ImageHistograms().merge(images), made(torch.randn(20, 50), torch.ones(20, 50))):
+        other.update(torch.rand(2, 50), torch.ones(2, 50), from_logits=False)
+        other.histogram().ece()
+    with pytest.warns(UserWarning, match="as if they were probabilities"):
+        ImageHistograms().merge(images).histogram().ece()
+
+
+def test_masks_of_any_unsigned_integer():
+    z, y = torch.randn(4, 30), torch.rand(4, 30) < 0.5
+    for dtype in (torch.uint16, torch.uint32, torch.uint64):
+        got = made(z, y.to(dtype)).state_dict()
+        assert all(torch.equal(got[name], part) for name, part in made(z, y).state_dict().items())
+
+
 def test_any_measure_in_any_chunks(monkeypatch):
     z, _, y = images(30, 40, torch.Generator().manual_seed(0))
     histograms = made(z, y)
@@ -192,6 +224,12 @@ ERRORS = [
         lambda: ONE.interval(other=made(torch.randn(2, 4), torch.ones(2, 4))),
         ValueError,
         "hold the same 3 images, but got 2 images",
+    ),
+    (lambda: ONE.load_state_dict({"counts": 3}), ValueError, "`state_dict` to have the keys"),
+    (
+        lambda: ONE.load_state_dict({**ONE.state_dict(), "counts": 3}),
+        ValueError,
+        r"`counts` to be a Tensor of shape \(0, 2, 2, 69\), but got 3",
     ),
     (lambda: ImageHistograms().interval(), ValueError, "two images or more, but got 0; update"),
 ]

@@ -87,6 +87,16 @@ def test_with_replacement_and_through_subset_and_concatenation():
     assert [item[-1] for item in (joined[i] for i in range(len(joined)))] == list(range(7))
     around = ConcatDataset([indexed, indexed])
     assert around[12][-1] == 2
+    for add in (lambda: indexed + indexed, lambda: indexed + Numbers("tuple")):
+        with pytest.raises(TypeError, match=r"each would count from 0; wrap the sum, `IndexedDat"):
+            add()
+
+
+def test_a_namedtuple_with_a_renamed_field():
+    item = namedtuple("Item", ["image", "class"], rename=True)
+    (found,) = IndexedDataset([item(3, 4)]).__getitems__([0])
+    assert found == (3, 4, 0)
+    assert found._fields == ("image", "_1", "index")
 
 
 def test_negative_and_numpy_indices():

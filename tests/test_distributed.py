@@ -239,12 +239,13 @@ def disagreeing(rank, world, kind):
         "a word on one": ("0.9" if rank == 1 else 0.9, 0.95),
         "a vector on one": (torch.ones(2) if rank == 0 else 0.9, 0.95),
         "no confidence on one": (0.9, None if rank == 1 else 0.95),
+        "a failure on one": (Failing() if rank == 1 else 0.9, None if rank == 1 else 0.95),
         "other accuracy": (0.9 + 0.01 * rank, 0.95),
         "other confidence": (0.9, 0.95 + 0.01 * rank),
     }[kind]
     try:
         criterion.step(*given)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         told = type(error).__name__, str(error)
     else:
         told = None
@@ -254,11 +255,21 @@ def disagreeing(rank, world, kind):
     return told, criterion.alpha.tolist()
 
 
+class Failing:
+    """A measure of the user's whose computation fails."""
+
+    confidence = None
+
+    def accuracy(self):
+        raise RuntimeError("out of memory")
+
+
 DISAGREEING = {
     "nan on one": ("ValueError", "`accuracy` to be in [0, 1], but got nan"),
     "a word on one": ("TypeError", "`accuracy` to be a number in [0, 1], but got '0.9' (str)"),
     "a vector on one": ("TypeError", "in [0, 1], but got a tensor of shape (2,); pass its mean"),
     "no confidence on one": ("ValueError", "`confidence` to be given for objective 'feedback'"),
+    "a failure on one": ("RuntimeError", "out of memory"),
     "other accuracy": (
         "ValueError",
         "`accuracy` to be the same on every rank, but got [0.9, 0.91]; reduce it first, for "

@@ -175,13 +175,14 @@ def test_pos_weight_under_a_gap_is_said_once_and_not_with_a_slope():
 def test_a_step_per_batch_is_said_once():
     criterion = AdaptivePerturbation(100)
     x, y = torch.randn(4, 2, requires_grad=True), torch.randint(0, 2, (4, 2))
-    criterion(x, y, torch.arange(4))
-    criterion.step(0.8, 0.9)  # the first may follow a short warm-up
-    criterion(x, y, torch.arange(4))
-    with pytest.warns(UserWarning, match="after 4 samples, of 100 .*once per epoch") as caught:
+    for batch in torch.arange(40).split(4):  # of that size epochs could be
+        criterion(x, y, batch)
+        criterion.step(0.8, 0.9)
+    criterion(x, y, torch.arange(40, 44))
+    with pytest.warns(UserWarning, match="after 4 samples, of 44 trained so far") as caught:
         criterion.step(0.8, 0.9)
     assert caught[0].filename == __file__
-    criterion(x, y, torch.arange(4))
+    criterion(x, y, torch.arange(44, 48))
     criterion.step(0.8, 0.9)
 
 

@@ -1,5 +1,6 @@
 """The fused sweep against the reference path, and where it steps aside."""
 
+import math
 from unittest import mock
 
 import numpy as np
@@ -268,9 +269,10 @@ def test_extreme_and_non_finite_logits():
     with fusing():
         bad = torch.tensor([[1.0, torch.nan, 2.0, 3.0]])
         assert sc_bce_with_logits(bad, y, 0.05).isnan()
-        assert sc_bce_with_logits(torch.tensor([[torch.inf] * 4]), y, 0.05).isnan()
         # As torch: no overflow below float32's end, and a certain miss costs inf.
-        for x, label in ((3e38, 0.0), (-3e38, 1.0), (torch.inf, 0.0)):
+        assert sc_bce_with_logits(torch.tensor([[torch.inf] * 4]), y, 0.05) == torch.inf
+        assert sums(torch.tensor([[torch.inf]]), torch.tensor([[0.0]])) is None
+        for x, label in ((3e38, 0.0), (-3e38, 1.0)):
             loss, *_ = sums(torch.tensor([[x]]), torch.tensor([[label]]))
             assert loss == abs(x)
 
@@ -311,7 +313,7 @@ def test_gradients_of_all_orders(soft):
     prior = torch.tensor([[0.2], [0.6]], dtype=torch.float64, requires_grad=True)
 
     def loss(x, alpha, prior):
-        return sc_bce_with_logits(x, y, alpha, 1.3, prior=prior)
+        return sc_bce_with_logits(x, y, alpha, 1.1, prior=prior)
 
     with fusing(4), watched() as taken:
         assert torch.autograd.gradcheck(loss, (x, alpha, prior), check_batched_grad=True)
@@ -617,6 +619,50 @@ def test_the_named_losses_take_it():
         ):
             criterion(x.clone().requires_grad_(), y)
     assert taken.call_count == 5
+
+
+def test_tensors_of_inference_mode_serve_on_both_paths():
+    with torch.inference_mode():
+        alpha, prior = torch.rand(4) / 2, torch.rand(6)
+    x, y = torch.randn(4, 6, requires_grad=True), torch.rand(4, 6) < 0.5
+    for setting in ({"alpha": alpha}, {"alpha": 0.2, "prior": prior}):
+
+        def grad(setting=setting):
+            return torch.autograd.grad(sc_bce_with_logits(x, y, beta=1.0, **setting), x)[0]
+
+        want = grad()
+        with fusing():
+            assert_close(grad(), want)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_what_is_not_finite_is_what_torch_makes_of_it(value, label):
+    x, y = torch.randn(4, 6), torch.ones(4, 6)
+    x[1, 2], y[1, 2] = value, label
+    want = sc_bce_with_logits(x, y, 0.2)
+    with fusing():
+        assert_close(sc_bce_with_logits(x, y, 0.2), want, equal_nan=True)
+
+
+def test_many_blocks_are_summed_as_exactly_as_one():
+    """In float32 each of 4,096 blocks would add up to half a unit of its last place."""
+    x, y = 4 * torch.randn(1, 1 << 16), torch.rand(1, 1 << 16) < 0.02
+    with fusing(16):
+        got = sc_bce_with_logits(x, y, 0.3, 1.0, prior=0.02)
+    want = sc_bce_with_logits(x.double(), y, 0.3, 1.0, prior=0.02)
+    assert got.dtype == torch.float32
+    assert abs(float(got) - float(want)) < 5e-8 * float(want)
+
+
+def test_elements_and_hits_are_counted_exactly():
+    """More than float32 can count."""
+    size = (1 << 24) + 8
+    x, y = torch.zeros(1, size, dtype=torch.bfloat16), torch.ones(1, size, dtype=torch.uint8)
+    y[0, 0] = 255
+    batch, given = prepare(x, y, 255), perturbation(0.0, 1.0, 0.5, x.size())
+    found = _fused.sums(batch, given, by_sample=True, hits=True)
+    assert found.hits.tolist() == found.valid.tolist() == [size - 1]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4, 9])

@@ -973,7 +973,30 @@ def test_summary_of_a_network_that_is_never_wrong(from_logits):
     histogram = CalibrationHistogram()
     histogram.update(p, y, from_logits=from_logits)
     assert histogram.nll() == 0
-    assert histogram.summary().endswith("so the slope is infinite. Measure more data.")
+    assert histogram.summary().endswith("up to ties: the slope is infinite. Measure more.")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_masks_of_any_unsigned_integer(dtype):
+    z, y = torch.randn(300), torch.randint(0, 2, (300,))
+    y[::7] = 255
+    got, want = CalibrationHistogram(), CalibrationHistogram()
+    got.update(z, y.to(dtype), ignore_index=255)
+    want.update(z, y, ignore_index=255)
+    assert got.to_dict() == want.to_dict()
+    with pytest.raises(ValueError, match="255"):
+        got.update(z, y.to(dtype))
+
+
+def test_summary_of_a_sure_mistake():
+    z = torch.randn(10_000)
+    y = torch.rand(10_000) < torch.sigmoid(z)
+    z[0], y[0] = math.inf, False
+    histogram = CalibrationHistogram()
+    histogram.update(z, y)
+    assert histogram.nll() == math.inf
+    want = "A probability of 0 or 1 is wrong: the NLL is infinite. Repair or bound the logits."
+    assert histogram.summary().splitlines()[-1] == want
 
 
 def test_a_histogram_without_values_says_so():

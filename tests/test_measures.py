@@ -46,6 +46,20 @@ def test_slope_and_intercept_are_the_logistic_fit(seed, n, scale, shift):
     assert ref.sigmoid(0.7 * z + b).mean() == pytest.approx(y.mean(), abs=1e-4)
 
 
+@pytest.mark.parametrize(("mean", "spread"), [(0, 1), (30, 5), (40, 5), (-60, 1), (0, 400)])
+@pytest.mark.parametrize("rate", [0.01, 0.5, 0.65])
+def test_a_shift_is_found_however_sure_the_logits_are(mean, spread, rate):
+    rng = np.random.default_rng(0)
+    z = mean + spread * rng.normal(size=2000)
+    y = np.arange(2000) < 2000 * rate
+    rng.shuffle(y)
+    cells = Cells(*(torch.as_tensor(part, dtype=torch.float64) for part in (z, 0 * z + 1, y)))
+    assert measures.affine(cells, slope=0.0)[1] == pytest.approx(math.log(rate / (1 - rate)))
+    slope, b = measures.affine(cells, slope=1.0)
+    assert slope == 1
+    assert ref.sigmoid(z + b).mean() == pytest.approx(y.mean(), rel=1e-9)
+
+
 def test_slope_and_intercept_equal_scikit_learn():
     from sklearn.linear_model import LogisticRegression
 

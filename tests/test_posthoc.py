@@ -747,6 +747,39 @@ def test_raw_logits_are_gathered_into_the_cells_of_a_histogram():
     assert_close(got.logit[seen], want.logit[seen], rtol=1e-7, atol=1e-7)
 
 
+def test_the_gradient_at_0_is_that_beside_it():
+    z = torch.zeros(3, requires_grad=True)
+    TemperatureScaling()(z).sum().backward()
+    assert z.grad.tolist() == [1, 1, 1]
+    fitted = TemperatureScaling((0.1, 0.2))
+    for near in (0.0, 1e-4):
+        z = torch.tensor([near], requires_grad=True)
+        (grad,) = torch.autograd.grad(fitted(z).sum(), z)
+        assert float(grad) == pytest.approx(0.25 / 0.7 / (0.4 / 0.7 * 0.3 / 0.7), rel=1e-3)
+
+
+def test_separable_data_and_equal_sure_logits_are_repaired():
+    z, y = torch.tensor([1.0, 1.5, 2.0, 4.0, 4.5, 5.0]), torch.tensor([0, 0, 0, 1, 1, 1])
+    scaling = TemperatureScaling(bias=True).fit(z, y)
+    assert scaling.nll[1] < 1e-12
+    assert ((scaling(z) > 0) == y).all()
+    scaling = TemperatureScaling(bias=True).fit(torch.full((100,), 40.0), torch.arange(100) < 25)
+    assert float(scaling.bias) == pytest.approx(math.log(1 / 3) - 40)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+@pytest.mark.parametrize("build", [TemperatureScaling, IsotonicCalibration])
+def test_masks_of_any_unsigned_integer(build, dtype):
+    z, y = torch.randn(300), torch.randint(0, 2, (300,))
+    assert build().fit(z, y.to(dtype)).nll == build().fit(z, y).nll
+
+
+@pytest.mark.parametrize("num_labels", [None, 3])
+def test_a_stacked_pair_is_told_to_be_a_tuple(num_labels):
+    with pytest.raises(TypeError, match=r"shape \(2,\); pass .* a pair as a tuple \(g0, g1\)"):
+        TemperatureScaling(torch.tensor([0.1, 0.2]), num_labels=num_labels)
+
+
 def test_one_flip_rate_is_read_where_there_is_one():
     assert float(TemperatureScaling(0.1).flip_rate) == pytest.approx(0.1)
     with pytest.raises(ValueError, match="differ: read `flip_rates`"):

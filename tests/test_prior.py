@@ -422,7 +422,8 @@ def test_towards_one_half_the_sweep_is_that_of_the_first_version(seed, pair, by_
     with fusing(1 << 20):
         got = sc_bce_with_logits(x, y, alpha, beta)
     rows = (x, y) if by_sample else (x.view(1, -1), y.view(1, -1))
-    assert torch.equal(got, first_sweep(*rows, s))
+    # But for a rounding: the first version added its blocks in float32.
+    assert_close(got, first_sweep(*rows, s), rtol=2.4e-7, atol=0)
 
 
 # --- oracles ----------------------------------------------------------------------------------
@@ -544,6 +545,8 @@ REFUSED = [
     (dict(prior=1.0), ValueError, r"`prior` to be between 0 and 1, but got 1.0"),
     (dict(prior=0), ValueError, r"`prior` to be between 0 and 1, but got 0"),
     (dict(prior=1), ValueError, r"`prior` to be between 0 and 1, but got 1"),
+    (dict(prior=torch.tensor(0.02), beta=2.0), ValueError, r"`beta` to be in \[0, 1.02041\], but"),
+    (dict(prior=torch.tensor([[[0.3]], [[0.9]]]), beta=1.2), ValueError, r"in \[0, 1.11111\], but"),
     (dict(prior=-0.1), ValueError, r"`prior` to be in \[0, 1\], but got -0.1"),
     (dict(prior=math.nan), ValueError, r"`prior` to be in \[0, 1\], but got nan"),
     (dict(prior=None), TypeError, r"`prior` to be a number in \[0, 1\] or a Tensor, but got None"),
@@ -590,6 +593,15 @@ def test_a_matrix_takes_a_prior_per_label_only():
     x, y = torch.zeros(4, 2), torch.ones(4, 2)
     with pytest.raises(ValueError, match=r"broadcasts to \(4, 2\) from the last dimension"):
         sc_bce_with_logits(x, y, 0.1, prior=torch.full((4,), 0.1))
+
+
+def test_a_module_checks_beta_against_every_prior():
+    """However many: the module does it once."""
+    prior = torch.full((5000,), 0.02)
+    with pytest.raises(ValueError, match=r"`beta` to be in \[0, 1.02041\], but got 1.1"):
+        SCBCEWithLogitsLoss(alpha=0.1, beta=1.1, prior=prior)
+    # 1 / (1 - 0.02) of the number, whose float32 gives a little less.
+    SCBCEWithLogitsLoss(alpha=0.1, beta=1 / 0.98, prior=prior)
 
 
 def test_a_modules_tensor_must_be_of_probabilities():

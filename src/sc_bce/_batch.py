@@ -22,6 +22,7 @@ _FEW = 1 << 12  # elements up to which a check of each costs nothing beside the 
 _PART = 1 << 20  # elements checked at a time, so that intermediate results stay in the cache
 _WITHOUT_FLOAT64 = ("mps",)
 _OWN_KERNELS = ("cpu", "cuda", "meta")  # have every call; XLA lacks aminmax and views as bytes
+_ROUNDING = 1e-6  # a float32 prior moves the limit of beta by less
 _UNREDUCIBLE = (torch.uint16, torch.uint32, torch.uint64)  # torch has no min and max for them
 
 
@@ -96,6 +97,11 @@ def pair(input: Tensor, target: Tensor, name: str = "input") -> None:
                 "reshape one of them (for example `target.unsqueeze(1)`)",
             )
         )  # fmt: skip
+
+
+def reducible(target: Tensor) -> Tensor:
+    """The labels in a dtype that torch can compare and find the ends of."""
+    return target.to(torch.int64) if target.dtype in _UNREDUCIBLE else target
 
 
 def valid_elements(target: Tensor, ignore_index: float) -> Tensor:
@@ -301,32 +307,37 @@ def perturbation(
     return Perturbation(_level_of("alpha", alpha, size), beta, prior)
 
 
-def _require_probabilities(name: str, value: Tensor, remedy: str = "") -> None:
-    """Refuse values outside [0, 1] and nan, if they can be read."""
+def _require_probabilities(name: str, value: Tensor, remedy: str = "") -> tuple[float, float]:
+    """Refuse values outside [0, 1] and nan, if they can be read; return the ends of the others."""
     # `readable` comes before the size, which would specialise a compiled graph.
     if value.dtype == torch.bool or value.is_complex() or not readable(value):
-        return
+        return 0.5, 0.5
     if not value.numel():
-        return
-    low, high = value.detach().aminmax()
+        return 0.5, 0.5
+    low, high = (end.item() for end in value.detach().aminmax())
     if not (low >= 0 and high <= 1):
-        got = f"the value {(high if high > 1 else low).item():g}"
+        got = f"the value {high if high > 1 else low:g}"
         raise ValueError(sentence(name, "be in [0, 1]", got, remedy))
+    return low, high
 
 
 def require_numbers(
-    alpha: float | Tensor, beta: float | Tensor | None, prior: float | Tensor
+    alpha: float | Tensor,
+    beta: float | Tensor | None,
+    prior: float | Tensor,
+    every: bool = False,
 ) -> float | Tensor | None:
     """Check the ranges of numbers. Returns beta, which is None only for a tensor prior.
 
     Two numbers must also keep the order of the labels, alpha * beta <= 1. A tensor may hold drawn
-    zeros and ones, at which single labels are flipped.
+    zeros and ones, at which single labels are flipped. A prior of the batch's size is like
+    labels: unless `every`, it is checked if that costs nothing.
     """
     limit = 2.0
     if isinstance(prior, Tensor):
-        # A prior of the batch's size is like labels: checked if that costs nothing.
-        if readable(prior) and prior.numel() <= _FEW:
-            _require_probabilities("prior", prior)
+        if every or (readable(prior) and prior.numel() <= _FEW):
+            low, high = _require_probabilities("prior", prior)
+            limit = (1 + _ROUNDING) / max(high, 1 - low)
     else:
         _checks.inside("prior", prior, 0.0, 1.0, tensor="pass `torch.as_tensor(prior)`")
         limit = 1 / max(prior, 1 - prior)

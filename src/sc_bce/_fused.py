@@ -71,7 +71,8 @@ def sums(
     if x.numel() < least * _threads() or not readable(x) or not _fit(x, y):
         return None
     given_tensors = given.tensors if weight is None else [*given.tensors, weight]
-    if any(_is_dual(value) for value in (x, y, *given_tensors)):
+    # What backward keeps must not be an inference tensor.
+    if any(_is_dual(value) or value.is_inference() for value in (x, y, *given_tensors)):
         return None
     drawn = _draw_per_element(given.alpha, x)
     if drawn is not None:
@@ -107,8 +108,8 @@ def sums(
         factor = _row_values(factor.to(dtype), shape)
     with torch.no_grad():
         found = _found(_Data(x, y, drawn, factor, void), strength, prior, by_sample, count, hits)
-    if void is not None and not bool(found.loss.isfinite().all()):
-        return None  # a void logit is inf or nan: it must be replaced, which costs a pass
+    if not bool(found.loss.isfinite().all()):
+        return None  # a logit is inf or nan: a void one must be replaced, others are torch's matter
     total = _Sweep.apply(x, strength, prior, y, drawn, factor, void, found.loss, found.slope)  # type: ignore[no-untyped-call]
     return Sums(total.sum(), found.slope, found.labels, found.hits, found.valid, shape)
 
@@ -196,8 +197,9 @@ def _found(
     soft = y.is_floating_point()
     each = w is not None and w.shape == x.shape
     work = _Work(x)
+    # In float64: over many blocks float32 would lose what its sums within one keep.
     loss, slope, size, right, gone_from = (
-        torch.zeros(rows, dtype=work.dtype, device="cpu") for _ in range(5)
+        torch.zeros(rows, dtype=torch.float64, device="cpu") for _ in range(5)
     )
     labels = torch.zeros(2, rows, dtype=torch.float64, device="cpu")
     for place in work.blocks:
@@ -259,6 +261,7 @@ def _found(
         # In a row of strength 0 a slope that overflows float32 must not make the loss nan.
         loss = torch.where(s == 0, loss, loss + s * slope)
     valid = None if void is None else x.shape[1] - gone_from
+    loss, slope = loss.to(work.dtype), slope.to(work.dtype)
     return _Found(loss, slope, labels if count else None, right if hits else None, valid)
 
 

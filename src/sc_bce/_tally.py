@@ -364,6 +364,13 @@ class Array(Protocol):
     def __array__(self) -> Any: ...
 
 
+def pair(input: Any, target: Any, name: str = "input") -> tuple[Tensor, Tensor]:
+    """Check predictions and labels of equal size, and return both as Tensors."""
+    x, y = tensor(input, name), tensor(target, "target")
+    _batch.pair(x, y, name)
+    return x, _batch.reducible(y)
+
+
 def tensor(value: Any, name: str) -> Any:
     """A NumPy array, scalar or DataFrame column as a Tensor; other values are returned as is."""
     if isinstance(value, Tensor) or not hasattr(value, "__array__"):

@@ -37,6 +37,7 @@ class _Seen:
 
     batches = 0  # in training
     samples = 0  # since the last step
+    void: int | Tensor = 0  # samples of these without a valid element
 
 
 class AdaptivePerturbation(Levels):
@@ -93,8 +94,8 @@ class AdaptivePerturbation(Levels):
         prior: what perturbed labels move towards: a number between 0 and 1; a tensor that
             broadcasts to ``input`` from the last dimension, as ``pos_weight`` does; or
             ``"observed"``, the base rate :math:`(N_+ + \tfrac12)/(N + 1)` of the labels seen in
-            training, counted in each forward and used from the next :meth:`step` on. Default:
-            ``"observed"``.
+            training, counted in each forward and used from the next :meth:`step` on. A number or
+            tensor is read once: build a new module for another. Default: ``"observed"``.
         objective: ``"feedback"``, ``"calibration"`` or ``"max_entropy"``. Default:
             ``"feedback"``.
         lr: step size of levels that climb, positive. Default: 0.002.
@@ -239,7 +240,6 @@ class AdaptivePerturbation(Levels):
         if not isinstance(prior, str):
             _batch.hold_prior(self, prior)
         self._given = prior.detach().clone().float() if isinstance(prior, Tensor) else None
-        self._seen = _Seen()
         self._warned: set[str] = set()
         self._refresh()
 
@@ -431,10 +431,26 @@ class AdaptivePerturbation(Levels):
             self.mark(rows)
             return
         climb = self._climb if self._climbs else None
-        self.observe(rows, seen.slopes, seen.hits, self.focus, climb)
+        void = self.observe(rows, seen.slopes, seen.hits, self.focus, climb)
+        if void is not None and not torch.compiler.is_compiling():
+            self._seen.void = self._seen.void + void
 
     def _wanted(self, prior: float | Tensor) -> Wanted:
         return Wanted(self._follows, _counted(prior), self.focus > 0)
+
+    def reset_parameters(self) -> None:
+        """Start again from level 0, as after construction.
+
+        Example:
+            >>> from sc_bce import AdaptivePerturbation
+            >>> criterion = AdaptivePerturbation(num_samples=2)
+            >>> _ = criterion.alpha.fill_(0.1)
+            >>> criterion.reset_parameters()
+            >>> criterion.alpha
+            tensor([0., 0.])
+        """
+        super().reset_parameters()
+        self._seen = _Seen()
 
     @property
     def _rule(self) -> Rule:
@@ -533,13 +549,14 @@ class AdaptivePerturbation(Levels):
         # Last, since a warning can be turned into an error.
         gap = self.objective == "feedback" and slope is None
         facts = {"trained": trained, "touched": int(moved.sum()), "rows": len(moved)}
+        facts["known"] = int(self.trained.sum())
         for name in _mistakes(self, gap=gap, **facts):
             self._warn(name, **facts)
 
     def _merge(self, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
         """Merge the tables; return the rows that any rank moved, and the ranks' sample count."""
-        trained = torch.tensor(self._seen.samples, device=self.alpha.device)
-        self._seen.samples = 0
+        trained = torch.tensor(self._seen.samples, device=self.alpha.device) - self._seen.void
+        self._seen.samples, self._seen.void = 0, 0
         # Columns that no batch has moved are the same on all ranks.
         moved = self.merge(self.columns if self._follows else {}, group)
         return moved, int(levels.reduced(trained, group))
@@ -578,7 +595,7 @@ _WARNINGS = {
     "position": "since the last step the criterion saw {trained} samples but only {touched} of its "
     "{rows} rows; pass the index of each sample in the dataset, as IndexedDataset yields it, not "
     "its position in the batch",
-    "often": "step() was called again after {trained} samples, of {rows} in the table; call it "
+    "often": "step() was called again after {trained} samples, of {known} trained so far; call it "
     "once per epoch, not per batch",
     "pos_weight": "pos_weight shifts every probability, and the gap between confidence and "
     "accuracy with it, so the levels move against the shift; pass `step(histogram)` with focus=0, "
@@ -590,13 +607,13 @@ _WARNINGS = {
 
 
 def _mistakes(
-    own: AdaptivePerturbation, trained: int, touched: int, rows: int, gap: bool
+    own: AdaptivePerturbation, trained: int, touched: int, known: int, rows: int, gap: bool
 ) -> Iterator[str]:
     """Names of the likely mistakes that a step sees in the samples and rows since the last one."""
     if own.num_samples is not None and trained >= rows > 2 * touched:
         yield "position"
     # A process that resumed within an epoch has seen fewer samples than were touched.
-    if int(own.steps) > 1 and 0 < 10 * max(trained, touched) < rows:
+    if int(own.steps) > 1 and 0 < 10 * max(trained, touched) < known:
         yield "often"
     if gap and own.pos_weight is not None:
         yield "pos_weight"
@@ -820,6 +837,12 @@ class _Reading(NamedTuple):
     slope: float | None = None
     error: Exception | None = None
 
+    def portable(self) -> _Reading:
+        """The same with an error that every process can receive."""
+        if self.error is None or type(self.error) in (TypeError, ValueError, RuntimeError):
+            return self
+        return self._replace(error=RuntimeError(repr(self.error)))
+
 
 def _reading(accuracy: Any, confidence: Any, objective: str) -> _Reading:
     slope = None
@@ -844,7 +867,7 @@ def _reading(accuracy: Any, confidence: Any, objective: str) -> _Reading:
                     "pass the validation's histogram, `step(histogram)`, or its mean confidence",
                 )
             )  # fmt: skip
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
         return _Reading(error=error)
     return _Reading(accuracy, confidence, slope)
 
@@ -854,8 +877,8 @@ def _agreed(own: _Reading, group: dist.ProcessGroup | None) -> _Reading:
     given: list[Any] = [own]
     if levels.world_size(group) > 1:
         given = [None] * levels.world_size(group)
-        dist.all_gather_object(given, own, group=group)
-    for reading in given:
+        dist.all_gather_object(given, own.portable(), group=group)
+    for reading in (own, *given):
         if reading.error is not None:
             raise reading.error
     for name in ("accuracy", "confidence"):

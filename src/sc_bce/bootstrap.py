@@ -19,6 +19,7 @@ _MEASURES = (
     "nll", "brier", "ece", "oe", "mce", "adaptive_ece", "sweep_ece", "debiased_ece", "accuracy",
     "confidence", "slope", "intercept", "refinement",
 )  # fmt: skip
+_ERRORS = frozenset(_MEASURES) - {"accuracy", "confidence", "slope", "intercept"}  # 0 at best
 _TOGETHER = 1 << 24  # numbers of resampled cells that are held at once
 
 
@@ -59,7 +60,8 @@ class ImageHistograms:
 
     Special case: an error that is 0 at best, such as the ECE, has no lower end near 0, because
     noise alone raises it. If the value, less the lift that resampling adds, is within three
-    standard deviations of 0, the lower end is 0 and only the upper end is informative.
+    standard deviations of 0, the lower end is 0 and only the upper end is informative. A function
+    that is never negative counts as an error; accuracy, confidence, slope and intercept do not.
 
     Args:
         num_cells: cells over [0, 1] of each image's histogram, an even number: equal-width bins
@@ -95,6 +97,7 @@ class ImageHistograms:
     def __init__(self, *, num_cells: int = 100) -> None:
         self.num_cells = CalibrationHistogram(num_cells=num_cells).num_cells
         self._state = _tally.nothing(0, _tally.grid(self.num_cells).size)
+        self._only_logits = True  # so far; they may turn out to be probabilities
 
     @torch.no_grad()
     def update(
@@ -126,8 +129,7 @@ class ImageHistograms:
             >>> images
             ImageHistograms(num_cells=100, images=8)
         """
-        x, y = _tally.tensor(input, "input"), _tally.tensor(target, "target")
-        _batch.pair(x, y)
+        x, y = _tally.pair(input, target)
         if x.dim() == 0:
             raise ValueError(
                 _checks.sentence("input", "have its images in dimension 0", "no dimension")
@@ -136,6 +138,7 @@ class ImageHistograms:
         home = _batch.home(x.device)
         new = _tally.count(self.num_cells, x.to(home), y.to(home), from_logits, ignore_index)
         self._append(new)
+        self._only_logits = self._only_logits and from_logits
 
     def merge(self, other: ImageHistograms) -> ImageHistograms:
         """Append the images of another object, and return this one.
@@ -155,6 +158,7 @@ class ImageHistograms:
         """
         self._check(other)
         self._append(other._state)
+        self._only_logits = self._only_logits and other._only_logits
         return self
 
     def histogram(self) -> CalibrationHistogram:
@@ -170,7 +174,8 @@ class ImageHistograms:
             tensor(0.7500, dtype=torch.float64)
         """
         weights = torch.ones(1, len(self), dtype=torch.float64, device="cpu")
-        return self._drawn(weights, self._flat()).label(0)
+        state = self._drawn(weights, self._flat())
+        return holding(state, None, self.num_cells, only_logits=self._only_logits)
 
     def interval(
         self,
@@ -236,8 +241,9 @@ class ImageHistograms:
         values = [float(of(one.histogram())) for one in both]
         if other is not None:
             difference = draws[0] - draws[1]
-            return _interval(values[0] - values[1], difference, level, paired=True)
-        return _interval(values[0], draws[0], level, paired=False)
+            return _interval(values[0] - values[1], difference, level)
+        may_be_0 = measure in _ERRORS or not isinstance(measure, str)
+        return _interval(values[0], draws[0], level, may_be_0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the counts and sums, one row per image, to be saved.
@@ -267,7 +273,8 @@ class ImageHistograms:
             >>> restored
             ImageHistograms(num_cells=100, images=8)
         """
-        images = len(state_dict["counts"]) if "counts" in state_dict else 0
+        counts = state_dict.get("counts")
+        images = len(counts) if isinstance(counts, Tensor) and counts.dim() else 0
         self._state = restored(state_dict, _tally.nothing(images, _tally.grid(self.num_cells).size))
 
     def _append(self, new: _tally.Counted) -> None:
@@ -284,16 +291,15 @@ class ImageHistograms:
             squared_error=state.squared_error[:, None], log_loss=state.log_loss[:, None]
         )
 
-    def _drawn(self, weights: Tensor, flat: Tensor) -> CalibrationHistogram:
-        """A histogram with one label for each row of weights over the images."""
+    def _drawn(self, weights: Tensor, flat: Tensor) -> _tally.Counted:
+        """The sums of all images, with one label for each row of weights over them."""
         shapes = [part.shape[1:] for part in self._state]
         sizes = [shape.numel() for shape in shapes]
         parts = [
             part.reshape(len(weights), *shape)
             for part, shape in zip(torch.split(weights @ flat, sizes, 1), shapes, strict=True)
         ]
-        state = _tally.Counted(parts[0].round().to(torch.int64), *parts[1:])
-        return holding(state, len(weights), self.num_cells)
+        return _tally.Counted(parts[0].round().to(torch.int64), *parts[1:])
 
     def _resampled(self, of: Measure, resamples: int, seed: int) -> Tensor:
         flat = self._flat()
@@ -306,7 +312,7 @@ class ImageHistograms:
             chosen = torch.randint(images, (rows, images), generator=generator, device="cpu")
             weights = torch.zeros(rows, images, dtype=torch.float64, device="cpu")
             weights.scatter_add_(1, chosen, torch.ones_like(weights))
-            drawn: object = of(self._drawn(weights, flat))
+            drawn: object = of(holding(self._drawn(weights, flat), rows, self.num_cells))
             if not isinstance(drawn, Tensor) or drawn.shape != (rows,):
                 raise TypeError(
                     _checks.sentence(
@@ -353,8 +359,8 @@ class ImageHistograms:
         return f"{type(self).__name__}(num_cells={self.num_cells}, images={len(self)})"
 
 
-def _interval(value: float, draws: Tensor, level: float, paired: bool) -> Interval:
+def _interval(value: float, draws: Tensor, level: float, may_be_0: bool = False) -> Interval:
     low, high = (float(draws.quantile((1 + sign * level) / 2)) for sign in (-1, 1))
     unlifted = 2 * value - float(draws.mean())
-    near_zero = bool((draws >= 0).all()) and unlifted <= 3 * float(draws.std())
-    return Interval(value, 0.0 if near_zero and not paired else low, high)
+    near_0 = bool((draws >= 0).all()) and unlifted <= 3 * float(draws.std())
+    return Interval(value, 0.0 if near_0 and may_be_0 else low, high)

@@ -25,7 +25,8 @@ class IndexedDataset(Dataset[Any]):
     :class:`AdaptivePerturbation` finds the level of the sample again.
 
     A tuple or list gets the index appended, a namedtuple gets a field and a mapping an entry
-    named ``key``. Any other item becomes ``(item, index)``.
+    named ``key``. Any other item becomes ``(item, index)``. A namedtuple becomes one of another
+    class, without methods of its own.
 
     Args:
         dataset: an object with ``__getitem__`` and ``__len__``. To join datasets, wrap their
@@ -56,6 +57,12 @@ class IndexedDataset(Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def __add__(self, other: Any) -> Any:
+        raise TypeError(
+            "An IndexedDataset can't be added to a dataset, since each would count from 0; wrap "
+            "the sum, `IndexedDataset(one + other)`"
+        )
 
     def __getitem__(self, index: int) -> Any:
         index = _as_position(index, len(self.dataset))
@@ -103,7 +110,7 @@ def _with_index(base: type, key: str) -> type:
         return (_rebuild, (base, key, tuple(self)))
 
     fields = (*base._fields, key)  # type: ignore[attr-defined]
-    longer = namedtuple(base.__name__, fields)  # type: ignore[misc]
+    longer = namedtuple(base.__name__, fields, rename=True)  # type: ignore[misc]  # as base may be
     return type(base.__name__, (longer,), {"__slots__": (), "__reduce__": reduce})
 
 

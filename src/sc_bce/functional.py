@@ -332,7 +332,7 @@ def _reduced(found: _fused.Sums, batch: Batch, reduction: str) -> Tensor:
     if reduction == "mean":
         # If all elements are void, 0 / 1.
         count = batch.input.numel() if found.valid is None else found.valid.sum().clamp(min=1)
-        total = total / count
+        total = (total / count).to(total.dtype)
     return _cast(total, batch)
 
 

@@ -146,8 +146,7 @@ class CalibrationHistogram:
             >>> histogram
             CalibrationHistogram(num_cells=10000, count=3)
         """
-        pair = _tally.tensor(input, "input"), _tally.tensor(target, "target")
-        _batch.pair(*pair)
+        pair = _tally.pair(input, target)
         ignore_index = _checks.ignore_index(ignore_index)
         home = _batch.home(pair[0].device)
         x, y = (by_label(part.to(home), self.num_labels, "input") for part in pair)
@@ -964,8 +963,10 @@ def _advice_of(histogram: CalibrationHistogram) -> str:
     mean = float(histogram.confidence("positive_class"))
     if slope != slope:
         return "No advice yet: measure data with both classes and more than one logit."
+    if nll == math.inf:
+        return "A probability of 0 or 1 is wrong: the NLL is infinite. Repair or bound the logits."
     if slope == math.inf:
-        return "A threshold separates the classes, so the slope is infinite. Measure more data."
+        return "A threshold separates the classes, up to ties: the slope is infinite. Measure more."
     if slope <= 0:
         return "The logits rank the labels backwards (slope below 0): check the data first."
     (cells,) = histogram.cells_by_label()

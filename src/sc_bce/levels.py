@@ -302,16 +302,7 @@ class Levels(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start again from level 0, as after construction.
-
-        Example:
-            >>> from sc_bce import AdaptivePerturbation
-            >>> criterion = AdaptivePerturbation(num_samples=2)
-            >>> _ = criterion.alpha.fill_(0.1)
-            >>> criterion.reset_parameters()
-            >>> criterion.alpha
-            tensor([0., 0.])
-        """
+        """Start again from level 0."""
         rows, labels = self._size
         device = self.alpha.device if hasattr(self, "alpha") else None
         # Independent of torch's default dtype.
@@ -383,11 +374,15 @@ class Levels(nn.Module):
 
     def observe(
         self, rows: Tensor, slopes: Tensor, hits: Tensor | None, focus: float, climb: Climb | None
-    ) -> None:
-        """Move the rows of a batch; a row without a valid and finite slope stays."""
+    ) -> Tensor | None:
+        """Move the rows of a batch; a row without a valid and finite slope stays.
+
+        Returns the number of samples without one; None if all have one.
+        """
         # If rows are distinct and slopes finite, as in most batches on a CPU, no means are needed.
         plain = readable(rows) and math.isfinite(float(slopes.sum())) and distinct(rows)
-        by_row = None if plain else mean_by_row(rows, slopes.isfinite())
+        finite = None if plain else slopes.isfinite()
+        by_row = None if finite is None else mean_by_row(rows, finite)
 
         def mean(values: Tensor) -> Tensor:
             return values if by_row is None else by_row.mean(values)
@@ -412,6 +407,7 @@ class Levels(nn.Module):
         else:
             before = self.visited.index_select(0, rows)
             keep(self.visited, before, torch.full_like(before, SINCE))
+        return None if finite is None else len(rows) - finite.sum()
 
     def mark(self, rows: Tensor) -> None:
         """Mark these rows as trained since the last step."""

@@ -52,7 +52,8 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         prior: what perturbed labels move towards: a number between 0 and 1, or a tensor that
             broadcasts to ``input`` from the last dimension: (C,) for (N, C), (C, 1, 1) for
             (N, C, H, W). The base rate of the positives keeps the mean probability; 1/2, as in
-            the paper, keeps the decision threshold. Default: 1/2.
+            the paper, keeps the decision threshold. Read once: build a new loss for another.
+            Default: 1/2.
         sampling: ``"expected"`` uses the effective target ``q``; ``"sample"`` draws once per
             sample (dimension 0), ``"element"`` once per element. Default: ``"expected"``.
         noise: bound of the noise n of dynamic moderation, a standard normal truncated to
@@ -136,7 +137,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         for name, value, high in (("alpha", alpha, 1.0), ("beta", beta, 2.0)):
             if not (name == "beta" and value is None):
                 _checks.number(name, value, 0.0, high)
-        beta = _batch.require_numbers(alpha, beta, prior)  # type: ignore[assignment]
+        beta = _batch.require_numbers(alpha, beta, prior, every=True)  # type: ignore[assignment]
         _checks.sampling(sampling)
         _require_noise(noise, beta, prior, sampling)
         _checks.generator(generator)

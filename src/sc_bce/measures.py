@@ -170,7 +170,7 @@ def affine(
     if not 0 < positive < total:  # nan comes here too
         return (math.nan if slope is None else slope), math.nan
     if slope is not None:
-        return slope, (_newton(z, n, k, slope, fit_slope=False)[1] if bias else 0.0)
+        return slope, (_shift(slope * z, n, k) if bias else 0.0)
     # Compared, since the rounded mean of equal logits need not be equal to them.
     alike = not bool((z != (z[0] if bias else 0.0)).any())
     scale = 0.0 if alike else _spread(z, n, bias)
@@ -178,14 +178,14 @@ def affine(
         return math.nan, (math.nan if bias else 0.0)
     a, b = _apart(z, n, k, bias), 0.0
     if not a:
-        a, b = _newton(z / scale, n, k, 0.0, fit_bias=bias)
+        a, b = _newton(z / scale, n, k, bias)
         a /= scale
     low, high = limits
     if low <= a <= high:
         return a, (b if math.isfinite(a) else math.nan)
     # The loss is convex, so that within the limits it is least at the nearer end.
     end = min(max(a, low), high)
-    return end, (_newton(z, n, k, end, fit_slope=False)[1] if bias else 0.0)
+    return end, (_shift(end * z, n, k) if bias else 0.0)
 
 
 def _apart(z: Tensor, n: Tensor, k: Tensor, bias: bool) -> float:
@@ -203,13 +203,31 @@ def _spread(z: Tensor, n: Tensor, centred: bool) -> float:
     return float(((n * (z - mean) ** 2).sum() / n.sum()).sqrt())
 
 
-def _newton(
-    z: Tensor, n: Tensor, k: Tensor, a: float, *, fit_slope: bool = True, fit_bias: bool = True
-) -> tuple[float, float]:
+def _shift(z: Tensor, n: Tensor, k: Tensor) -> float:
+    """The b that minimises the mean loss of z + b, at which the mean probability is the base rate.
+
+    By bisection, since Newton's method gets nowhere from where all probabilities are 0 or 1.
+    """
+    n, k = n / n.sum(), k / n.sum()
+    rate = float(k.sum())
+    middle = math.log(rate / (1 - rate))
+    low, high = middle - float(z.max()), middle - float(z.min())
+    while True:
+        b = (low + high) / 2
+        # Each class alone: a difference would lose the digits of what is sure and right.
+        over = float(((n - k) * torch.sigmoid(z + b)).sum())
+        under = float((k * torch.sigmoid(-z - b)).sum())
+        done = not low < b < high or high - low < 1e-12 * max(1.0, abs(b))
+        if done or over == under:
+            return b
+        low, high = (b, high) if over < under else (low, b)
+
+
+def _newton(z: Tensor, n: Tensor, k: Tensor, fit_bias: bool) -> tuple[float, float]:
     """Newton's method with steps halved until the loss falls, which is safe for a convex loss."""
     n, k = n / n.sum(), k / n.sum()
     rate = float(k.sum())
-    b = math.log(rate / (1 - rate)) if fit_bias and fit_slope else 0.0
+    a, b = 0.0, (math.log(rate / (1 - rate)) if fit_bias else 0.0)
 
     def loss(a: float, b: float) -> float:
         line = a * z + b
@@ -222,7 +240,7 @@ def _newton(
         miss, weight = n * p - k, n * p * (1 - p)
         g_a, g_b = float((miss * z).sum()), float(miss.sum())
         h_aa, h_ab, h_bb = (float((weight * z**i).sum()) for i in (2, 1, 0))
-        step_a, step_b = _step((g_a, g_b), (h_aa, h_ab, h_bb), fit_slope, fit_bias)
+        step_a, step_b = _step((g_a, g_b), (h_aa, h_ab, h_bb), fit_bias)
         promise = g_a * step_a + g_b * step_b
         if not promise > _TINY * max(value, 1e-300):
             break
@@ -239,15 +257,12 @@ def _newton(
 
 
 def _step(
-    gradient: tuple[float, float], hessian: tuple[float, float, float],
-    fit_slope: bool, fit_bias: bool,
-) -> tuple[float, float]:  # fmt: skip
-    """Solve H s = g, a little added to the diagonal in case H is flat; 0 for what is fixed."""
+    gradient: tuple[float, float], hessian: tuple[float, float, float], fit_bias: bool
+) -> tuple[float, float]:
+    """Solve H s = g, a little added to the diagonal in case H is flat; 0 for a fixed bias."""
     (g_a, g_b), (h_aa, h_ab, h_bb) = gradient, hessian
-    little = 1e-300 + 1e-14 * (h_aa * fit_slope + h_bb * fit_bias)
+    little = 1e-300 + 1e-14 * (h_aa + h_bb * fit_bias)
     h_aa, h_bb = h_aa + little, h_bb + little
-    if not fit_slope:
-        return 0.0, g_b / h_bb
     if not fit_bias:
         return g_a / h_aa, 0.0
     determinant = h_aa * h_bb - h_ab * h_ab

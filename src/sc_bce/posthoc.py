@@ -58,8 +58,8 @@ class _Repair(nn.Module):
         Args:
             logits: a :class:`CalibrationHistogram` of the validation data; or the raw output of
                 the network on them, of any shape (labels in dimension 1 with ``num_labels``).
-            target: if logits are given, their labels, of the same size and any dtype. Default:
-                None.
+            target: if logits are given, their labels: 0 and 1 in any dtype, of the same size.
+                TemperatureScaling takes soft ones too. Default: None.
             ignore_index: target value of elements to leave out. Default: None.
 
         Raises:
@@ -124,8 +124,7 @@ class _Repair(nn.Module):
         return cells
 
     def _of_pair(self, logits: object, target: object, ignore_index: int | None) -> list[Cells]:
-        z, y = _tally.tensor(logits, "logits"), _tally.tensor(target, "target")
-        if target is None and not isinstance(z, Tensor):
+        if target is None and not isinstance(_tally.tensor(logits, "logits"), Tensor):
             raise TypeError(
                 _checks.sentence(
                     "logits",
@@ -143,7 +142,7 @@ class _Repair(nn.Module):
                     "pass `fit(logits, target)`, or a CalibrationHistogram alone",
                 )
             )
-        _batch.pair(z, y, "logits")
+        z, y = _tally.pair(logits, target, "logits")
         ignore_index = _checks.ignore_index(ignore_index)
         rows = (by_label(part, self.num_labels, "logits").unbind() for part in (z, y))
         return [self._of_logits(x, label, ignore_index) for x, label in zip(*rows, strict=True)]
@@ -701,6 +700,15 @@ def _flip_rates(value: object, num_labels: int | None) -> list[list[float]]:
     rows = []
     for rate in rates:
         several = num_labels is not None and isinstance(rate, Tensor) and rate.shape == (labels,)
+        if isinstance(rate, Tensor) and rate.dim() and not several:
+            raise TypeError(
+                _checks.sentence(
+                    "flip_rate",
+                    "hold numbers" + (f", or tensors of shape ({labels},)" if num_labels else ""),
+                    f"a tensor of shape {tuple(rate.shape)}",
+                    "pass `num_labels` for a rate of each label, and a pair as a tuple (g0, g1)",
+                )
+            )
         each: list[object] = list(rate) if several else [rate] * labels  # type: ignore[call-overload]
         rows.append([_checks.unit_number("flip_rate", one, 1.0 if pair else 0.5) for one in each])
     for up, down in zip(*rows, strict=True):
@@ -733,7 +741,7 @@ def _without_flip(z: Tensor, up: Tensor, down: Tensor, clip: Tensor) -> Tensor:
     right = z >= 0
     near, far = torch.where(right, down, up), torch.where(right, up, down)
     near_odds, far_odds = near / (1 - near), far / (1 - far)
-    size = z.abs()
+    size = torch.where(right, z, -z)  # abs has no gradient at 0
     # If a flip is removed, no logit is beyond this; otherwise the term is 0 anyway.
     up_e = torch.exp(size.clamp(max=60.0))
     gain = near_odds * (up_e - 1 / up_e) + (near_odds - far_odds) / up_e
