@@ -351,8 +351,10 @@ def fifth(kept: Tasks) -> Answer:
         "After the last epoch and unrepaired, the lowest mean NLL on corrupted data (against plain "
         f"BCE): {said}."
     )
-    both = {name: _under_corruption(k, DEFAULT, True) for name, k in there.items()}
-    line += f" Stopped early and repaired on clean data, the default: {by_verdict(both)}."
+    line += " Stopped early and repaired on clean data"
+    for words, row in ((", the default: ", DEFAULT), (" Moderation .2, drawn: ", BEST_FIXED)):
+        both = {n: _under_corruption(k, row, True) for n, k in there.items() if k.has(row, PLAIN)}
+        line += f"{words}{by_verdict(both)}."
     head = ["", *(NAMES[name] for name in there)]
     repaired = [
         [
