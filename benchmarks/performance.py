@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from speed import BASELINE, BYTES, LABELS, SEGMENTATION
 
+from sc_bce import _fused
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -160,16 +162,23 @@ def sizes(result: Result) -> str:
     return table(["elements", *names], rows)
 
 
+def is_swept(record: Result) -> bool:
+    """Whether the fused path is taken."""
+    least = _fused._MIN_ELEMENTS if record["loss"] in ("adaptive", "void") else _fused._MIN_FIXED
+    return bool(record["elements"] >= least * min(record["threads"], _fused._MOST_THREADS))
+
+
 def worst(result: Result) -> str:
     parts = []
     for threads in sorted({record["threads"] for record in result["sizes"]}):
-        each = matching(result["sizes"], threads=threads)
+        each = [one for one in matching(result["sizes"], threads=threads) if is_swept(one)]
         found = max(each, key=lambda record: float(record["of_plain"]))
         parts.append(
             f"{found['of_plain']:.2f} on {threads} thread{'s' * (threads > 1)} "
             f"({found['loss']}, {found['elements']:,} elements)"
         )
-    return "Worst ratio to the plain path: " + ", ".join(parts) + "."
+    words = "Worst ratio to the plain path where the fused one is taken: "
+    return words + ", ".join(parts) + "."
 
 
 def memories(result: Result) -> str:

@@ -23,7 +23,7 @@ from ._batch import Batch, Perturbation, readable, require_labels, valid_element
 
 __all__ = ["Sums", "sums"]
 
-_BLOCK = 1 << 18  # elements that each thread works on at a time: few enough for its cache
+_BLOCK = 1 << 19  # elements worked on at a time, by two threads: few enough for their caches
 # Elements for each thread from which this is faster than the reference path:
 _MIN_ELEMENTS = 1 << 18  # if that makes many passes, for the levels of samples or for void elements
 _MIN_FIXED = 1 << 20  # if it makes few
@@ -383,7 +383,7 @@ class _Work:
     def __init__(self, x: Tensor) -> None:
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self._shape = x.shape
-        block = _BLOCK * _threads()
+        block = _BLOCK * max(1, _threads() // 2)
         self._rows, self._columns = max(1, block // x.shape[1]), min(x.shape[1], block)
         self._buffers: dict[str, Tensor] = {}
 
