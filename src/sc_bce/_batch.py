@@ -23,7 +23,7 @@ _PART = 1 << 20  # elements checked at a time, so that intermediate results stay
 _WITHOUT_FLOAT64 = ("mps",)
 _OWN_KERNELS = ("cpu", "cuda", "meta")  # have every call; XLA lacks aminmax and views as bytes
 _ROUNDING = 1e-6  # a float32 prior moves the limit of beta by less
-_UNREDUCIBLE = (torch.uint16, torch.uint32, torch.uint64)  # torch has no min and max for them
+UNREDUCIBLE = (torch.uint16, torch.uint32, torch.uint64)  # torch has no min and max for them
 
 
 # -- batches
@@ -101,7 +101,7 @@ def pair(input: Tensor, target: Tensor, name: str = "input") -> None:
 
 def reducible(target: Tensor) -> Tensor:
     """The labels in a dtype that torch can compare and find the ends of."""
-    return target.to(torch.int64) if target.dtype in _UNREDUCIBLE else target
+    return target.to(torch.int64) if target.dtype in UNREDUCIBLE else target
 
 
 def valid_elements(target: Tensor, ignore_index: float) -> Tensor:
@@ -127,7 +127,7 @@ def _are_labels(target: Tensor, void: int, every: bool | None) -> bool:
 
     The results are of the target's own dtype, which takes a twentieth of the time of bools.
     """
-    if not readable(target) or target.numel() < _PART or target.dtype in _UNREDUCIBLE:
+    if not readable(target) or target.numel() < _PART or target.dtype in UNREDUCIBLE:
         return False
     if target.is_floating_point() and not every:
         return True  # large floating-point targets are not checked
@@ -163,7 +163,7 @@ def require_labels(
                 illegal = (target < 0) | (target > 1)
                 refuse_labels(target, illegal if valid is None else illegal & valid, ignore_index)
         return True
-    if valid is None and readable(target) and target.dtype not in _UNREDUCIBLE and target.numel():
+    if valid is None and readable(target) and target.dtype not in UNREDUCIBLE and target.numel():
         low, high = target.aminmax()
         if int(low) >= 0 and int(high) <= 1:
             return True
@@ -488,7 +488,7 @@ def at_least(value: Tensor, bound: float) -> Tensor:
     """1 and 0, in the value's own dtype if possible: bools take many times as long."""
     if value.dtype == torch.bool:
         return value
-    if value.dtype in _UNREDUCIBLE:  # torch can't compare them either
+    if value.dtype in UNREDUCIBLE:  # torch can't compare them either
         value = value.float()
     if readable(value):
         return torch.ge(value, bound, out=torch.empty_like(value))

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from ._batch import Batch, Perturbation, readable, require_labels, valid_elements
+from ._batch import (
+    UNREDUCIBLE,
+    Batch,
+    Perturbation,
+    readable,
+    require_labels,
+    valid_elements,
+)
 
 __all__ = ["Sums", "sums"]
 
@@ -30,7 +37,6 @@ _MIN_FIXED = 1 << 20  # if it makes few
 _MIN_WEIGHTED = 1 << 21  # the same with a weight: then each element needs its own logarithm
 _MOST_THREADS = 4  # that count: with more, nothing was measured; labels of a block must sum exactly
 _MIN_PER_ROW = 1 << 10  # elements that share a strength and a prior, from which this is faster
-_UNFIT = (torch.uint16, torch.uint32, torch.uint64)  # torch has no minimum for them
 _LOOK = 1 << 16  # floating-point labels that are checked: all would cost a twentieth of the sweep
 _FOLDS = 5  # 32 to 64 factors in [1/2, 1] can't underflow in float32
 _EXACT = 1 << 24  # integers up to this are exact in float32
@@ -126,7 +132,7 @@ def _fit(x: Tensor, y: Tensor) -> bool:
         and x.is_contiguous()
         and y.is_contiguous()
         and not y.requires_grad
-        and y.dtype not in _UNFIT
+        and y.dtype not in UNREDUCIBLE
         and (not y.is_floating_point() or torch.promote_types(y.dtype, wide) == wide)
     )
 
