@@ -1,0 +1,381 @@
+"""What a caller passes, looked at once: sizes, dtypes, labels, ignored elements, alpha, beta, prior.
+
+The rooms below check nothing again. On a CPU every label is looked at, always; under compile, vmap
+and on accelerators nothing waits, and an illegal integer gives nan.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import _errors
+from ._errors import refuse
+from ._torch import UNREDUCIBLE, any_set, as_bytes, readable
+
+_PART = 1 << 20  # elements looked at a time, so that intermediate results stay in the cache
+_FEW = 1 << 12  # elements of a prior up to which a check of each costs nothing beside the call
+_ROUNDING = 1e-6  # a float32 prior moves the limit of beta by less
+_FROM = 50  # elements from which logits that all lie in [0, 1] are not an accident
+_CROWD = 0.01  # share of the elements in the outer tenth of the range: a crowd at an end
+_LEVEL = 0.01  # logits within less than this are all alike
+
+
+# -- arrays
+
+
+class Array(Protocol):
+    """A NumPy array, or an object that converts itself to one."""
+
+    def __array__(self) -> Any: ...
+
+
+def tensor(value: Any, name: str) -> Any:
+    """A NumPy array, scalar or DataFrame column as a Tensor; other values are returned as is."""
+    if isinstance(value, Tensor) or not hasattr(value, "__array__"):
+        return value
+    array = value.__array__()
+    # torch accepts neither read-only memory, negative strides nor a foreign byte order.
+    if not array.flags.writeable or not array.flags.c_contiguous or not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="), order="C")
+    try:
+        return torch.from_numpy(array) if array.shape else torch.tensor(array.item(), device="cpu")
+    except TypeError:
+        wanted, got = "be a Tensor, or an array of numbers", f"an array of {array.dtype}"
+        refuse(name, wanted, got, "pass `array.astype(float)`", TypeError)
+
+
+def unmasked(*values: Any) -> Tensor | None:
+    """Where none of these is masked, as numpy.ma does it; None if none has a mask."""
+    masks = [value.mask for value in values if hasattr(value, "mask") and hasattr(value, "filled")]
+    masks = [tensor(mask, "mask") for mask in masks if mask.any()]
+    return None if not masks else ~torch.stack(torch.broadcast_tensors(*masks)).any(0)
+
+
+# -- logits and labels
+
+
+class Batch(NamedTuple):
+    """Logits and labels of equal size, as they were passed: a mask keeps its one byte."""
+
+    input: Tensor
+    target: Tensor
+    void: float | None  # the target to ignore; None if no element can have it
+    legal: bool  # False if the labels could not be read, so that some may be illegal
+
+    def dtype(self) -> torch.dtype:
+        """Dtype of the loss by torch's rule: the target's, or the input's for bool and integers."""
+        # Not a property: torch 2.6 can't trace a property of a tuple.
+        return self.target.dtype if self.target.is_floating_point() else self.input.dtype
+
+    def labels(self, dtype: torch.dtype) -> Tensor:
+        """The target in a floating dtype; an illegal label that could not be refused is nan."""
+        return as_labels(self.target, dtype, self.void, self.legal)
+
+
+def batch(input: Tensor, target: Tensor, ignore_index: float | None) -> Batch:
+    logits(input)
+    label(target)
+    same_size(input, target)
+    void = held(target, ignore_index)
+    return Batch(input, target, void, check_labels(target, void))
+
+
+def logits(input: object, name: str = "input") -> None:
+    if not isinstance(input, Tensor):
+        refuse(name, "be a Tensor", _errors.describe(input), error=TypeError)
+    if not input.is_floating_point():
+        remedy = f"pass the raw output of the network, or `{name}.float()`"
+        refuse(name, "hold floating-point logits", input.dtype, remedy, TypeError)
+    _dense(name, input)
+
+
+def label(target: object) -> None:
+    if not isinstance(target, Tensor):
+        refuse("target", "be a Tensor", _errors.describe(target), error=TypeError)
+    if target.is_complex():
+        wanted = "be a bool, integer or floating-point Tensor"
+        refuse("target", wanted, target.dtype, "pass `target.real`", TypeError)
+    _dense("target", target)
+
+
+def _dense(name: str, value: Tensor) -> None:
+    if value.layout != torch.strided:
+        refuse(name, "be dense", value.layout, f"pass `{name}.to_dense()`", TypeError)
+    if value.is_floating_point() and value.dtype.itemsize < 2:  # torch computes nothing in float8
+        wanted = "have a floating-point dtype of at least 16 bits"
+        refuse(name, wanted, value.dtype, f"pass `{name}.float()`", TypeError)
+
+
+def same_size(input: Tensor, target: Tensor, name: str = "input") -> None:
+    """Logits and labels have equal sizes, as in torch."""
+    if target.size() == input.size():
+        return
+    remedy = "reshape one of them"
+    x, y = input.shape, target.shape
+    if len(x) == len(y) + 1 and x[:1] + x[2:] == y:
+        if x[1] == 1:
+            remedy = "pass `target.unsqueeze(1)`"
+        elif x[1] == 2:
+            remedy = (
+                f"of a softmax over two classes pass `{name}[:, 1] - {name}[:, 0]`, which is the "
+                "logit of class 1"
+            )
+        else:
+            remedy = (
+                "sc-bce is for binary labels, one logit each; a CalibrationHistogram measures "
+                f"{x[1]} exclusive classes one by one, from `{name}.softmax(1)` and one-hot "
+                f"targets with `num_labels={x[1]}` and `from_logits=False`"
+            )
+    refuse("target", f"have the size of `{name}`, {tuple(x)}", tuple(y), remedy)
+
+
+def held(target: Tensor, ignore_index: float | None) -> float | None:
+    """The value to ignore, or None if no element of this dtype can have it."""
+    if ignore_index is None or target.is_floating_point():
+        return ignore_index
+    if target.dtype == torch.bool:
+        return ignore_index if ignore_index in (0, 1) else None
+    # A comparison would wrap -1 to 255 and so ignore the foreground of a uint8 mask.
+    bounds = torch.iinfo(target.dtype)
+    return ignore_index if bounds.min <= ignore_index <= bounds.max else None
+
+
+def valid_elements(target: Tensor, void: float | None) -> Tensor | None:
+    """Mask of targets other than `void`; None if all are."""
+    if void is None:
+        return None
+    return ~target.isnan() if void != void else target != void
+
+
+def check_labels(target: Tensor, void: float | None) -> bool:
+    """Refuse a label outside [0, 1], and an integer other than 0 and 1, on any CPU.
+
+    nan passes, as in torch. Returns False if integers could not be looked at without waiting.
+    """
+    if target.dtype == torch.bool:
+        return True
+    if readable(target) and target.dtype not in UNREDUCIBLE:
+        if all(low >= 0 and high <= 1 or low != low for low, high in _ends(target, void)):
+            return True
+    elif target.is_floating_point() and target.device.type != "cpu":
+        return True  # to look would cost an accelerator a pass
+    illegal = (target < 0) | (target > 1) if target.is_floating_point() else _not_binary(target)
+    found = any_set(illegal if void is None else illegal & valid_elements(target, void))
+    if found:
+        refuse_labels(target, illegal, void)
+    return found is not None or target.is_floating_point()
+
+
+def _ends(target: Tensor, void: float | None) -> list[tuple[float, float]]:
+    """Least and largest label of each part, void ones read as 0."""
+    if not target.numel():
+        return []
+    if void is None:
+        low, high = target.detach().aminmax()
+        return [(low.item(), high.item())]
+    found = []
+    for part in target.detach().reshape(-1).split(_PART):
+        # As numbers of its own dtype, since a bool result takes twenty times as long.
+        if void != void:
+            part = torch.where(part.isnan(), 0.0, part)
+        else:
+            part = torch.ne(part, void, out=torch.empty_like(part)).mul_(part)
+        low, high = part.aminmax()
+        found.append((low.item(), high.item()))
+    return found
+
+
+def refuse_labels(target: Tensor, illegal: Tensor, void: float | None) -> None:
+    """Refuse what is marked `illegal`; the void elements among it are legal."""
+    kind = "be in [0, 1]" if target.is_floating_point() else "hold only 0 and 1"
+    if void is not None:
+        kind += f" (besides ignore_index={void:g})"
+        illegal = illegal & valid_elements(target, void)
+    value = target[illegal][0].item()
+    remedy = "name a label that means nothing with `ignore_index`"
+    if value < 0:
+        remedy = f"for labels -1 and 1 pass `target > 0`; {remedy}"
+    elif value >= 2:
+        remedy = f"for a 0/255 mask pass `mask > 0`, for soft edges `mask / 255`; {remedy}"
+    refuse("target", kind, f"the value {_errors.exact(value)}", remedy)
+
+
+def _not_binary(target: Tensor) -> Tensor:
+    return (target != 0) & (target != 1)
+
+
+def as_labels(target: Tensor, dtype: torch.dtype, void: float | None, legal: bool) -> Tensor:
+    """Labels in a floating dtype. Illegal integers become nan if they could not be looked at."""
+    if target.dtype == torch.bool and readable(target):
+        target = as_bytes(target)
+    y = target.to(dtype)
+    if legal:
+        return y
+    illegal = _not_binary(target)
+    valid = valid_elements(target, void)
+    return torch.where(illegal if valid is None else illegal & valid, torch.nan, y)
+
+
+def like_probabilities(input: Tensor) -> str:
+    """What these logits look like, "probabilities" or "log-probabilities", or "" for logits.
+
+    Probabilities: all in [0, 1], spread over it or crowded at one end; the logits of an untrained
+    network can be in [0, 1] too, but in a heap clear of both ends. Log-probabilities: those of a
+    softmax over dimension 1.
+    """
+    if not readable(input) or input.numel() < _FROM:
+        return ""
+    x = input.detach()
+    low, high = (float(end) for end in x.aminmax())
+    if high <= 0 and x.dim() > 1 and x.shape[1] > 1:
+        if float(x.logsumexp(1).abs().max()) < 1e-2:
+            return "log-probabilities"
+    if not (low >= 0 and high <= 1 and high - low >= _LEVEL):
+        return ""
+    crowd = max(int((x <= high / 10).sum()), int((1 - x <= (1 - low) / 10).sum()))
+    spread = low <= 0.25 and high >= 0.75
+    return "probabilities" if spread or crowd >= _CROWD * x.numel() else ""
+
+
+# -- weights
+
+
+def along_labels(name: str, value: Tensor | None, size: torch.Size) -> None:
+    """Refuse one weight per label where it would lie along the last dimension."""
+    if isinstance(value, Tensor) and value.dim() == 1 and len(value) > 1 and len(size) > 2:
+        ones = ", 1" * (len(size) - 2)
+        refuse(
+            name, f"have one value per label, shape ({size[1]}{ones})",
+            f"shape {tuple(value.shape)}, which would lie along the last dimension",
+            f"pass `{name}.reshape(-1{ones})`",
+        )  # fmt: skip
+
+
+# -- perturbation
+
+
+class Perturbation(NamedTuple):
+    """Probability, strength and prior: numbers, or tensors that broadcast to the input."""
+
+    alpha: float | Tensor
+    beta: float | Tensor
+    prior: float | Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [value for value in self if isinstance(value, Tensor)]
+
+    def strength(self, dtype: torch.dtype) -> float | Tensor:
+        """alpha * beta, in a dtype of at least float32."""
+        alpha, beta = self.alpha, self.beta
+        if isinstance(alpha, Tensor):
+            if alpha.dtype == torch.bool and readable(alpha):
+                alpha = as_bytes(alpha)
+            alpha = alpha.to(dtype)
+        if isinstance(beta, Tensor):
+            beta = beta.to(dtype)
+        # A multiplication by 1 would only cost the call.
+        return alpha if not isinstance(beta, Tensor) and beta == 1 else alpha * beta
+
+
+def perturbation(
+    alpha: float | Tensor, beta: float | Tensor | None, prior: float | Tensor, size: torch.Size
+) -> Perturbation:
+    """Check shapes, and a tensor alpha on a CPU; (N,) tensors then broadcast along dimension 0.
+
+    Numbers have passed `numbers`, which leaves beta None only for a tensor prior.
+    """
+    if isinstance(alpha, Tensor):
+        remedy = "the third argument is alpha; pass a weight as `weight=`"
+        _in_unit("alpha", alpha, remedy)
+    if isinstance(prior, Tensor):
+        prior = prior_of(prior, size)
+    if beta is None:
+        assert isinstance(prior, Tensor)
+        beta = 1 / torch.maximum(prior, 1 - prior)
+    else:
+        beta = _by_sample("beta", beta, size)
+    return Perturbation(_by_sample("alpha", alpha, size), beta, prior)
+
+
+def numbers(
+    alpha: float | Tensor, beta: float | Tensor | None, prior: float | Tensor, every: bool = False
+) -> float | Tensor | None:
+    """Check the ranges of numbers. Returns beta, which is None only for a tensor prior.
+
+    Two numbers must also keep the order of the labels, alpha * beta <= 1. A tensor may hold drawn
+    zeros and ones, at which single labels are flipped. A prior of the batch's size is like
+    labels: unless `every`, it is checked if that costs nothing.
+    """
+    limit = 2.0
+    if isinstance(prior, Tensor):
+        if every or (readable(prior) and prior.numel() <= _FEW):
+            low, high = _in_unit("prior", prior)
+            limit = (1 + _ROUNDING) / max(high, 1 - low)
+    else:
+        _errors.inside("prior", prior, 0.0, 1.0, remedy="pass `torch.as_tensor(prior)`")
+        limit = 1 / max(prior, 1 - prior)
+        beta = limit if beta is None else beta
+    if not isinstance(alpha, Tensor):
+        _errors.number("alpha", alpha, 0.0, 1.0, remedy="pass `torch.as_tensor(alpha)`")
+    if beta is not None and not isinstance(beta, Tensor):
+        _errors.number("beta", beta, 0.0, limit, remedy="pass `torch.as_tensor(beta)`")
+        if not isinstance(alpha, Tensor) and alpha * beta > 1:
+            wanted = "be at most 1 / beta, so that the labels keep their order"
+            refuse("alpha", wanted, f"alpha * beta = {alpha} * {beta} > 1", "lower one of them")
+    return beta
+
+
+def prior_of(value: Tensor, size: torch.Size) -> Tensor:
+    """A tensor prior in at least float32, broadcasting from the last dimension, as pos_weight."""
+    if value.is_complex():
+        refuse("prior", "be a real Tensor", value.dtype, error=TypeError)
+    along_labels("prior", value, size)
+    value = value.to(torch.promote_types(value.dtype, torch.float32))
+    if value.dim() <= len(size) and _broadcasts(value.shape, size[len(size) - value.dim() :]):
+        return value.reshape((1,) * (len(size) - value.dim()) + tuple(value.shape))
+    wanted = f"be a number or a tensor that broadcasts to {tuple(size)} from the last dimension"
+    refuse("prior", wanted, f"shape {tuple(value.shape)}")
+
+
+def prior_buffer(prior: Tensor) -> Tensor:
+    """A tensor prior as a module keeps it: a checked float32 copy."""
+    if prior.is_complex():
+        refuse("prior", "be a real Tensor", prior.dtype, error=TypeError)
+    _in_unit("prior", prior)
+    with torch.inference_mode(False):
+        return prior.detach().clone().float()
+
+
+def _in_unit(name: str, value: Tensor, remedy: str = "") -> tuple[float, float]:
+    """Refuse values outside [0, 1] and nan, if they can be read; return the ends of the others."""
+    # `readable` comes before the size, which would specialise a compiled graph.
+    if value.dtype == torch.bool or value.is_complex() or not readable(value) or not value.numel():
+        return 0.5, 0.5
+    low, high = (end.item() for end in value.detach().aminmax())
+    if not (low >= 0 and high <= 1):
+        refuse(name, "be in [0, 1]", f"the value {_errors.exact(high if high > 1 else low)}", remedy)
+    return low, high
+
+
+def _by_sample(name: str, value: float | Tensor, size: torch.Size) -> float | Tensor:
+    """Check the shape of alpha or beta; reshape (N,) so that it broadcasts along dimension 0."""
+    if not isinstance(value, Tensor):
+        return value if isinstance(value, (int, float)) else float(value)
+    if value.dim() == 0:
+        return value
+    if value.dim() == 1 and len(size) > 0 and value.shape[0] == size[0]:
+        return value.reshape(value.shape[0], *(1 for _ in size[1:]))
+    if value.dim() == len(size) > 1 and _broadcasts(value.shape, size):
+        return value
+    samples = f"{size[0]} values, one per sample (dimension 0)" if size else "no dimension"
+    wanted = f"be a number, a 0-d tensor, {samples}, or a tensor of {len(size)} dimensions"
+    refuse(name, f"{wanted} that broadcasts to {tuple(size)}", f"shape {tuple(value.shape)}")
+
+
+def _broadcasts(shape: torch.Size, size: torch.Size) -> bool:
+    return all(have in (1, want) for have, want in zip(shape, size, strict=True))
