@@ -3,14 +3,17 @@
 from importlib import import_module as _import_module
 from typing import Any as _Any
 
-from .adaptive import AdaptivePerturbation
-from .bootstrap import ImageHistograms, Interval
 from .data import IndexedDataset
 from .functional import perturb_target, sc_bce_with_logits
-from .histogram import CalibrationHistogram
-from .loss import SCBCEWithLogitsLoss
-from .measures import Decomposition, Reliability
-from .posthoc import IsotonicCalibration, TemperatureScaling
+from .losses import AdaptivePerturbation, SCBCEWithLogitsLoss
+from .measure import (
+    CalibrationHistogram,
+    Decomposition,
+    ImageHistograms,
+    Interval,
+    Reliability,
+)
+from .repair import IsotonicCalibration, TemperatureScaling
 
 __version__ = "0.2.0"
 

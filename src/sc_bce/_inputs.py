@@ -1,4 +1,4 @@
-"""What a caller passes, looked at once: sizes, dtypes, labels, ignored elements, alpha, beta, prior.
+"""What a caller passes, looked at once: sizes, labels, ignored elements, alpha, beta, prior.
 
 The rooms below check nothing again. On a CPU every label is looked at, always; under compile, vmap
 and on accelerators nothing waits, and an illegal integer gives nan.
@@ -6,7 +6,6 @@ and on accelerators nothing waits, and an illegal integer gives nan.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -159,7 +158,7 @@ def check_labels(target: Tensor, void: float | None) -> bool:
     if target.dtype == torch.bool:
         return True
     if readable(target) and target.dtype not in UNREDUCIBLE:
-        if all(low >= 0 and high <= 1 or low != low for low, high in _ends(target, void)):
+        if all((low >= 0 and high <= 1) or low != low for low, high in _ends(target, void)):
             return True
     elif target.is_floating_point() and target.device.type != "cpu":
         return True  # to look would cost an accelerator a pass

@@ -1,4 +1,4 @@
-"""What torch allows here and now: which tensors may be read, which dtypes and calls a device has."""
+"""What torch allows here and now: tensors that may be read, dtypes and calls that a device has."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _batch, _checks, _fused
+from . import _batch, _checks
 from ._batch import Batch, Perturbation
+from .kernels import cpu as _fused
 
 __all__ = ["perturb_target", "sc_bce_with_logits"]
 

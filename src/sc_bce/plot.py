@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from . import _checks, measures
-from .histogram import CalibrationHistogram
-from .measures import Reliability
+from . import _checks
+from .measure import scores as measures
+from .measure.histogram import CalibrationHistogram
+from .measure.scores import Reliability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

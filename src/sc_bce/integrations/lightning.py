@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import _checks
-from ..adaptive import AdaptivePerturbation
-from ..histogram import CalibrationHistogram
-from ..loss import SCBCEWithLogitsLoss
+from ..losses import AdaptivePerturbation, SCBCEWithLogitsLoss
+from ..measure import CalibrationHistogram
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import _checks
-from ._batch import FRACTION, home, readable
-from ._checks import sentence
+from .. import _checks
+from .._batch import FRACTION, home, readable
+from .._checks import sentence
 
 __all__ = [
     "Climb",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import _batch, _checks
+from .. import _batch, _checks
 
 _BLOCK = 1 << 18  # elements worked on at a time: 1 MiB of float32, inside a CPU's cache
 _ROWS = 4  # threads that count in parallel

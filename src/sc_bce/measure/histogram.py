@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _batch, _checks, _tally, measures
-from .measures import Bins, Cells, Decomposition, Reliability
+from .. import _batch, _checks
+from . import cells as _tally
+from . import scores as measures
+from .scores import Bins, Cells, Decomposition, Reliability
 
 __all__ = ["CalibrationHistogram"]
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import _batch, _checks
-from ._checks import sentence
-from .functional import perturbed_loss, sc_bce_with_logits
+from .. import _batch, _checks
+from .._checks import sentence
+from ..functional import perturbed_loss, sc_bce_with_logits
 
 __all__ = ["SCBCEWithLogitsLoss"]
 

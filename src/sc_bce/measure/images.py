@@ -8,7 +8,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from . import _batch, _checks, _tally
+from .. import _batch, _checks
+from . import cells as _tally
 from .histogram import CalibrationHistogram, holding, restored
 
 __all__ = ["ImageHistograms", "Interval"]

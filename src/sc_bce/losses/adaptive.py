@@ -10,16 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _batch, _checks, levels
-from ._batch import Batch, Perturbation
-from ._checks import sentence
-from .functional import (
+from .. import _batch, _checks
+from .._batch import Batch, Perturbation
+from .._checks import sentence
+from ..functional import (
     Observed,
     Wanted,
     observed,
     perturbed_loss_and_observed,
     sc_bce_with_logits,
 )
+from . import levels
 from .levels import Levels, Rule
 
 __all__ = ["AdaptivePerturbation"]

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import _batch, _checks, _tally, measures
-from .histogram import CalibrationHistogram, by_label, holding
-from .measures import Blocks, Cells
+from .. import _batch, _checks
+from ..measure import cells as _tally
+from ..measure import scores as measures
+from ..measure.histogram import CalibrationHistogram, by_label, holding
+from ..measure.scores import Blocks, Cells
 
 __all__ = ["IsotonicCalibration", "TemperatureScaling"]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from ._batch import (
+from .._batch import (
     UNREDUCIBLE,
     Batch,
     Perturbation,

@@ -1,0 +1,1 @@
+"""The formula, faster where a device has its own way."""
