@@ -1,16 +1,16 @@
-"""Which path a batch takes on a CPU: the fused sweep or torch's own calls."""
+"""Which path a batch takes on a CPU: the sweep or torch's own calls."""
 
 from unittest import mock
 
-from sc_bce import _fused
+from sc_bce.kernels import cpu
 
 
 def fusing(block=8):
     """Every batch that the sweep can take takes it, in blocks of a few elements."""
-    least = dict.fromkeys(("_MIN_ELEMENTS", "_MIN_FIXED", "_MIN_WEIGHTED", "_MIN_PER_ROW"), 1)
-    return mock.patch.multiple(_fused, _BLOCK=block, _MOST_THREADS=1, **least)
+    least = dict.fromkeys(("MIN_ELEMENTS", "MIN_FIXED", "MIN_WEIGHTED", "MIN_PER_ROW"), 1)
+    return mock.patch.multiple(cpu, BLOCK=block, MOST_THREADS=1, **least)
 
 
 def plain():
     """No batch takes the sweep."""
-    return mock.patch.object(_fused, "_MIN_PER_ROW", 1 << 60)
+    return mock.patch.object(cpu, "MIN_PER_ROW", 1 << 60)

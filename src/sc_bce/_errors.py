@@ -92,7 +92,7 @@ def unit_number(name: str, value: object, high: float = 1.0) -> float:
     if isinstance(value, Tensor):
         if value.dim() > 0 or value.is_complex():
             wanted = f"be a number or a 0-d tensor in [0, {high:g}]"
-            refuse(name, wanted, f"a tensor of shape {tuple(value.shape)}", "pass its mean", TypeError)
+            refuse(name, wanted, value, "pass its mean", TypeError)
         value = value.item()
     number(name, value, 0.0, high)
     return float(value)  # type: ignore[arg-type]

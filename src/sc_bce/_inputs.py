@@ -74,6 +74,30 @@ class Batch(NamedTuple):
         """The target in a floating dtype; an illegal label that could not be refused is nan."""
         return as_labels(self.target, dtype, self.void, self.legal)
 
+    def valid(self) -> Tensor | None:
+        """Mask of the elements that count; None if all do."""
+        return valid_elements(self.target, self.void)
+
+
+class Wanted(NamedTuple):
+    """What to look at in a batch beside its loss."""
+
+    slopes: bool = False
+    hits: bool = False
+    labels: tuple[int, ...] | None = None  # a shape that broadcasts to the batch, () to pool all
+    share: Tensor | None = None  # weight of each sample in the counts, (N,)
+
+
+NOTHING = Wanted()
+
+
+class Seen(NamedTuple):
+    """What a batch shows; None if it was not wanted."""
+
+    slopes: Tensor | None = None  # mean of weight (y - c) x of each sample, (N,)
+    hits: Tensor | None = None  # share of each sample's elements that are right at 1/2, (N,)
+    counts: tuple[float | Tensor, Tensor] | None = None  # elements and sum of labels, by label
+
 
 def batch(input: Tensor, target: Tensor, ignore_index: float | None) -> Batch:
     logits(input)
@@ -157,16 +181,18 @@ def check_labels(target: Tensor, void: float | None) -> bool:
     """
     if target.dtype == torch.bool:
         return True
+    floating = target.is_floating_point()
     if readable(target) and target.dtype not in UNREDUCIBLE:
         if all((low >= 0 and high <= 1) or low != low for low, high in _ends(target, void)):
             return True
-    elif target.is_floating_point() and target.device.type != "cpu":
+    elif floating and (target.device.type != "cpu" or torch.compiler.is_compiling()):
         return True  # to look would cost an accelerator a pass
-    illegal = (target < 0) | (target > 1) if target.is_floating_point() else _not_binary(target)
-    found = any_set(illegal if void is None else illegal & valid_elements(target, void))
+    illegal = (target < 0) | (target > 1) if floating else _not_binary(target)
+    valid = valid_elements(target, void)
+    found = any_set(illegal if valid is None else illegal & valid)
     if found:
         refuse_labels(target, illegal, void)
-    return found is not None or target.is_floating_point()
+    return found is not None or floating
 
 
 def _ends(target: Tensor, void: float | None) -> list[tuple[float, float]]:
@@ -230,9 +256,9 @@ def like_probabilities(input: Tensor) -> str:
         return ""
     x = input.detach()
     low, high = (float(end) for end in x.aminmax())
-    if high <= 0 and x.dim() > 1 and x.shape[1] > 1:
-        if float(x.logsumexp(1).abs().max()) < 1e-2:
-            return "log-probabilities"
+    softmax = high <= 0 and x.dim() > 1 and x.shape[1] > 1
+    if softmax and float(x.logsumexp(1).abs().max()) < 1e-2:
+        return "log-probabilities"
     if not (low >= 0 and high <= 1 and high - low >= _LEVEL):
         return ""
     crowd = max(int((x <= high / 10).sum()), int((1 - x <= (1 - low) / 10).sum()))
@@ -350,6 +376,13 @@ def prior_buffer(prior: Tensor) -> Tensor:
         return prior.detach().clone().float()
 
 
+def flat_prior(prior: float | Tensor) -> Tensor:
+    """A prior as a float32 tensor of at most one dimension."""
+    if not isinstance(prior, Tensor):  # on the CPU, also under another default device
+        return torch.tensor(prior, dtype=torch.float32, device="cpu")
+    return prior.float().reshape(-1) if prior.dim() else prior.float()
+
+
 def _in_unit(name: str, value: Tensor, remedy: str = "") -> tuple[float, float]:
     """Refuse values outside [0, 1] and nan, if they can be read; return the ends of the others."""
     # `readable` comes before the size, which would specialise a compiled graph.
@@ -357,7 +390,8 @@ def _in_unit(name: str, value: Tensor, remedy: str = "") -> tuple[float, float]:
         return 0.5, 0.5
     low, high = (end.item() for end in value.detach().aminmax())
     if not (low >= 0 and high <= 1):
-        refuse(name, "be in [0, 1]", f"the value {_errors.exact(high if high > 1 else low)}", remedy)
+        value = _errors.exact(high if high > 1 else low)
+        refuse(name, "be in [0, 1]", f"the value {value}", remedy)
     return low, high
 
 

@@ -12,7 +12,7 @@ from typing import Any, SupportsIndex
 
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
-from . import _checks
+from ._errors import describe, refuse
 
 __all__ = ["IndexedDataset"]
 
@@ -74,7 +74,11 @@ class IndexedDataset(Dataset[Any]):
         dataset = self.dataset
         fetch = getattr(dataset, "__getitems__", None)
         items = fetch(indices) if fetch else [dataset[index] for index in indices]
-        _require_list(items, len(indices))
+        if not isinstance(items, (list, tuple)) or len(items) != len(indices):
+            raise TypeError(
+                f"Expected the dataset's `__getitems__` to return a list of {len(indices)} items, "
+                f"but got {describe(items)}; a dataset of columns has no item to add an index to"
+            )
         pairs = zip(items, indices, strict=True)
         # Most batches hold items of one type, so that one check is enough.
         kinds = set(map(type, items))
@@ -123,17 +127,11 @@ def _as_position(index: object, size: int) -> int:
     if type(index) is int and 0 <= index < size:
         return index
     if not isinstance(index, SupportsIndex):
-        raise TypeError(
-            _checks.sentence(
-                "index", "be an int", _checks.describe(index),
-                "a sampler of batches belongs into DataLoader's `batch_sampler`",
-            )
-        )  # fmt: skip
+        remedy = "a sampler of batches belongs into DataLoader's `batch_sampler`"
+        refuse("index", "be an int", describe(index), remedy, TypeError)
     place = operator.index(index)
     if not -size <= place < size:
-        raise IndexError(
-            f"Expected argument `index` to be in [{-size}, {size - 1}], but got {place}"
-        )
+        refuse("index", f"be in [{-size}, {size - 1}]", place, error=IndexError)
     return place % size
 
 
@@ -144,31 +142,16 @@ def _as_positions(indices: Sequence[int], size: int) -> Sequence[int]:
     return [_as_position(index, size) for index in indices]
 
 
-def _require_list(items: object, count: int) -> None:
-    if not isinstance(items, (list, tuple)) or len(items) != count:
-        raise TypeError(
-            f"Expected the dataset's `__getitems__` to return a list of {count} items, but got "
-            f"{_checks.describe(items)}; a dataset of columns has no item to put an index into"
-        )
-
-
 def _require_map_style(dataset: object) -> None:
     if _is_indexed(dataset):
-        got, remedy = "an IndexedDataset, which yields its index already", "pass it on as it is"
-        if not isinstance(dataset, IndexedDataset):
-            got = f"a {type(dataset).__name__} of {got}"
-            remedy = "build that of the datasets inside, and wrap it as a whole"
-        raise TypeError(_checks.sentence("dataset", "yield no index yet", got, remedy))
+        remedy = "wrap the innermost dataset alone, or the whole of several ones"
+        got = f"a {type(dataset).__name__} that yields its index already"
+        refuse("dataset", "yield no index yet", got, remedy, TypeError)
     complete = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if not complete or isinstance(dataset, (IterableDataset, type)):
-        raise TypeError(
-            _checks.sentence(
-                "dataset", "be a map-style dataset, with __getitem__ and __len__",
-                _checks.describe(dataset),
-                "samples of a stream have no index: use AdaptivePerturbation(num_samples=None) "
-                "there",
-            )
-        )  # fmt: skip
+        wanted = "be a map-style dataset, with __getitem__ and __len__"
+        remedy = "samples of a stream have no index: use AdaptivePerturbation(num_samples=None)"
+        refuse("dataset", wanted, describe(dataset), remedy, TypeError)
 
 
 def _is_indexed(dataset: object) -> bool:
@@ -182,12 +165,7 @@ def _is_indexed(dataset: object) -> bool:
 
 def _require_new_key(key: str, names: Collection[str], field: bool = False) -> None:
     if field and (not key.isidentifier() or keyword.iskeyword(key) or key.startswith("_")):
-        raise ValueError(
-            f"Expected argument `key` to be a field name of the items' namedtuple, but got "
-            f"{key!r}; choose an identifier without a leading underscore"
-        )
+        remedy = "choose an identifier without a leading underscore"
+        refuse("key", "be a field name of the items' namedtuple", repr(key), remedy)
     if key in names:
-        raise ValueError(
-            f"Expected argument `key` to be a new name in the items, but got {key!r}, which is "
-            "there already; choose another"
-        )
+        refuse("key", "be a new name in the items", f"{key!r}, which is there already")

@@ -1,20 +1,19 @@
-r"""The functional layer: the loss as pure functions, without state and without randomness.
+r"""The formula: q = y + s (c - y), its binary cross entropy, and what one batch shows beside it.
 
 The letters are those of Liu et al. 2023: :math:`\alpha` is the perturbation probability (not the
-class balance of focal loss) and :math:`\beta` the perturbation strength.
+class balance of focal loss) and :math:`\beta` the perturbation strength; s is their product.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _batch, _checks
-from ._batch import Batch, Perturbation
-from .kernels import cpu as _fused
+from . import _errors, _inputs
+from ._inputs import NOTHING, Batch, Perturbation, Seen, Wanted
+from ._torch import UNREDUCIBLE, as_bytes, readable
+from .kernels import cpu
 
 __all__ = ["perturb_target", "sc_bce_with_logits"]
 
@@ -25,7 +24,7 @@ def perturb_target(
     beta: float | Tensor | None = None,
     *,
     prior: float | Tensor = 0.5,
-    ignore_index: int | None = None,
+    ignore_index: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Smooth binary labels: the effective target of self-calibrating BCE, for use with any loss.
@@ -44,16 +43,8 @@ def perturb_target(
 
     Args:
         target: labels in [0, 1], of dtype bool, integer (0 and 1 only) or floating point.
-        alpha: perturbation probability in [0, 1]: a number, a 0-d tensor, an (N,) tensor (one
-            value per sample, dimension 0), or a tensor with as many dimensions as ``target`` that
-            broadcasts to it. Default: 0.
-        beta: perturbation strength in [0, 1 / max(prior, 1 - prior)], in the same forms; the
-            values of a tensor are not checked. None takes the largest: 2 at ``prior=0.5``, 1 for
-            a prior of 0 or 1. Default: None.
-        prior: what perturbed labels move towards: a number between 0 and 1, or a tensor that
-            broadcasts to ``target`` from the last dimension, as ``pos_weight`` does: (C,) for
-            (N, C), (C, 1, 1) for (N, C, H, W). Default: 1/2.
-        ignore_index: target value that is left unchanged. Default: None.
+        alpha, beta, prior: as in :func:`sc_bce_with_logits`. Default: 0, None and 1/2.
+        ignore_index: target value that is left unchanged, or ``math.nan``. Default: None.
         dtype: dtype of the result. Default: that of ``target``, or torch's default dtype for
             bool and integer targets, but at least float32.
 
@@ -62,20 +53,11 @@ def perturb_target(
         - Returns: the same.
 
     Raises:
-        ValueError: a number is out of its range; ``alpha * beta > 1``, which would reverse the
-            labels; a tensor does not broadcast; on the CPU, a tensor ``alpha`` has values outside
-            [0, 1], or an integer label is neither 0 nor 1.
-        TypeError: an argument has the wrong type; ``dtype`` is not floating point.
+        ValueError, TypeError: as :func:`sc_bce_with_logits`.
 
     Note:
         ``q`` is computed in at least float32. In bfloat16, 1 - 0.001 rounds to 1 while 0.001
-        survives, so only the negatives would be smoothed. Labels are checked on the CPU,
-        floating-point ones only in small tensors. If an integer label can't be read without
-        waiting (on an accelerator, under compile or vmap), an illegal one gives nan.
-
-        A prior other than 1/2 moves the decision threshold: a network that learned ``q`` predicts
-        1/2 where P(y = 1) is (1/2 - s c) / (1 - s), with s = alpha * beta. To decide by
-        P(y = 1) >= 1/2, test ``sigmoid(x) >= (1 - s) / 2 + s * c``.
+        survives, so only the negatives would be smoothed.
 
     References:
         Liu et al., ICCV 2023, arXiv 2307.13539 (label perturbation).
@@ -92,18 +74,16 @@ def perturb_target(
         >>> perturb_target(torch.tensor([0.0, 1.0]), alpha=0.1, beta=1.0, prior=0.02)
         tensor([0.0020, 0.9020])
     """
-    beta = _batch.require_numbers(alpha, beta, prior)
-    _batch.label(target)
-    given = _batch.perturbation(alpha, beta, prior, target.size())
-    ignore_index = _checks.ignore_index(ignore_index)
+    beta = _inputs.numbers(alpha, beta, prior)
+    _inputs.label(target)
+    given = _inputs.perturbation(alpha, beta, prior, target.size())
     if dtype is None:
         own = target.dtype if target.is_floating_point() else torch.get_default_dtype()
         dtype = torch.promote_types(own, torch.float32)
-    _checks.floating_dtype("dtype", dtype)
-    valid = None if ignore_index is None else _batch.valid_elements(target, ignore_index)
-    legal = _batch.require_labels(target, valid, ignore_index)
-    y = _batch.as_labels(target, torch.promote_types(dtype, torch.float32), valid, legal)
-    q = given.towards_prior(y)
+    void = _inputs.held(target, _errors.ignored(ignore_index))
+    legal = _inputs.check_labels(target, void)
+    y = _inputs.as_labels(target, torch.promote_types(dtype, torch.float32), void, legal)
+    valid, q = _inputs.valid_elements(target, void), towards_prior(y, given)
     return (q if valid is None else torch.where(valid, q, y)).to(dtype)
 
 
@@ -116,7 +96,7 @@ def sc_bce_with_logits(
     prior: float | Tensor = 0.5,
     weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
-    ignore_index: int | None = None,
+    ignore_index: float | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     r"""Compute binary cross entropy with label smoothing or perturbation (SC-BCE) from logits.
@@ -146,8 +126,8 @@ def sc_bce_with_logits(
             value per sample, dimension 0), or a tensor with as many dimensions as ``input`` that
             broadcasts to it. Default: 0.
         beta: perturbation strength in [0, 1 / max(prior, 1 - prior)], in the same forms; the
-            values of a tensor are not checked. None takes the largest: 2 at ``prior=0.5``.
-            Default: None.
+            values of a tensor are not checked. None takes the largest: 2 at ``prior=0.5``, 1 for
+            a prior of 0 or 1. Default: None.
         prior: what perturbed labels move towards: 1/2 in the paper, or the base rate of the
             positives if they are rare. A number between 0 and 1, or a tensor that broadcasts
             to ``input`` from the last dimension, as ``pos_weight`` does: (C,) for (N, C),
@@ -156,8 +136,9 @@ def sc_bce_with_logits(
         pos_weight: as in torch, the weight w of positive examples. It shifts the minimum from
             logit ``q`` to logit ``q`` + log w. At w s c / (1 - s c) >= 1 every negative is
             predicted positive. Default: None.
-        ignore_index: elements whose target has this value give exactly zero loss and gradient,
-            whatever their logit, and are not counted in the mean. Default: None.
+        ignore_index: elements whose target has this value are left out: they give exactly zero
+            loss and gradient, whatever their logit, and do not count in the mean. An int, or
+            ``math.nan`` for missing labels. Default: None.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``. Default: ``"mean"``.
 
     Shape:
@@ -167,27 +148,28 @@ def sc_bce_with_logits(
 
     Raises:
         ValueError: a number is out of its range; ``alpha * beta > 1``; ``reduction`` is unknown;
-            sizes differ; a tensor does not broadcast; on the CPU, a tensor ``alpha`` has values
-            outside [0, 1], or an integer label is neither 0 nor 1. At ``alpha=0`` torch raises
-            its own errors.
+            sizes differ; a tensor does not broadcast, or would lie along the wrong dimension; on
+            the CPU, a tensor ``alpha`` or a label is outside [0, 1], or an integer label is
+            neither 0 nor 1. At ``alpha=0`` torch raises its own errors.
         TypeError: an argument has the wrong type.
 
     Note:
         Half and bfloat16 are computed in float32, except at a number ``alpha=0``, which is
         torch's own call; the result has torch's dtype. The loss is differentiable in input,
         target, alpha, beta and prior, and works under compile, export, vmap, forward-mode AD,
-        double backward and autocast. Integer labels are checked on the CPU. If they can't be read
-        without waiting (on an accelerator, under compile or vmap), an illegal one gives nan.
-        Floating-point labels are checked if that costs no extra pass: in small batches and in the
-        fused sweep. If every element is ignored, the mean is 0; the mean of an empty batch is
-        nan, as in torch.
+        double backward and autocast. On the CPU every label is looked at. Where one can't be read
+        without waiting (on an accelerator, under compile or vmap), an illegal integer gives nan
+        and floating-point labels are taken as they are. If every element is ignored, the mean is
+        0; the mean of an empty batch is nan, as in torch. The gradient is torch's: 0 at logit 40
+        and target 1, and an infinite logit that is right has a loss of nan.
 
-        A prior other than 1/2 moves the decision threshold: P(y = 1) >= 1/2 becomes
+        A prior other than 1/2 moves the decision threshold: a network that learned ``q`` predicts
+        1/2 where P(y = 1) is (1/2 - s c) / (1 - s). To decide by P(y = 1) >= 1/2, test
         ``sigmoid(x) >= (1 - s) / 2 + s * c``. A repair after training brings it back to 1/2.
 
-        Large contiguous batches on a CPU, reduced and without ``pos_weight``, take one fused
-        sweep: the same gradient, and a loss within 1.2e-7 per element in float32. Backward reads
-        the target mask that you passed; do not modify it in place before calling ``backward()``.
+        Large contiguous batches on a CPU, reduced and without ``pos_weight``, take one sweep: the
+        same gradient, and a loss within 1.2e-7 per element in float32. Backward reads the target
+        mask that you passed; do not modify it in place before calling ``backward()``.
 
     References:
         Liu et al., ICCV 2023, arXiv 2307.13539 (SC-BCE).
@@ -206,28 +188,27 @@ def sc_bce_with_logits(
         >>> sc_bce_with_logits(input, target, alpha=0.1, beta=1.0, prior=0.02)
         tensor(0.3871)
     """
-    beta = _batch.require_numbers(alpha, beta, prior)
-    ignore_index = _checks.ignore_index(ignore_index)
+    beta = _inputs.numbers(alpha, beta, prior)
+    ignore_index = _errors.ignored(ignore_index)
     if ignore_index is None and not isinstance(alpha, Tensor) and alpha == 0:
         return bce_with_logits(input, target, weight, pos_weight, reduction)
-    _checks.reduction(reduction)
-    batch = _batch.prepare(input, target, ignore_index)
-    given = _batch.perturbation(alpha, beta, prior, input.size())
-    return perturbed_loss(batch, given, weight, pos_weight, reduction)
+    _errors.choice("reduction", reduction, ("none", "mean", "sum"))
+    batch = _inputs.batch(input, target, ignore_index)
+    given = _inputs.perturbation(alpha, beta, prior, input.size())
+    return perturbed_loss(batch, given, weight, pos_weight, reduction)[0]
 
 
 def bce_with_logits(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    reduction: str,
+    input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str
 ) -> Tensor:
     """Torch's own call, with its errors and its bits, for masks of any dtype."""
-    if isinstance(target, Tensor) and not target.is_floating_point():
-        _batch.logits(input)
-        legal = _batch.require_labels(target, None, None)
-        target = _batch.as_labels(target, input.dtype, None, legal)
+    if isinstance(input, Tensor) and isinstance(target, Tensor) and not target.is_complex():
+        _inputs.along_labels("weight", weight, input.size())
+        _inputs.along_labels("pos_weight", pos_weight, input.size())
+        legal = _inputs.check_labels(target, None)
+        if not target.is_floating_point():
+            _inputs.logits(input)
+            target = _inputs.as_labels(target, input.dtype, None, legal)
     return F.binary_cross_entropy_with_logits(
         input, target, weight, pos_weight=pos_weight, reduction=reduction
     )
@@ -239,121 +220,73 @@ def perturbed_loss(
     weight: Tensor | None,
     pos_weight: Tensor | None,
     reduction: str,
-) -> Tensor:
-    """The loss of a prepared batch."""
-    if pos_weight is None and reduction != "none":
-        found = _fused.sums(batch, given, weight=weight)
-        if found is not None:
-            return _reduced(found, batch, reduction)
-    batch = batch.with_valid()
-    input, dtype = batch.input, batch.dtype()
-    if isinstance(given.alpha, Tensor) or given.alpha != 0:
-        wide = torch.promote_types(dtype, torch.float32)
-        q = given.towards_prior(batch.labels(wide))
-        input = input.to(torch.promote_types(input.dtype, torch.float32))
-    else:
-        q = batch.labels(dtype)
-    if batch.valid is None:
-        loss = F.binary_cross_entropy_with_logits(
-            input, q, weight, pos_weight=pos_weight, reduction=reduction
-        )
-    else:
-        loss = _masked(input, q, weight, pos_weight, batch.valid, reduction)
-    return _cast(loss, batch)
+    wanted: Wanted = NOTHING,
+) -> tuple[Tensor, Seen]:
+    """The loss of a batch, and what it shows beside it, whatever alpha was drawn."""
+    _inputs.along_labels("weight", weight, batch.input.size())
+    _inputs.along_labels("pos_weight", pos_weight, batch.input.size())
+    swept = cpu.sweep(batch, given, weight, pos_weight, reduction, wanted)
+    if swept is None:
+        loss = _by_torch(batch, given, weight, pos_weight, reduction)
+        swept = loss, look(batch, given.prior, weight, wanted)
+    return _in_torchs_dtype(swept[0], batch), swept[1]
 
 
-class Observed(NamedTuple):
-    """What moves the levels and the observed prior; None if it was not requested."""
-
-    slopes: Tensor | None = None  # mean (y - c) x of each sample, (N,)
-    labels: Tensor | None = None  # as returned by `label_counts`
-    hits: Tensor | None = None  # share of each sample's elements that are right at 1/2, (N,)
-
-
-class Wanted(NamedTuple):
-    """What to observe; `labels` is the shape of the counts, which broadcasts to the batch."""
-
-    slopes: bool = False
-    labels: tuple[int, ...] | None = None
-    hits: bool = False
+def towards_prior(y: Tensor, given: Perturbation) -> Tensor:
+    """q = y + s (c - y)"""
+    c = given.prior.to(y.dtype) if isinstance(given.prior, Tensor) else given.prior
+    s = given.strength(y.dtype)
+    # In this form, not as (1 - s) y + s c, both labels round by the same amount.
+    if torch.compiler.is_compiling():
+        return y + s * (c - y)  # lerp branches at s >= 1/2, and inductor would emit both
+    end = c if isinstance(c, Tensor) else y.new_full((), c)
+    return torch.lerp(y, end, s)  # one pass over memory
 
 
-def perturbed_loss_and_observed(
+def _by_torch(
     batch: Batch,
     given: Perturbation,
     weight: Tensor | None,
     pos_weight: Tensor | None,
     reduction: str,
-    wanted: Wanted,
-) -> tuple[Tensor, Observed]:
-    """The loss, and what one pass over the batch sees beside it, whatever alpha was drawn."""
-    found = None
-    counted = wanted.labels is not None
-    if pos_weight is None and reduction != "none":
-        by_sample = wanted.slopes or wanted.hits
-        found = _fused.sums(batch, given, by_sample, counted, wanted.hits, weight)
-    if found is None:
-        batch = batch.with_valid()
-        loss = perturbed_loss(batch, given, weight, pos_weight, reduction)
-        return loss, observed(batch, given.prior, weight, wanted)
-    shape, size = found.shape, batch.input.shape
-    seen = Observed()
-    if wanted.slopes:
-        seen = seen._replace(slopes=_row_means(found.slope, found.valid, size))
-    if found.hits is not None:
-        seen = seen._replace(hits=_row_means(found.hits, found.valid, size))
-    if wanted.labels is not None and found.labels is not None:
-        labels = _batch.row_counts(found.labels, found.valid, shape, size, wanted.labels)
-        seen = seen._replace(labels=labels)
-    return _reduced(found, batch, reduction), seen
-
-
-def observed(
-    batch: Batch, prior: float | Tensor, weight: Tensor | None, wanted: Wanted
-) -> Observed:
-    """What `wanted` names, without computing the loss."""
-    batch = batch.with_valid()
-    return Observed(
-        mean_slopes(batch, prior, weight) if wanted.slopes else None,
-        None if wanted.labels is None else _batch.label_counts(batch, wanted.labels),
-        _batch.sample_accuracies(batch) if wanted.hits else None,
-    )
-
-
-def _row_means(total: Tensor, valid: Tensor | None, size: torch.Size) -> Tensor:
-    """Sums over rows as means over samples; nan for a sample without a valid element."""
-    total = total.view(size[0], -1).sum(1)
+) -> Tensor:
+    valid = batch.valid()
+    y = batch.labels(torch.promote_types(batch.dtype(), torch.float32))
+    if valid is not None and batch.void != batch.void:
+        y = torch.where(valid, y, 0.0)  # nan times a weight of 0 is nan
+    x = batch.input.to(torch.promote_types(batch.input.dtype, torch.float32))
+    q = y if not isinstance(given.alpha, Tensor) and given.alpha == 0 else towards_prior(y, given)
     if valid is None:
-        return (total * (size[0] / size.numel())).float()
-    return (total / valid.view(size[0], -1).sum(1)).float()
+        return F.binary_cross_entropy_with_logits(
+            x, q, weight, pos_weight=pos_weight, reduction=reduction
+        )
+    if reduction != "none" and readable(x):
+        # The mask as torch's weight: a fifth of the time. Ignored logits must then be finite.
+        keep = as_bytes(valid).to(x.dtype)
+        weighted = keep if weight is None else keep * weight
+        total = F.binary_cross_entropy_with_logits(
+            x, q, weighted, pos_weight=pos_weight, reduction="sum"
+        )
+        if bool(total.isfinite()):
+            return total if reduction == "sum" else total / _number(keep)
+    # The logit is replaced before the loss, so that an ignored inf or nan reaches no gradient.
+    # The loss is replaced after it, so that an ignored element adds exactly zero.
+    loss = F.binary_cross_entropy_with_logits(
+        torch.where(valid, x, 0.0), q, weight, pos_weight=pos_weight, reduction="none"
+    )
+    loss = torch.where(valid, loss, 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / _number(valid)
 
 
-def _reduced(found: _fused.Sums, batch: Batch, reduction: str) -> Tensor:
-    total = found.loss
-    if reduction == "mean":
-        # If all elements are void, 0 / 1.
-        count = batch.input.numel() if found.valid is None else found.valid.sum().clamp(min=1)
-        total = (total / count).to(total.dtype)
-    return _cast(total, batch)
+def _number(valid: Tensor) -> Tensor:
+    """Number of valid elements, 1 if there are none; an empty batch stays torch's 0 / 0."""
+    return valid.sum().clamp(min=min(1, valid.numel()))
 
 
-def mean_slopes(batch: Batch, prior: float | Tensor, weight: Tensor | None) -> Tensor:
-    """Mean slope (y - c) x of each sample, (N,) float32; no gradient.
-
-    Weighted as the loss is (torch's ``weight``, divided by the number of valid elements), so that
-    beta times it is the derivative of the sample's mean loss with respect to its alpha. nan for a
-    sample without a valid element.
-    """
-    # Low precision is accumulated in at least float32, like the labels.
-    y = batch.labels(torch.promote_types(batch.input.dtype, torch.float32)).detach()
-    slope = (y - prior) * batch.input.detach()
-    if weight is not None:
-        slope = slope * weight
-    return _batch.sample_means(slope, batch.valid)
-
-
-def _cast(loss: Tensor, batch: Batch) -> Tensor:
-    """Return the loss in torch's dtype; under autocast torch leaves BCE in float32."""
+def _in_torchs_dtype(loss: Tensor, batch: Batch) -> Tensor:
+    """The loss in torch's dtype; under autocast torch leaves BCE in float32."""
     dtype = batch.dtype()
     if loss.dtype == dtype:
         return loss
@@ -362,29 +295,93 @@ def _cast(loss: Tensor, batch: Batch) -> Tensor:
     has = device != "meta" and (
         torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     )
-    if has and torch.is_autocast_enabled(device):
-        return loss
-    return loss.to(dtype)
+    return loss if has and torch.is_autocast_enabled(device) else loss.to(dtype)
 
 
-def _masked(
-    input: Tensor,
-    q: Tensor,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    valid: Tensor,
-    reduction: str,
-) -> Tensor:
-    # The logit is replaced before the loss, so that an ignored inf or nan reaches no gradient.
-    # The loss is replaced after it, so that an ignored element adds exactly zero.
-    loss = F.binary_cross_entropy_with_logits(
-        torch.where(valid, input, 0.0), q, weight, pos_weight=pos_weight, reduction="none"
+# -- what one batch shows
+
+
+@torch.no_grad()
+def look(batch: Batch, prior: float | Tensor, weight: Tensor | None, wanted: Wanted) -> Seen:
+    """What is wanted of a batch, without its loss."""
+    if not (wanted.slopes or wanted.hits or wanted.labels is not None):
+        return Seen()
+    valid = batch.valid()
+    return Seen(
+        _slopes(batch, prior, weight, valid) if wanted.slopes else None,
+        _hits(batch, valid) if wanted.hits else None,
+        None if wanted.labels is None else _counts(batch, valid, wanted.labels, wanted.share),
     )
-    loss = torch.where(valid, loss, 0.0)
-    if reduction == "none":
-        return loss
-    total = loss.sum(dtype=torch.promote_types(loss.dtype, torch.float32))
-    if reduction == "mean":
-        # If all elements are ignored, 0 / 1; an empty batch stays torch's 0 / 0.
-        total = total / valid.sum().clamp(min=min(1, valid.numel()))
-    return total
+
+
+def _slopes(
+    batch: Batch, prior: float | Tensor, weight: Tensor | None, valid: Tensor | None
+) -> Tensor:
+    """Mean of (y - c) x over each sample, weighted as the loss is.
+
+    beta times it is the derivative of the sample's mean loss with respect to its alpha.
+    """
+    # Low precision is accumulated in at least float32, like the labels.
+    y = batch.labels(torch.promote_types(batch.input.dtype, torch.float32))
+    slope = (y - prior) * batch.input
+    return _sample_means(slope if weight is None else slope * weight, valid)
+
+
+def _hits(batch: Batch, valid: Tensor | None) -> Tensor:
+    """Share of each sample's elements that are right at 1/2."""
+    said, true = _at_least(batch.input, 0), _at_least(batch.target, 0.5)
+    if said.dtype == true.dtype:
+        hits = said.eq_(true) if readable(said) else said == true
+    else:
+        hits = (said > 0) == (true > 0)
+    return _sample_means(hits.float(), valid)
+
+
+def _at_least(value: Tensor, bound: float) -> Tensor:
+    """1 and 0, in the value's own dtype if possible: bools take many times as long."""
+    if value.dtype == torch.bool:
+        return value
+    if value.dtype in UNREDUCIBLE:  # torch can't compare them either
+        value = value.float()
+    if readable(value):
+        return torch.ge(value.detach(), bound, out=torch.empty_like(value))
+    return value >= bound
+
+
+def _sample_means(value: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean over the valid elements of each sample, (N,) float32; nan for a sample without any."""
+    if valid is None:
+        return _by_sample(value).mean(1).float()
+    total = _by_sample(torch.where(valid, value, 0.0)).sum(1)
+    return (total / _by_sample(valid).sum(1)).float()
+
+
+def _by_sample(value: Tensor) -> Tensor:
+    return value.flatten(1) if value.dim() > 1 else value.reshape(-1, 1)
+
+
+def _counts(
+    batch: Batch, valid: Tensor | None, shape: tuple[int, ...], share: Tensor | None
+) -> tuple[float | Tensor, Tensor]:
+    """Number of valid elements and sum of their labels, a column for each element of `shape`."""
+    target = batch.target
+    if valid is not None:
+        target = torch.where(valid, target, 0)
+    elif target.dtype == torch.bool:
+        target = as_bytes(target)
+    if target.dtype in UNREDUCIBLE or target.dtype in (torch.bfloat16, torch.float16):
+        target = target.float()
+    positive = _column_sums(target, shape, share)
+    if valid is not None:
+        return _column_sums(as_bytes(valid), shape, share), positive
+    each = target.numel() / max(positive.numel(), 1)
+    return (each if share is None else each * share.mean()), positive
+
+
+def _column_sums(value: Tensor, shape: tuple[int, ...], share: Tensor | None) -> Tensor:
+    over = [place for place in range(value.dim()) if not shape or shape[place] == 1]
+    if share is None:
+        return (value.sum(over) if over else value).reshape(-1).float()
+    rest = [place for place in over if place > 0]
+    each = (value.sum(rest) if rest else value).reshape(len(share), -1).float()
+    return share @ each  # dimension 0 counts the samples, which no prior varies over

@@ -1,11 +1,11 @@
-"""The callback for Lightning. Needs lightning: `pip install sc-bce[lightning]`."""
+"""The callback for Lightning. Needs `pip install lightning`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from .. import _checks
+from .._errors import refuse
 from ..losses import AdaptivePerturbation, SCBCEWithLogitsLoss
 from ..measure import CalibrationHistogram
 
@@ -13,7 +13,7 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
     raise ImportError(
-        "AdaptivePerturbationCallback needs: pip install sc-bce[lightning]"
+        "AdaptivePerturbationCallback needs: pip install lightning"
     ) from error
 
 _LOSSES = (AdaptivePerturbation, SCBCEWithLogitsLoss)
@@ -105,13 +105,13 @@ class AdaptivePerturbationCallback(Callback):
         if not isinstance(found, _LOSSES):
             others = [repr(key) for key, module in modules.items() if isinstance(module, _LOSSES)]
             got = "of which there is none" if found is None else f"a {type(found).__name__}"
-            raise ValueError(
-                _checks.sentence(
-                    "criterion", "be the name of an AdaptivePerturbation or SCBCEWithLogitsLoss "
-                    f"in the {type(pl_module).__name__}", f"{self.criterion!r}, {got}",
-                    f"choose {', '.join(others)}" if others else "assign one in its __init__",
-                )
-            )  # fmt: skip
+            refuse(
+                "criterion",
+                "be the name of an AdaptivePerturbation or SCBCEWithLogitsLoss in the "
+                f"{type(pl_module).__name__}",
+                f"{self.criterion!r}, {got}",
+                f"choose {', '.join(others)}" if others else "assign one in its __init__",
+            )
         return found
 
 

@@ -1,4 +1,4 @@
-"""The common case on a CPU in one sweep: loss, slope, labels and hits, block by block.
+"""The common case on a CPU in one sweep: loss, slopes, labels and hits, block by block.
 
 Two sums over the elements give the loss at every strength s, the sum of BCE(x, y) and the sum of
 (y - c) x, since
@@ -6,12 +6,13 @@ Two sums over the elements give the loss at every strength s, the sum of BCE(x, 
     BCE(x, q) = BCE(x, y) + s (y - c) x.
 
 So the gradient is the only tensor of full size that is written. Backward keeps the logits and the
-target as they were passed, a mask as its one byte. Everything else takes the reference path in
-`functional`.
+target as they were passed, a mask as its one byte. What the sweep does not take, torch's own calls
+do: `functional` defines the formula.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,70 +20,46 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from .._batch import (
-    UNREDUCIBLE,
-    Batch,
-    Perturbation,
-    readable,
-    require_labels,
-    valid_elements,
-)
+from .._inputs import Batch, Perturbation, Seen, Wanted
+from .._torch import UNREDUCIBLE, readable
 
-__all__ = ["Sums", "sums"]
+__all__ = ["sweep"]
 
-_BLOCK = 1 << 19  # elements worked on at a time, by two threads: few enough for their caches
-# Elements for each thread from which this is faster than the reference path:
-_MIN_ELEMENTS = 1 << 18  # if that makes many passes, for the levels of samples or for void elements
-_MIN_FIXED = 1 << 20  # if it makes few
-_MIN_WEIGHTED = 1 << 21  # the same with a weight: then each element needs its own logarithm
-_MOST_THREADS = 4  # that count: with more, nothing was measured; labels of a block must sum exactly
-_MIN_PER_ROW = 1 << 10  # elements that share a strength and a prior, from which this is faster
-_LOOK = 1 << 16  # floating-point labels that are checked: all would cost a twentieth of the sweep
+BLOCK = 1 << 19  # elements worked on at a time, by two threads: few enough for their caches
+# Elements for each thread from which this is faster than torch's own calls:
+MIN_ELEMENTS = 1 << 18  # if these make many passes, for the levels of samples or ignored elements
+MIN_FIXED = 1 << 20  # if they make few
+MIN_WEIGHTED = 1 << 21  # the same with a weight: then each element needs its own logarithm
+MIN_PER_ROW = 1 << 10  # elements that share a strength and a prior, from which this is faster
+MOST_THREADS = 4  # that count: with more, nothing was measured; labels of a block must sum exactly
 _FOLDS = 5  # 32 to 64 factors in [1/2, 1] can't underflow in float32
 _EXACT = 1 << 24  # integers up to this are exact in float32
 
 
-class Sums(NamedTuple):
-    """The sums that one sweep finds over the elements that are not void."""
-
-    loss: Tensor  # of the batch at the given strength, 0-d
-    slope: Tensor  # sum of weight (y - c) x over each row, for any draw; no gradient
-    labels: Tensor | None  # sum of y and number of labels >= 1/2, over each row: (2, rows)
-    hits: Tensor | None  # number of elements that are right at 1/2, over each row
-    valid: Tensor | None  # number of valid elements, over each row; None if all are valid
-    shape: torch.Size  # leading dimensions of the batch, whose product is the number of rows
-
-
-def sums(
+def sweep(
     batch: Batch,
     given: Perturbation,
-    by_sample: bool = False,
-    count: bool = False,
-    hits: bool = False,
-    weight: Tensor | None = None,
-) -> Sums | None:
-    """Sums over the batch, or None if the sweep does not apply.
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    reduction: str,
+    wanted: Wanted,
+) -> tuple[Tensor, Seen] | None:
+    """The reduced loss and what the batch shows, or None if the sweep does not apply.
 
-    A row is the elements that share a strength, a prior and a weight: all trailing dimensions
-    along which none of them varies. With `by_sample` no row holds elements of two samples, and
-    slopes are computed for any draw; with `count` labels are counted, with `hits` the elements
-    that are right. In at least float32; differentiable any number of times.
+    In at least float32; differentiable any number of times in input, strength and prior.
     """
+    # Under compile the checks of sizes below would specialise a graph.
+    if pos_weight is not None or reduction == "none" or torch.compiler.is_compiling():
+        return None
+    by_sample = wanted.slopes or wanted.hits or wanted.share is not None
+    if not _pays(batch, weight, by_sample) or not _takes(batch, given, weight):
+        return None
     x, y = batch.input, batch.target
-    if torch.compiler.is_compiling():  # the checks of sizes below would specialise a graph
-        return None
-    least = _MIN_FIXED if weight is None else _MIN_WEIGHTED
-    if by_sample or batch.void is not None:
-        least = _MIN_ELEMENTS
-    if x.numel() < least * _threads() or not readable(x) or not _fit(x, y):
-        return None
-    given_tensors = given.tensors if weight is None else [*given.tensors, weight]
-    # What backward keeps must not be an inference tensor.
-    if any(_is_dual(value) or value.is_inference() for value in (x, y, *given_tensors)):
-        return None
     drawn = _draw_per_element(given.alpha, x)
     if drawn is not None:
         given = given._replace(alpha=1.0)
+    # A row is the elements that share a strength, a prior and a weight: all trailing dimensions
+    # along which none of them varies. Only what is wanted of samples keeps them apart.
     lead = max((_varying(value) for value in given.tensors), default=0)
     lead = max(lead, int(by_sample))
     factor: Tensor | None = None
@@ -92,19 +69,8 @@ def sums(
             return None
         lead = max(lead, _varying(factor)) if factor.shape != x.shape else lead
     shape = x.shape[:lead]
-    if x.numel() < _MIN_PER_ROW * shape.numel():
+    if x.numel() < MIN_PER_ROW * shape.numel():
         return None
-    void = None
-    if batch.void is not None:
-        void = float(batch.void)
-        if abs(void) > _EXACT:
-            return None
-    if y.is_floating_point():
-        if void is not None:  # as rounded by the target's own dtype
-            void = float(torch.tensor(void, dtype=y.dtype, device="cpu"))
-        head = y.view(-1)[:_LOOK]
-        valid = None if void is None else valid_elements(head, void)
-        require_labels(head, valid, batch.void, every=True)
     dtype = torch.promote_types(x.dtype, torch.float32)
     strength = _row_values(torch.as_tensor(given.strength(dtype), dtype=dtype, device="cpu"), shape)
     prior = given.prior
@@ -112,16 +78,76 @@ def sums(
         prior = _row_values(prior.to(dtype), shape)
     if factor is not None and factor.shape != x.shape:
         factor = _row_values(factor.to(dtype), shape)
+    data = _Data(x, y, drawn, factor, _void(batch))
     with torch.no_grad():
-        found = _found(_Data(x, y, drawn, factor, void), strength, prior, by_sample, count, hits)
+        found = _found(data, strength, prior, wanted)
     if not bool(found.loss.isfinite().all()):
-        return None  # a logit is inf or nan: a void one must be replaced, others are torch's matter
-    total = _Sweep.apply(x, strength, prior, y, drawn, factor, void, found.loss, found.slope)  # type: ignore[no-untyped-call]
-    return Sums(total.sum(), found.slope, found.labels, found.hits, found.valid, shape)
+        return None  # a logit is inf or nan: an ignored one must be replaced, others are torch's
+    total = _Sweep.apply(x, strength, prior, y, drawn, factor, data.void, *found[:2]).sum()  # type: ignore[no-untyped-call]
+    if reduction == "mean":
+        # If all elements are ignored, 0 / 1.
+        count = x.numel() if found.valid is None else found.valid.sum().clamp(min=1)
+        total = (total / count).to(total.dtype)
+    return total, _seen(found, shape, x.shape, wanted)
+
+
+def _pays(batch: Batch, weight: Tensor | None, by_sample: bool) -> bool:
+    least = MIN_FIXED if weight is None else MIN_WEIGHTED
+    if by_sample or batch.void is not None:
+        least = MIN_ELEMENTS
+    return batch.input.numel() >= least * _threads()
+
+
+def _takes(batch: Batch, given: Perturbation, weight: Tensor | None) -> bool:
+    x, y, void = batch.input, batch.target, batch.void
+    if not readable(x) or not _fit(x, y) or (void is not None and not abs(void) <= _EXACT):
+        return False
+    tensors = given.tensors if weight is None else [*given.tensors, weight]
+    # What backward keeps must not be an inference tensor.
+    return not any(_is_dual(value) or value.is_inference() for value in (x, y, *tensors))
+
+
+def _void(batch: Batch) -> float | None:
+    """The target to ignore, as rounded by the target's own dtype."""
+    if batch.void is None or not batch.target.is_floating_point():
+        return None if batch.void is None else float(batch.void)
+    return float(torch.tensor(batch.void, dtype=batch.target.dtype, device="cpu"))
+
+
+def _seen(found: _Found, shape: torch.Size, size: torch.Size, wanted: Wanted) -> Seen:
+    """What the rows show, as means over samples and sums over columns."""
+    counts = None
+    if wanted.labels is not None and found.labels is not None:
+        each = float(math.prod(size[len(shape) :]))
+        number = torch.full_like(found.labels, each) if found.valid is None else found.valid
+        counts = tuple(_columns(part, shape, wanted) for part in (number, found.labels))
+    return Seen(
+        _row_means(found.slope, found.valid, size) if wanted.slopes else None,
+        None if found.hits is None else _row_means(found.hits, found.valid, size),
+        counts,  # type: ignore[arg-type]
+    )
+
+
+def _row_means(total: Tensor, valid: Tensor | None, size: torch.Size) -> Tensor:
+    """Sums over rows as means over samples; nan for a sample without a valid element."""
+    total = total.view(size[0], -1).sum(1)
+    if valid is None:
+        return (total * (size[0] / size.numel())).float()
+    return (total / valid.view(size[0], -1).sum(1)).float()
+
+
+def _columns(rows: Tensor, shape: torch.Size, wanted: Wanted) -> Tensor:
+    """Sums over rows as sums over columns, one for each element of the shape that is wanted."""
+    columns = wanted.labels[: len(shape)] if wanted.labels else (1,) * len(shape)
+    rows = rows.view(shape)
+    if wanted.share is not None:
+        rows = rows * wanted.share.view(-1, *(1 for _ in shape[1:]))
+    over = [place for place, have in enumerate(columns) if have == 1]
+    return (rows.sum(over) if over else rows).reshape(-1).float()
 
 
 def _threads() -> int:
-    return min(torch.get_num_threads(), _MOST_THREADS)
+    return min(torch.get_num_threads(), MOST_THREADS)
 
 
 def _fit(x: Tensor, y: Tensor) -> bool:
@@ -160,7 +186,7 @@ def _factor(weight: Tensor, x: Tensor, lead: int) -> Tensor | None:
     if any(have not in (1, want) for have, want in zip(factor.shape, x.shape, strict=True)):
         return None  # the reference path raises torch's error
     rows = x.shape[: max(lead, _varying(factor))].numel()
-    if x.numel() >= _MIN_PER_ROW * rows:
+    if x.numel() >= MIN_PER_ROW * rows:
         return factor
     return factor if factor.shape == x.shape and factor.is_contiguous() else None
 
@@ -188,26 +214,26 @@ class _Data(NamedTuple):
 
 
 class _Found(NamedTuple):
-    loss: Tensor  # at the given strength, of each row
-    slope: Tensor
+    """Sums over the valid elements of each row."""
+
+    loss: Tensor  # at the given strength
+    slope: Tensor  # of weight (y - c) x, for any draw if there are samples to move
     labels: Tensor | None
-    hits: Tensor | None
-    valid: Tensor | None
+    hits: Tensor | None  # number of elements that are right at 1/2
+    valid: Tensor | None  # number of valid elements; None if all are
 
 
-def _found(
-    data: _Data, strength: Tensor, prior: float | Tensor, by_sample: bool, count: bool, hits: bool
-) -> _Found:
+def _found(data: _Data, strength: Tensor, prior: float | Tensor, wanted: Wanted) -> _Found:
     rows, void = len(strength), data.void
+    count, hits = wanted.labels is not None, wanted.hits
     x, y, z, w = _matrices(rows, data)
     soft = y.is_floating_point()
     each = w is not None and w.shape == x.shape
     work = _Work(x)
     # In float64: over many blocks float32 would lose what its sums within one keep.
-    loss, slope, size, right, gone_from = (
-        torch.zeros(rows, dtype=torch.float64, device="cpu") for _ in range(5)
+    loss, slope, size, right, labels, gone_from = (
+        torch.zeros(rows, dtype=torch.float64, device="cpu") for _ in range(6)
     )
-    labels = torch.zeros(2, rows, dtype=torch.float64, device="cpu")
     for place in work.blocks:
         r = place[0]
         x_block, y_block = work.wide("x", x[place]), work.wide("y", y[place])
@@ -221,16 +247,13 @@ def _found(
                 out = work.like("y", y_block)
                 y_block = torch.addcmul(y_block, y_block, gone, value=-1, out=out)
         other = work.like("other", x_block)
-        if count or hits:
-            high = torch.ge(y_block, 0.5, out=work.like("high", y_block)) if soft else y_block
         if count:  # of a block: exact in float32
-            labels[0, r] += y_block.sum(1)
-            if soft:
-                labels[1, r] += high.sum(1)
-        if hits:  # a void element counts as a negative that is called positive
+            labels[r] += y_block.sum(1)
+        if hits:  # an ignored element counts as a negative that is called positive
+            high = torch.ge(y_block, 0.5, out=work.like("high", y_block)) if soft else y_block
             right[r] += torch.ge(x_block, 0, out=other).eq_(high).sum(1)
         w_block = work.wide("w", w[place]) if each else None
-        if z is None or by_sample:
+        if z is None or wanted.slopes:
             # (y - 1/2) x, of which (y - c) x and BCE(x, y) follow.
             product = torch.sub(y_block, 0.5, out=work.like("product", y_block)).mul_(x_block)
             weighted = x_block
@@ -260,8 +283,6 @@ def _found(
     slope += (0.5 - (prior[:, 0] if isinstance(prior, Tensor) else prior)) * size
     if w is not None and not each:
         loss, slope = w[:, 0] * loss, w[:, 0] * slope
-    if not soft:
-        labels[1] = labels[0]
     if z is None:
         s = strength[:, 0]
         # In a row of strength 0 a slope that overflows float32 must not make the loss nan.
@@ -389,7 +410,7 @@ class _Work:
     def __init__(self, x: Tensor) -> None:
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self._shape = x.shape
-        block = _BLOCK * max(1, _threads() // 2)
+        block = BLOCK * max(1, _threads() // 2)
         self._rows, self._columns = max(1, block // x.shape[1]), min(x.shape[1], block)
         self._buffers: dict[str, Tensor] = {}
 

@@ -1,21 +1,21 @@
-"""The drop-in loss: its configuration and its draws; the functional layer computes the loss."""
+"""The drop-in loss: a fixed perturbation, its settings and its draw."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import _batch, _checks
-from .._checks import sentence
+from .. import _errors, _inputs
+from .._errors import refuse
+from .._torch import on_backward, readable
 from ..functional import perturbed_loss, sc_bce_with_logits
+from . import mistakes
+from .draws import bernoulli, materialized, truncated_normal
 
 __all__ = ["SCBCEWithLogitsLoss"]
-
-_FIRST = 4  # training batches whose floating-point labels are all checked, on a CPU
 
 Loss = TypeVar("Loss", bound="SCBCEWithLogitsLoss")
 
@@ -46,7 +46,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         reduce: deprecated, as in torch. Default: None.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``. Default: ``"mean"``.
         pos_weight: as in torch, the weight of positive examples. Default: None.
-        alpha: perturbation probability, in [0, 1]. Default: 0.
+        alpha: perturbation probability, in [0, 1]; it may be assigned later. Default: 0.
         beta: perturbation strength, in [0, 1 / max(prior, 1 - prior)]; ``alpha * beta`` must be
             below 1. None takes the largest: 2 at ``prior=0.5``. Default: None.
         prior: what perturbed labels move towards: a number between 0 and 1, or a tensor that
@@ -59,8 +59,8 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         noise: bound of the noise n of dynamic moderation, a standard normal truncated to
             [-noise, noise] that makes the strength of each drawn element beta + 2n. It needs
             draws and ``prior=0.5``; at most ``min(beta, 2 - beta) / 2``. Default: 0.
-        ignore_index: elements whose target has this value are left out of the loss. Default:
-            None.
+        ignore_index: elements whose target has this value, an int or ``math.nan``, are left out
+            of the loss. Default: None.
         generator: source of the draws, on the device of the input; None is torch's global one.
             Its state is not in ``state_dict``. Default: None.
 
@@ -126,83 +126,67 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         prior: float | Tensor = 0.5,
         sampling: str = "expected",
         noise: float = 0.0,
-        ignore_index: int | None = None,
+        ignore_index: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         remedy = f"for label smoothing write `{type(self).__name__}.label_smoothing({{}})`"
-        _checks.tensor_or_none("weight", weight, remedy)
-        _checks.tensor_or_none("pos_weight", pos_weight, "pass `torch.tensor({})`")
+        _errors.tensor_or_none("weight", weight, remedy)
+        _errors.tensor_or_none("pos_weight", pos_weight)
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
-        _checks.reduction(self.reduction)
+        _errors.choice("reduction", self.reduction, ("none", "mean", "sum"))
         for name, value, high in (("alpha", alpha, 1.0), ("beta", beta, 2.0)):
             if not (name == "beta" and value is None):
-                _checks.number(name, value, 0.0, high)
-        beta = _batch.require_numbers(alpha, beta, prior, every=True)  # type: ignore[assignment]
-        _checks.sampling(sampling)
+                _errors.number(name, value, 0.0, high)
+        beta = _inputs.numbers(alpha, beta, prior, every=True)  # type: ignore[assignment]
+        _errors.choice("sampling", sampling, ("expected", "sample", "element"))
         _require_noise(noise, beta, prior, sampling)
-        _checks.generator(generator)
-        self.alpha = float(alpha)
         # None is the largest for each element of a prior that is a tensor.
         self.beta = None if beta is None else float(beta)
-        _batch.hold_prior(self, prior)
-        self._given = prior.detach().clone().float() if isinstance(prior, Tensor) else None
+        self._given = _inputs.prior_buffer(prior) if isinstance(prior, Tensor) else None
+        if self._given is None:
+            self.prior = float(prior)
+        else:
+            self.register_buffer("prior", self._given.clone(), persistent=False)
         self.sampling = sampling
         self.noise = float(noise)
-        self.ignore_index = _checks.ignore_index(ignore_index)
+        self.ignore_index = _errors.ignored(ignore_index)
         self.generator = generator
-        self._looked = 0  # training batches whose labels were all checked
-        self._warned = False
-        _require_lessons(self)
+        self._looks = mistakes.LOOKS
+        self.alpha = alpha
 
-    if not TYPE_CHECKING:
+    @property
+    def alpha(self) -> float:
+        return self._alpha
 
-        @functools.wraps(__init__)  # whose signature it shows
-        def __new__(cls, *args: Any, **kwargs: Any) -> SCBCEWithLogitsLoss:
-            for name in kwargs.keys() & _SETTINGS:
-                if cls.__init__ is SCBCEWithLogitsLoss.__init__:
-                    raise TypeError(
-                        f"{cls.__name__}() has no argument `{name}`; write "
-                        f"`{cls.__name__}.{name}({kwargs[name]!r})`"
-                    )
-            return super().__new__(cls)
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        _errors.number("alpha", value, 0.0, 1.0)
+        _require_lessons(self, value)
+        self._alpha = float(value)
 
     @classmethod
     def label_smoothing(cls: type[Loss], eps: float, **kwargs: Any) -> Loss:
         """Label smoothing as Keras defines it: the target of a positive is 1 - eps/2.
 
         With ``prior`` c the target of a negative is eps c, that of a positive 1 - eps (1 - c).
-
-        Args:
-            eps: amount of smoothing, in [0, 1).
-            **kwargs: other arguments of the constructor, such as ``prior`` or ``pos_weight``.
-
-        References:
-            Szegedy et al., CVPR 2016, Section 7.
+        ``eps`` is in [0, 1). (Szegedy et al., CVPR 2016, Section 7.)
 
         Example:
             >>> from sc_bce import SCBCEWithLogitsLoss
             >>> SCBCEWithLogitsLoss.label_smoothing(0.1).flip_rates  # targets 0.05 and 0.95
             (tensor(0.0500), tensor(0.0500))
         """
-        _checks.number("eps", eps, 0.0, 1.0)
+        _errors.number("eps", eps, 0.0, 1.0)
         return cls(alpha=1.0, beta=eps, **kwargs)
 
     @classmethod
     def disturb_label(
         cls: type[Loss], rate: float, sampling: str = "element", **kwargs: Any
     ) -> Loss:
-        """DisturbLabel: with probability ``rate`` a label is replaced by a random one.
+        """DisturbLabel: with probability ``rate``, in [0, 1), a label is replaced by a random one.
 
         The random label is 0 or 1 with equal probability, so half of the replaced labels change.
-
-        Args:
-            rate: noise rate, in [0, 1).
-            sampling: ``"element"`` or ``"sample"``, as in the constructor. Default:
-                ``"element"``.
-            **kwargs: other arguments of the constructor.
-
-        References:
-            Xie et al., CVPR 2016, arXiv 1605.00055.
+        (Xie et al., CVPR 2016, arXiv 1605.00055.)
 
         Example:
             >>> from sc_bce import SCBCEWithLogitsLoss
@@ -210,20 +194,13 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
             >>> criterion.alpha, criterion.beta, criterion.sampling
             (0.1, 2.0, 'element')
         """
-        _checks.number("rate", rate, 0.0, 1.0)
+        _errors.number("rate", rate, 0.0, 1.0)
         _require_half("disturb_label", kwargs)
         return cls(alpha=rate / 2, beta=2.0, sampling=sampling, **kwargs)
 
     @classmethod
     def hard_inversion(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Hard inversion: with probability ``alpha`` all labels of a sample are flipped.
-
-        Args:
-            alpha: perturbation probability, in [0, 1/2).
-            **kwargs: other arguments of the constructor.
-
-        References:
-            Liu et al., ICCV 2023, arXiv 2307.13539 (HI).
+        """Hard inversion (HI): all labels of a sample are flipped with probability ``alpha`` < 1/2.
 
         Example:
             >>> import torch
@@ -240,14 +217,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     @classmethod
     def soft_inversion(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Soft inversion: with probability ``alpha`` a sample's 1 becomes 1/4, its 0 becomes 3/4.
-
-        Args:
-            alpha: perturbation probability, in [0, 2/3).
-            **kwargs: other arguments of the constructor.
-
-        References:
-            Liu et al., ICCV 2023, arXiv 2307.13539 (SI).
+        """Soft inversion (SI): with probability ``alpha`` < 2/3 a sample's 1 becomes 1/4, 0 3/4.
 
         Example:
             >>> from sc_bce import SCBCEWithLogitsLoss
@@ -259,14 +229,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     @classmethod
     def moderation(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Moderation: with probability ``alpha`` all labels of a sample become ``prior``.
-
-        Args:
-            alpha: perturbation probability, in [0, 1).
-            **kwargs: other arguments of the constructor, such as ``prior``.
-
-        References:
-            Liu et al., ICCV 2023, arXiv 2307.13539 (M, at ``prior=0.5``).
+        """Moderation (M): all labels of a sample become ``prior`` with probability ``alpha`` < 1.
 
         Example:
             >>> from sc_bce import SCBCEWithLogitsLoss
@@ -277,15 +240,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     @classmethod
     def dynamic_moderation(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
-        """Dynamic moderation: perturbed labels are 1/2 plus truncated normal noise.
-
-        Args:
-            alpha: perturbation probability, in [0, 1).
-            **kwargs: other arguments of the constructor; ``noise`` bounds the noise, by default
-                at 1/4.
-
-        References:
-            Liu et al., ICCV 2023, arXiv 2307.13539 (DM).
+        """Dynamic moderation (DM): moderation towards 1/2 plus noise, of at most 1/4 by default.
 
         Example:
             >>> from sc_bce import SCBCEWithLogitsLoss
@@ -309,23 +264,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
             >>> SCBCEWithLogitsLoss.label_smoothing(0.1, prior=rates).flip_rates
             (tensor([0.0500, 0.0100]), tensor([0.0500, 0.0900]))
         """
-        prior = _batch.flat(self.prior)
-        beta = 1 / torch.maximum(prior, 1 - prior) if self.beta is None else self.beta
-        return self.alpha * beta * prior, self.alpha * beta * (1 - prior)
-
-    @property
-    def flip_rate(self) -> Tensor:
-        """The flip rate alpha beta / 2 that both labels share at ``prior=0.5``.
-
-        Raises:
-            ValueError: another prior, whose two rates differ.
-
-        Example:
-            >>> from sc_bce import SCBCEWithLogitsLoss
-            >>> SCBCEWithLogitsLoss.label_smoothing(0.1).flip_rate
-            tensor(0.0500)
-        """
-        return _batch.single_flip_rate(self.flip_rates, self.prior)
+        return _flip_rates(self, self.alpha)
 
     def _apply(self: Loss, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -335,7 +274,11 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         return self
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        if self.alpha == 0 or not (self.training and torch.is_grad_enabled()):
+        learns = self.training and torch.is_grad_enabled()
+        if learns and self._looks and not torch.compiler.is_compiling():
+            self._looks -= 1
+            mistakes.warn_of_probabilities(input)
+        if self.alpha == 0 or not learns:
             loss = sc_bce_with_logits(
                 input,
                 target,
@@ -344,33 +287,25 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
                 ignore_index=self.ignore_index,
                 reduction=self.reduction,
             )
-            misplaced = self.alpha > 0 and not self.training and not self._warned
-            return _batch.on_backward(loss, self._warn_of_eval) if misplaced else loss
+            misplaced = self.alpha > 0 and not self.training
+            return on_backward(loss, mistakes.warn_of_eval) if misplaced else loss
         # All checks come before the draw: a refused batch must not advance the generator.
-        eager = not torch.compiler.is_compiling()
-        every = eager and self._looked < _FIRST
-        batch = _batch.prepare(input, target, self.ignore_index, every)
-        if every:
-            self._looked += 1
+        batch = _inputs.batch(input, target, self.ignore_index)
         alpha: float | Tensor = self.alpha
         beta: float | Tensor | None = self.beta
         if self.sampling != "expected":
-            alpha = _batch.bernoulli(self.alpha, input, self.sampling, self.generator)
-            if self.sampling == "sample" and not eager:
-                alpha = _batch.once(alpha)
+            alpha = bernoulli(self.alpha, input, self.sampling, self.generator)
+            if self.sampling == "sample" and torch.compiler.is_compiling():
+                alpha = materialized(alpha)
             if self.noise > 0:
-                noise = _batch.truncated_normal(input, self.noise, self.generator)
+                noise = truncated_normal(input, self.noise, self.generator)
                 beta = self.beta + 2 * noise  # type: ignore[operator]
-        given = _batch.perturbation(alpha, beta, self.prior, input.size())
-        return perturbed_loss(batch, given, self.weight, self.pos_weight, self.reduction)
-
-    def _warn_of_eval(self) -> None:
-        if not self._warned:
-            self._warned = True
-            _checks.warn(_checks.TRAINED_IN_EVAL.format(type(self).__name__))
+        given = _inputs.perturbation(alpha, beta, self.prior, input.size())
+        return perturbed_loss(batch, given, self.weight, self.pos_weight, self.reduction)[0]
 
     def extra_repr(self) -> str:
-        shown = [f"alpha={self.alpha}", f"beta={self.beta}", _batch.shown_prior(self.prior)]
+        prior = tuple(self.prior.shape) if isinstance(self.prior, Tensor) else self.prior
+        shown = [f"alpha={self.alpha}, beta={self.beta}, prior={prior}"]
         shown.append(f"sampling={self.sampling!r}")
         if self.noise:
             shown.append(f"noise={self.noise}")
@@ -379,64 +314,51 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         return ", ".join([*shown, f"reduction={self.reduction!r}"])
 
 
-_SETTINGS = {
-    name for name, value in vars(SCBCEWithLogitsLoss).items() if isinstance(value, classmethod)
-}
+def _flip_rates(loss: SCBCEWithLogitsLoss, alpha: float) -> tuple[Tensor, Tensor]:
+    prior = _inputs.flat_prior(loss.prior)
+    beta = 1 / torch.maximum(prior, 1 - prior) if loss.beta is None else loss.beta
+    return alpha * beta * prior, alpha * beta * (1 - prior)
 
 
 def _require_half(setting: str, kwargs: dict[str, Any]) -> None:
     prior = kwargs.get("prior", 0.5)
     if isinstance(prior, Tensor) or prior != 0.5:
-        wanted = f"be 1/2, which {setting} is defined by"
         remedy = "use moderation or label_smoothing"
-        raise ValueError(sentence("prior", wanted, prior, remedy))
+        refuse("prior", f"be 1/2, which {setting} is defined by", prior, remedy)
 
 
 def _require_noise(noise: object, beta: float | None, prior: object, sampling: str) -> None:
     if noise == 0:
         return
     if isinstance(prior, Tensor) or prior != 0.5 or beta is None:
-        raise ValueError(sentence("prior", "be 1/2 if noise is drawn", prior, "drop `noise`"))
-    _checks.number("noise", noise, 0.0, min(beta, 2.0 - beta) / 2)
+        refuse("prior", "be 1/2 if noise is drawn", prior, "drop `noise`")
+    _errors.number("noise", noise, 0.0, min(beta, 2.0 - beta) / 2)
     if sampling == "expected":
-        wanted = "be 'sample' or 'element' if noise is drawn"
         remedy = "the expectation has no noise, so drop `noise` or draw"
-        raise ValueError(sentence("sampling", wanted, "'expected'", remedy))
+        refuse("sampling", "be 'sample' or 'element' if noise is drawn", "'expected'", remedy)
 
 
-def _require_lessons(loss: SCBCEWithLogitsLoss) -> None:
+def _require_lessons(loss: SCBCEWithLogitsLoss, alpha: float) -> None:
     """Refuse a perturbation that leaves no information, or one side of 1/2 only."""
-    values = (loss.prior, loss.pos_weight)
-    if any(isinstance(value, Tensor) and not _batch.readable(value) for value in values):
+    prior, weight = loss.prior, loss.pos_weight
+    if any(isinstance(value, Tensor) and not readable(value) for value in (prior, weight)):
         return
     # In the prior's own shape, which broadcasts with pos_weight.
-    shape = loss.prior.shape if isinstance(loss.prior, Tensor) else ()
-    up, down = (rate.double().reshape(shape) for rate in loss.flip_rates)
+    shape = prior.shape if isinstance(prior, Tensor) else ()
+    up, down = (rate.double().reshape(shape) for rate in _flip_rates(loss, alpha))
     if bool((up + down > 1 - 1e-6).any()):
         got = f"alpha * beta = {float((up + down).max()):g}, which loses the order of the labels"
-        raise ValueError(sentence("alpha", "be below 1 / beta", got, "lower one of them"))
-    weight = 1.0 if loss.pos_weight is None else loss.pos_weight
-    if isinstance(weight, Tensor):
-        try:
-            torch.broadcast_shapes(weight.shape, shape)  # type: ignore[no-untyped-call]
-        except RuntimeError:
-            got = f"shape {tuple(weight.shape)}"
-            wanted = f"broadcast with `prior` of shape {tuple(shape)}"
-            raise ValueError(sentence("pos_weight", wanted, got)) from None
-    negative, positive = weight * up / (1 - up), weight * (1 - down) / down
-    if bool((negative >= 1).any()):
-        kind, odds = "negative", float(negative.max())
-    elif bool((positive <= 1).any()):
-        kind, odds = "positive", float(positive.min())
-    else:
-        return
-    other = "positive" if kind == "negative" else "negative"
-    raise ValueError(
-        sentence(
-            "alpha", f"leave a sure {kind} on its side of 1/2",
-            f"alpha={loss.alpha:g}, beta={loss.beta}, {_batch.named('prior', loss.prior)} and "
-            f"{_batch.named('pos_weight', loss.pos_weight)}, with which its best answer has odds "
-            f"{odds:.3g} and is called {other}",
-            "lower alpha or pos_weight, or set `prior` to the base rate of the positives",
-        )
-    )  # fmt: skip
+        refuse("alpha", "be below 1 / beta", got, "lower one of them")
+    odds = torch.ones(()) if weight is None else weight
+    negative, positive = odds * up / (1 - up), odds * (1 - down) / down
+    for kind, other, wrong, answer in (
+        ("negative", "positive", negative >= 1, negative.max()),
+        ("positive", "negative", positive <= 1, positive.min()),
+    ):
+        if bool(wrong.any()):
+            refuse(
+                "alpha", f"leave a sure {kind} on its side of 1/2",
+                f"alpha={alpha:g} and beta={loss.beta}, with which its best answer, with the "
+                f"prior and pos_weight, has odds {float(answer):.3g} and is called {other}",
+                "lower alpha or pos_weight, or set `prior` to the base rate of the positives",
+            )  # fmt: skip
