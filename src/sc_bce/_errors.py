@@ -45,9 +45,9 @@ def describe(value: Any) -> str:
 
 
 def exact(value: float) -> str:
-    """A number in as many digits as it needs: 1.0000000591 is not 1."""
+    """A number that is not in [0, 1], in as many digits as show it: 1.0000000591 is not 1."""
     short = f"{value:g}"
-    return short if float(short) == value or value != value else repr(value)
+    return repr(value) if 0 <= float(short) <= 1 else short
 
 
 def warn(message: str) -> None:
@@ -124,10 +124,10 @@ def ignored(value: object) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real) or value in (math.inf, -math.inf):
-        refuse("ignore_index", "be an int, nan or None", describe(value), error=TypeError)
+        refuse("ignore_index", "be an int or None, or `math.nan`", describe(value), error=TypeError)
     if value != value:
         return math.nan
     number = int(value)  # type: ignore[call-overload]
     if number != value or not -(2**63) <= number < 2**63:
-        refuse("ignore_index", "be an int of 64 bits, nan or None", value)
+        refuse("ignore_index", "be an int of 64 bits or None", value)
     return int(number)

@@ -221,11 +221,12 @@ def refuse_labels(target: Tensor, illegal: Tensor, void: float | None) -> None:
         kind += f" (besides ignore_index={void:g})"
         illegal = illegal & valid_elements(target, void)
     value = target[illegal][0].item()
-    remedy = "name a label that means nothing with `ignore_index`"
-    if value < 0:
-        remedy = f"for labels -1 and 1 pass `target > 0`; {remedy}"
-    elif value >= 2:
-        remedy = f"for a 0/255 mask pass `mask > 0`, for soft edges `mask / 255`; {remedy}"
+    remedy = "name a void label with `ignore_index`"
+    if value < 0 or value >= 2:  # not what a division by 255 left
+        remedy = (
+            "for a 0/255 mask pass `mask > 0` or `mask / 255`, for labels -1 and 1 `target > 0`, "
+            f"and {remedy}"
+        )
     refuse("target", kind, f"the value {_errors.exact(value)}", remedy)
 
 
@@ -289,6 +290,10 @@ class Perturbation(NamedTuple):
     alpha: float | Tensor
     beta: float | Tensor
     prior: float | Tensor
+
+    def nothing(self) -> bool:
+        """Whether no label is perturbed, as the host knows."""
+        return not isinstance(self.alpha, Tensor) and self.alpha == 0
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _errors, _inputs
+from ._errors import refuse
 from ._inputs import NOTHING, Batch, Perturbation, Seen, Wanted
 from ._torch import UNREDUCIBLE, as_bytes, readable
 from .kernels import cpu
@@ -80,6 +81,8 @@ def perturb_target(
     if dtype is None:
         own = target.dtype if target.is_floating_point() else torch.get_default_dtype()
         dtype = torch.promote_types(own, torch.float32)
+    elif not dtype.is_floating_point:  # torch would cut the result to 0 and 1
+        refuse("dtype", "be a floating-point torch.dtype", dtype, error=TypeError)
     void = _inputs.held(target, _errors.ignored(ignore_index))
     legal = _inputs.check_labels(target, void)
     y = _inputs.as_labels(target, torch.promote_types(dtype, torch.float32), void, legal)
@@ -202,13 +205,13 @@ def bce_with_logits(
     input: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str
 ) -> Tensor:
     """Torch's own call, with its errors and its bits, for masks of any dtype."""
-    if isinstance(input, Tensor) and isinstance(target, Tensor) and not target.is_complex():
-        _inputs.along_labels("weight", weight, input.size())
-        _inputs.along_labels("pos_weight", pos_weight, input.size())
+    if isinstance(target, Tensor) and not target.is_complex():
         legal = _inputs.check_labels(target, None)
         if not target.is_floating_point():
             _inputs.logits(input)
             target = _inputs.as_labels(target, input.dtype, None, legal)
+        _inputs.along_labels("weight", weight, target.size())
+        _inputs.along_labels("pos_weight", pos_weight, target.size())
     return F.binary_cross_entropy_with_logits(
         input, target, weight, pos_weight=pos_weight, reduction=reduction
     )
@@ -250,12 +253,16 @@ def _by_torch(
     pos_weight: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    valid = batch.valid()
-    y = batch.labels(torch.promote_types(batch.dtype(), torch.float32))
+    valid, dtype, x = batch.valid(), batch.dtype(), batch.input
+    if given.nothing() and valid is None:  # torch's own call, in the dtypes that were passed
+        return F.binary_cross_entropy_with_logits(
+            x, batch.labels(dtype), weight, pos_weight=pos_weight, reduction=reduction
+        )
+    y = batch.labels(torch.promote_types(dtype, torch.float32))
     if valid is not None and batch.void != batch.void:
         y = torch.where(valid, y, 0.0)  # nan times a weight of 0 is nan
-    x = batch.input.to(torch.promote_types(batch.input.dtype, torch.float32))
-    q = y if not isinstance(given.alpha, Tensor) and given.alpha == 0 else towards_prior(y, given)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    q = y if given.nothing() else towards_prior(y, given)
     if valid is None:
         return F.binary_cross_entropy_with_logits(
             x, q, weight, pos_weight=pos_weight, reduction=reduction
