@@ -6,6 +6,7 @@ and on accelerators nothing waits, and an illegal integer gives nan.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -103,7 +104,7 @@ def batch(input: Tensor, target: Tensor, ignore_index: float | None) -> Batch:
     logits(input)
     label(target)
     same_size(input, target)
-    void = held(target, ignore_index)
+    void = None if ignore_index is None else held(target, ignore_index)
     return Batch(input, target, void, check_labels(target, void))
 
 
@@ -126,9 +127,9 @@ def label(target: object) -> None:
 
 
 def _dense(name: str, value: Tensor) -> None:
-    if value.layout != torch.strided:
+    if value.layout is not torch.strided:
         refuse(name, "be dense", value.layout, f"pass `{name}.to_dense()`", TypeError)
-    if value.is_floating_point() and value.dtype.itemsize < 2:  # torch computes nothing in float8
+    if value.dtype.itemsize == 1 and value.is_floating_point():  # torch computes nothing in float8
         wanted = "have a floating-point dtype of at least 16 bits"
         refuse(name, wanted, value.dtype, f"pass `{name}.float()`", TypeError)
 
@@ -183,7 +184,11 @@ def check_labels(target: Tensor, void: float | None) -> bool:
         return True
     floating = target.is_floating_point()
     if readable(target) and target.dtype not in UNREDUCIBLE:
-        if all((low >= 0 and high <= 1) or low != low for low, high in _ends(target, void)):
+        for part in _parts(target, void):
+            low, high = part.aminmax()
+            if low.item() < 0 or high.item() > 1:
+                break
+        else:
             return True
     elif floating and (target.device.type != "cpu" or torch.compiler.is_compiling()):
         return True  # to look would cost an accelerator a pass
@@ -195,23 +200,18 @@ def check_labels(target: Tensor, void: float | None) -> bool:
     return found is not None or floating
 
 
-def _ends(target: Tensor, void: float | None) -> list[tuple[float, float]]:
-    """Least and largest label of each part, void ones read as 0."""
-    if not target.numel():
-        return []
+def _parts(target: Tensor, void: float | None) -> Iterator[Tensor]:
+    """The labels, ignored ones as 0, a part at a time."""
     if void is None:
-        low, high = target.detach().aminmax()
-        return [(low.item(), high.item())]
-    found = []
+        if target.numel():
+            yield target
+        return
     for part in target.detach().reshape(-1).split(_PART):
         # As numbers of its own dtype, since a bool result takes twenty times as long.
         if void != void:
-            part = torch.where(part.isnan(), 0.0, part)
-        else:
-            part = torch.ne(part, void, out=torch.empty_like(part)).mul_(part)
-        low, high = part.aminmax()
-        found.append((low.item(), high.item()))
-    return found
+            yield part.nan_to_num(0.0, torch.inf, -torch.inf)
+        elif part.numel():
+            yield torch.ne(part, void, out=torch.empty_like(part)).mul_(part)
 
 
 def refuse_labels(target: Tensor, illegal: Tensor, void: float | None) -> None:
@@ -298,6 +298,11 @@ class Perturbation(NamedTuple):
     @property
     def tensors(self) -> list[Tensor]:
         return [value for value in self if isinstance(value, Tensor)]
+
+    def replaces(self) -> bool:
+        """Whether a drawn label becomes the prior itself."""
+        drawn = isinstance(self.alpha, Tensor) and self.alpha.dtype == torch.bool
+        return drawn and not isinstance(self.beta, Tensor) and self.beta == 1
 
     def strength(self, dtype: torch.dtype) -> float | Tensor:
         """alpha * beta, in a dtype of at least float32."""

@@ -226,18 +226,21 @@ def perturbed_loss(
     wanted: Wanted = NOTHING,
 ) -> tuple[Tensor, Seen]:
     """The loss of a batch, and what it shows beside it, whatever alpha was drawn."""
-    _inputs.along_labels("weight", weight, batch.input.size())
-    _inputs.along_labels("pos_weight", pos_weight, batch.input.size())
-    swept = cpu.sweep(batch, given, weight, pos_weight, reduction, wanted)
-    if swept is None:
-        loss = _by_torch(batch, given, weight, pos_weight, reduction)
-        swept = loss, look(batch, given.prior, weight, wanted)
-    return _in_torchs_dtype(swept[0], batch), swept[1]
+    if weight is not None or pos_weight is not None:
+        _inputs.along_labels("weight", weight, batch.input.size())
+        _inputs.along_labels("pos_weight", pos_weight, batch.input.size())
+    loss, seen = cpu.sweep(batch, given, weight, pos_weight, reduction, wanted) or (
+        _by_torch(batch, given, weight, pos_weight, reduction),
+        look(batch, given.prior, weight, wanted),
+    )
+    return _in_torchs_dtype(loss, batch), seen
 
 
 def towards_prior(y: Tensor, given: Perturbation) -> Tensor:
     """q = y + s (c - y)"""
     c = given.prior.to(y.dtype) if isinstance(given.prior, Tensor) else given.prior
+    if given.replaces():
+        return torch.where(given.alpha, c, y)  # type: ignore[arg-type]
     s = given.strength(y.dtype)
     # In this form, not as (1 - s) y + s c, both labels round by the same amount.
     if torch.compiler.is_compiling():
@@ -261,7 +264,8 @@ def _by_torch(
     y = batch.labels(torch.promote_types(dtype, torch.float32))
     if valid is not None and batch.void != batch.void:
         y = torch.where(valid, y, 0.0)  # nan times a weight of 0 is nan
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.dtype != torch.float32:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
     q = y if given.nothing() else towards_prior(y, given)
     if valid is None:
         return F.binary_cross_entropy_with_logits(
@@ -308,17 +312,17 @@ def _in_torchs_dtype(loss: Tensor, batch: Batch) -> Tensor:
 # -- what one batch shows
 
 
-@torch.no_grad()
 def look(batch: Batch, prior: float | Tensor, weight: Tensor | None, wanted: Wanted) -> Seen:
     """What is wanted of a batch, without its loss."""
-    if not (wanted.slopes or wanted.hits or wanted.labels is not None):
+    if wanted == NOTHING:
         return Seen()
-    valid = batch.valid()
-    return Seen(
-        _slopes(batch, prior, weight, valid) if wanted.slopes else None,
-        _hits(batch, valid) if wanted.hits else None,
-        None if wanted.labels is None else _counts(batch, valid, wanted.labels, wanted.share),
-    )
+    with torch.no_grad():
+        valid = batch.valid()
+        return Seen(
+            _slopes(batch, prior, weight, valid) if wanted.slopes else None,
+            _hits(batch, valid) if wanted.hits else None,
+            None if wanted.labels is None else _counts(batch, valid, wanted.labels, wanted.share),
+        )
 
 
 def _slopes(

@@ -48,8 +48,10 @@ def sweep(
 
     In at least float32; differentiable any number of times in input, strength and prior.
     """
-    # Under compile the checks of sizes below would specialise a graph.
-    if pos_weight is not None or reduction == "none" or torch.compiler.is_compiling():
+    # Under compile the checks of sizes would specialise a graph.
+    if torch.compiler.is_compiling() or batch.input.numel() < MIN_ELEMENTS:
+        return None
+    if pos_weight is not None or reduction == "none":
         return None
     if given.nothing() and batch.void is None:  # torch's own call, bit for bit
         return None

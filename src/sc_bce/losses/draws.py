@@ -26,10 +26,13 @@ def bernoulli(
     shape = input.shape if sampling == "element" else input.shape[:1]
     if isinstance(alpha, Tensor) and alpha.dim() == 1:
         alpha = alpha.reshape(alpha.shape[0], *(1 for _ in shape[1:]))
-    # `readable` comes before the size, which would specialise a compiled graph.
-    if not readable(input) or shape.numel() < _BYTES_PAY_FROM:
-        return _uniform(input, shape, generator) < alpha
-    if isinstance(alpha, Tensor) and shape.numel() < _DRAWS_PER_LEVEL * alpha.numel():
+    # Sizes come last: they would specialise a compiled graph.
+    fewest = _DRAWS_PER_LEVEL * alpha.numel() if isinstance(alpha, Tensor) else 0
+    if (
+        torch.compiler.is_compiling()
+        or shape.numel() < max(_BYTES_PAY_FROM, fewest)
+        or not readable(input)
+    ):
         return _uniform(input, shape, generator) < alpha
     return _by_bytes(alpha, input, shape, generator)
 

@@ -25,6 +25,10 @@ Rule = FollowSlope | Climb
 class Levels:
     """One level per row, or one for all, and the rest of the state that training depends on."""
 
+    # What the host knows of the state.
+    steps, past_warmup, cap = 0, False, 1.0
+    cost: float | Tensor = 0.0
+
     def __init__(
         self,
         rule: Rule,
@@ -87,8 +91,7 @@ class Levels:
         if self.counted is not None:
             self.prior = base_rate(*counts)
         if not has_values(counts):
-            self.steps, self.past_warmup, self.cap = 0, False, 1.0
-            return
+            return  # on the meta device: what the host knew stays
         self.cap = cap(self.beta, self.prior)
         self.steps = int(self.values["steps"])
         self.past_warmup = self.steps >= self.warmup

@@ -16,7 +16,7 @@ __all__ = ["SINCE", "Table", "mean_by_row", "merged", "rows_of"]
 
 NEVER, BEFORE, SINCE = 0, 1, 2  # when a row was last trained, relative to the last step
 
-_SET = 1 << 9  # rows up to which a set finds duplicates faster than tensors
+_SET = 1 << 9  # rows up to which it pays to look for duplicates
 _CHUNK = 1 << 24  # rows that are merged at a time: bounds the extra memory
 
 
@@ -57,7 +57,7 @@ class Table:
     ) -> None:
         """Write a column; a row that occurs more than once gets the mean of its values."""
         column = self.columns[name]
-        if readable(rows) and _distinct(rows):
+        if readable(rows) and len(rows) <= _SET and len(set(rows.tolist())) == len(rows):
             column.scatter_(0, rows, values if limits is None else values.clamp(*limits))
             return  # half the time of index_copy_
         if column.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
@@ -129,14 +129,6 @@ def mean_by_row(rows: Tensor, values: Tensor) -> Tensor:
         for part in (values, torch.ones_like(values))
     )
     return (total / count.clamp(min=1))[group]
-
-
-def _distinct(rows: Tensor) -> bool:
-    """Whether no row occurs twice, as in most batches."""
-    if len(rows) <= _SET:
-        return len(set(rows.tolist())) == len(rows)
-    ordered = rows.sort()[0]
-    return not bool((ordered[1:] == ordered[:-1]).any())
 
 
 def rows_of(index: Tensor | None, input: Tensor, table: Table, shared: bool) -> Tensor:
