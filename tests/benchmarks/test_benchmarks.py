@@ -179,8 +179,15 @@ def test_a_repair_from_cells_is_that_from_raw_values(capsys):
     y = torch.rand(z.shape) < torch.sigmoid(z / 2)
     answers = {"val": (2 * z[:20], y[:20]), "test": (2 * z[20:], y[20:])}
     rows = repair.bounds(0, answers)
-    assert [row["logits"] for row in rows] == ["x 1", "x 2", "x 4", "x 8", "x 32", "bfloat16",
-                                               "float16"]  # fmt: skip
+    assert [row["logits"] for row in rows] == [
+        "x 1",
+        "x 2",
+        "x 4",
+        "x 8",
+        "x 32",
+        "bfloat16",
+        "float16",
+    ]
     for row in rows:
         for kind in ("affine val", "affine test", "temperature"):
             assert row[kind][0] == pytest.approx(row[kind][1], rel=1e-3)
@@ -214,8 +221,11 @@ def test_the_kept_bounds_are_met_and_told():
         ours, raw = row["temperature"]
         assert abs(ours / raw - 1) < 0.01
     page = (ROOT / "docs" / "guide" / "repair.md").read_text("utf-8")
-    for name, title in (("temperature", "temperature"), ("affine", "temperature and bias"),
-                        ("steps, half a count", "isotonic")):  # fmt: skip
+    for name, title in (
+        ("temperature", "temperature"),
+        ("affine", "temperature and bias"),
+        ("steps, half a count", "isotonic"),
+    ):
         means = []
         for images in (2, 5, 10, 20, 40, 640):
             each = [row["nll"][name] for row in kept["choices"] if row["images"] == images]

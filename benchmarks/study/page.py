@@ -1,9 +1,9 @@
-"""The page of the study, from the kept runs of ``runs.py``.
+"""The page of the study, from the kept runs of ``run.py``.
 
-    python benchmarks/study.py
+    python -m benchmarks.study.page
 
 Every number, verdict and picture of ``docs/study.md`` comes from here. The text that does not
-depend on the runs is in ``benchmarks/study.md``, where a line such as ``@answers`` is replaced.
+depend on the runs is in ``page.md``, where a line such as ``@answers`` is replaced.
 Nothing is said beyond a 95 % interval.
 """
 
@@ -13,15 +13,18 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from compare import Gap, over_seeds
-from evaluation import IMAGES, MAPS, RAW, REPAIRS
-from kept import SEEDED, Kept, load
-from rows import BEST_FIXED, DEFAULT, FAMILIES, LEVELS, OTHERS, PLAIN, ROWS
-from runs import EPOCHS, RESULTS, is_planned, planned
+
+from benchmarks import report
+from benchmarks.study.compare import Gap, over_seeds
+from benchmarks.study.judge import IMAGES, MAPS, RAW, REPAIRS
+from benchmarks.study.kept import SEEDED, Kept, load
+from benchmarks.study.rows import BEST_FIXED, DEFAULT, FAMILIES, LEVELS, OTHERS, PLAIN, ROWS, SHARED
+from benchmarks.study.run import EPOCHS, RESULTS, is_planned, planned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 Tasks = dict[str, Kept]
 
 HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs"
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
 NAMES = {
@@ -76,11 +80,6 @@ SOFTER = (PLAIN, "decay", SMOOTHED, SMOOTHED_BASE, DRAWN_HALF, BEST_FIXED, DEFAU
 
 
 # ---------------------------------------------------------------- text
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *("--:" for _ in head[1:])], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def title(name: str) -> str:
@@ -178,7 +177,7 @@ def first(kept: Tasks) -> Answer:
     line = f"{word}. Its NLL: {by_verdict(nll)}."
     if left:
         line += f" Not run yet: {listed(NAMES[n] for n in left)}."
-    return Answer(line, markdown(head, rows), truth(kept))
+    return Answer(line, report.table(head, rows), truth(kept))
 
 
 PAIRS = (
@@ -221,7 +220,7 @@ def second(kept: Tasks) -> Answer:
     ]
     if gain:
         line += f" Of what moderation .2 gains there, refinement is {listed(gain)}."
-    return Answer(line, markdown(head, rows))
+    return Answer(line, report.table(head, rows))
 
 
 def _refined(k: Kept) -> float:
@@ -258,21 +257,33 @@ def third(kept: Tasks) -> Answer:
                 cell(k.gap(DEFAULT, best, "best", True)),
             ]
         )
-    head = ["", "best fixed, by hindsight", "level at the end", "default against it, raw",
-            "stopped early, repaired"]  # fmt: skip
-    table = markdown(head, rows)
-    each = having(kept, ("digits", "photographs", "digits-replaced", "digits-borders"),
-                  DEFAULT, "adaptive-focus-2")  # fmt: skip
-    focus = {name: k.gap("adaptive-focus-2", DEFAULT) for name, k in each.items()}
+    head = [
+        "",
+        "best fixed, by hindsight",
+        "level at the end",
+        "default against it, raw",
+        "stopped early, repaired",
+    ]
+    table = report.table(head, rows)
+    each = having(
+        kept, ("digits", "photographs", "digits-replaced", "digits-borders"), DEFAULT, SHARED
+    )
+    focus = {name: k.gap(DEFAULT, SHARED) for name, k in each.items()}
     if focus:
         body = [
-            [NAMES[n], cell(gap), cell(each[n].gap("adaptive-focus-2", DEFAULT, "best", True)),
-             _found(each[n])]
+            [NAMES[n], cell(gap), cell(each[n].gap(DEFAULT, SHARED, "best", True)), _found(each[n])]
             for n, gap in focus.items()
-        ]  # fmt: skip
-        table += "\n\nA level per sample (focus 2) against one for all (the default):\n\n"
-        table += markdown(["", "NLL, last epoch, raw", "stopped early, repaired",
-                           "wrong masks found by level (by loss), AUROC"], body)  # fmt: skip
+        ]
+        table += "\n\nA level per sample (the default) against one for all:\n\n"
+        table += report.table(
+            [
+                "",
+                "NLL, last epoch, raw",
+                "stopped early, repaired",
+                "wrong masks found by level (by loss), AUROC",
+            ],
+            body,
+        )
     beyond = any(gap.low > 2 for gap in gaps.values())
     within = all(gap.high <= 2 for gap in gaps.values()) and len(gaps) == len(MAIN)
     word = "No" if beyond else "Yes" if within else "Undecided"
@@ -284,7 +295,7 @@ def third(kept: Tasks) -> Answer:
 
 
 def _found(k: Kept) -> str:
-    runs = list(k.runs["adaptive-focus-2"].values())
+    runs = list(k.runs[DEFAULT].values())
     if "wrong" not in runs[0]:
         return ""
     level, loss = (np.mean([run["wrong"][key] for run in runs]) for key in ("level", "loss"))
@@ -325,8 +336,8 @@ def fourth(kept: Tasks) -> Answer:
     said = "; ".join(f"on {NAMES[name]} {', '.join(won)}" for name, won in wins.items())
     line = f"Stopped early and repaired, better than the default: {said or 'none is shown'}."
     if not shown:
-        return Answer(line, markdown(head, rest))
-    return Answer(line, markdown(head, shown), markdown(head, rest) if rest else "")
+        return Answer(line, report.table(head, rest))
+    return Answer(line, report.table(head, shown), report.table(head, rest) if rest else "")
 
 
 def fifth(kept: Tasks) -> Answer:
@@ -366,10 +377,10 @@ def fifth(kept: Tasks) -> Answer:
         ]
         for row in SOFTER[1:]
     ]
-    few = markdown(head, [rows[row] for row in (PLAIN, SMOOTHED, BEST_FIXED, DEFAULT)])
-    others = markdown(head, list(rows.values()))
+    few = report.table(head, [rows[row] for row in (PLAIN, SMOOTHED, BEST_FIXED, DEFAULT)])
+    others = report.table(head, list(rows.values()))
     words = "The same, stopped early and repaired on validation data that are not corrupted:"
-    return Answer(line, few, f"{others}\n\n{words}\n\n{markdown(head, repaired)}")
+    return Answer(line, few, f"{others}\n\n{words}\n\n{report.table(head, repaired)}")
 
 
 def corrupted(
@@ -403,13 +414,15 @@ def no_object(kept: Tasks) -> str:
                 continue
             each = np.array(k.each(row, k.seeds(row), "last", "ood", RAW))
             spread = each.std(0, ddof=1)
-            cells += [f"{each[:, 0].mean():.3f} ± {spread[0]:.3f}",
-                      f"{each[:, -2].mean():.2f} ± {spread[-2]:.2f}"]  # fmt: skip
+            cells += [
+                f"{each[:, 0].mean():.3f} ± {spread[0]:.3f}",
+                f"{each[:, -2].mean():.2f} ± {spread[-2]:.2f}",
+            ]
         rows.append([title(row), *cells])
     head = [""]
     for name in there:
         head += [f"{NAMES[name]}: NLL", f"{NAMES[name]}: AUROC of confidence"]
-    return markdown(head, rows)
+    return report.table(head, rows)
 
 
 def truth(kept: Tasks) -> str:
@@ -435,9 +448,15 @@ def truth(kept: Tasks) -> str:
                 [one["labels"]["mean"][-1] / one["labels"]["base_rate"][-1] for one in tested]
             )
             rows.append(
-                [title(row), words, f"{distance[0]:.4f}", f"{1e3 * distance[1]:.2f}",
-                 f"{1e3 * distance[2]:.2f}", f"{ratio:.2f}"]
-            )  # fmt: skip
+                [
+                    title(row),
+                    words,
+                    f"{distance[0]:.4f}",
+                    f"{1e3 * distance[1]:.2f}",
+                    f"{1e3 * distance[2]:.2f}",
+                    f"{ratio:.2f}",
+                ]
+            )
     head = [
         "",
         "",
@@ -447,7 +466,7 @@ def truth(kept: Tasks) -> str:
         "mean p / base rate, label of .01",
     ]
     words = "Known rates: distance of the answers p from the true chances P, mean of the labels."
-    return f"{words}\n\n{markdown([cell.replace('|', '&#124;') for cell in head], rows)}"
+    return f"{words}\n\n{report.table([cell.replace('|', '&#124;') for cell in head], rows)}"
 
 
 Few = dict[tuple[str, str, str], tuple[float, list[float]]]
@@ -490,8 +509,11 @@ def sixth(kept: Tasks) -> Answer:
         helped = (c for c, x in zip(counts, few, strict=True) if x < raw)
         enough.setdefault(repair, []).append(next(helped, np.inf))
         rows[name, epoch, repair] = [
-            f"{NAMES[name]}, {ENDS[epoch]}", repair, f"{raw:.4f}", *(f"{x:.4f}" for x in few)
-        ]  # fmt: skip
+            f"{NAMES[name]}, {ENDS[epoch]}",
+            repair,
+            f"{raw:.4f}",
+            *(f"{x:.4f}" for x in few),
+        ]
     said = [
         f"{repair} {max(least):.0f}" if np.isfinite(max(least)) else f"{repair} more than 150"
         for repair, least in enough.items()
@@ -503,9 +525,12 @@ def sixth(kept: Tasks) -> Answer:
         else "Not run yet."
     )
     head = ["plain BCE", "repair", "raw", *(f"{count} images" for count in counts)]
-    few_rows = [row for (_, epoch, repair), row in rows.items()
-                if epoch == "best" and repair in ("temperature", "isotonic")]  # fmt: skip
-    return Answer(line, markdown(head, few_rows), markdown(head, list(rows.values())))
+    few_rows = [
+        row
+        for (_, epoch, repair), row in rows.items()
+        if epoch == "best" and repair in ("temperature", "isotonic")
+    ]
+    return Answer(line, report.table(head, few_rows), report.table(head, list(rows.values())))
 
 
 def slopes(kept: Tasks) -> dict[str, tuple[float, Gap, Gap]]:
@@ -547,7 +572,7 @@ def seventh(kept: Tasks) -> Answer:
         " After early stopping and repair it predicts little: a gain is shown on "
         f"{listed(helped) if helped else 'none of them'}."
     )
-    return Answer(line, markdown(head, rows))
+    return Answer(line, report.table(head, rows))
 
 
 QUESTIONS: tuple[tuple[str, Callable[[Tasks], Answer]], ...] = (
@@ -636,7 +661,7 @@ def readme(kept: Tasks) -> str:
             fix = k.best_map(row, epoch, seeds) if repaired else RAW
             cells.append(f"{np.mean(k.each(row, seeds, epoch, 'test', fix, 'nll')):.4f}")
         rows.append([words, *cells])
-    table = markdown(["NLL on test data", *(NAMES[name] for name in shown)], rows)
+    table = report.table(["NLL on test data", *(NAMES[name] for name in shown)], rows)
     ends, both = (
         by_verdict(
             {name: there[name].gap(DEFAULT, PLAIN, epoch, repaired) for name in shown},
@@ -721,11 +746,18 @@ def parts_figure(kept: Tasks) -> "Figure":
                 x, y = refined, nll - refined
                 half = [1.96 * v.std(ddof=1) / len(seeds) ** 0.5 for v in (x, y)]
                 one.errorbar(
-                    x.mean(), y.mean(), xerr=half[0], yerr=half[1], fmt=mark, color=colour,
-                    markerfacecolor=colour if epoch == "last" else "white", markersize=6,
-                    elinewidth=0.6, label=label if epoch == "last" else None,
+                    x.mean(),
+                    y.mean(),
+                    xerr=half[0],
+                    yerr=half[1],
+                    fmt=mark,
+                    color=colour,
+                    markerfacecolor=colour if epoch == "last" else "white",
+                    markersize=6,
+                    elinewidth=0.6,
+                    label=label if epoch == "last" else None,
                     zorder=2 if label == "other rows" else 3,
-                )  # fmt: skip
+                )
         one.set_title(NAMES[name], fontsize=9)
         one.set_yscale("log")
         one.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -739,9 +771,13 @@ def parts_figure(kept: Tasks) -> "Figure":
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
     figure.legend(
-        list(named.values()), list(named), loc="outside lower center", ncols=4, fontsize=7,
+        list(named.values()),
+        list(named),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=7,
         frameon=False,
-    )  # fmt: skip
+    )
     return figure
 
 
@@ -781,9 +817,13 @@ def _forest(
                 if finite:
                     one.plot([gap.low, gap.high], [y, y], color="#000000", linewidth=0.8)
                 one.plot(
-                    gap.value, y, mark, color="#000000", markersize=4,
+                    gap.value,
+                    y,
+                    mark,
+                    color="#000000",
+                    markersize=4,
                     markerfacecolor="#000000" if gap.verdict != "undecided" and finite else "white",
-                )  # fmt: skip
+                )
         one.set_yticks(range(len(rows)), [words for words, _ in rows[::-1]])
         one.set_ylim(-0.6, len(rows) - 0.4)
         one.tick_params(left=one is axes[0], labelleft=one is axes[0])
@@ -829,7 +869,7 @@ def draws_figure(kept: Tasks) -> "Figure":
             ("stopped early, repaired", change("best", True)),
         ],
         "change of NLL, %",
-    )  # fmt: skip
+    )
 
 
 def _legend(axes: "Axes") -> None:
@@ -848,15 +888,25 @@ def levels_figure(kept: Tasks) -> "Figure":
         order = np.argsort(levels)
         change = [100 * (value / base - 1) for value in means.values()]
         one.plot(
-            np.array(levels)[order], np.array(change)[order], "o-", color="#000000", markersize=4,
-            linewidth=1, label="fixed level",
-        )  # fmt: skip
+            np.array(levels)[order],
+            np.array(change)[order],
+            "o-",
+            color="#000000",
+            markersize=4,
+            linewidth=1,
+            label="fixed level",
+        )
         seeds = k.seeds(DEFAULT, *means)
         value = np.mean(k.each(DEFAULT, seeds, "last", "test", RAW, "nll"))
         one.plot(
-            float(np.mean(_levels(k))), 100 * (value / base - 1), "*", color=COLOURS[5],
-            markersize=11, markeredgecolor="#000000", label="adaptive (default)",
-        )  # fmt: skip
+            float(np.mean(_levels(k))),
+            100 * (value / base - 1),
+            "*",
+            color=COLOURS[5],
+            markersize=11,
+            markeredgecolor="#000000",
+            label="adaptive (default)",
+        )
         one.set_title(NAMES[k.task], fontsize=9)
         one.set_xlim(-0.03, 0.43)
     figure.supxlabel("level towards the base rate, drawn per sample", fontsize=8)
@@ -896,9 +946,15 @@ def images_figure(kept: Tasks) -> "Figure":
         ):
             raw, few = found[name, epoch, repair]
             one.plot(
-                [*IMAGES, 150], [100 * (x / raw - 1) for x in few], marker=mark, linestyle=line,
-                color=colour, markersize=4, linewidth=1, label=repair,
-            )  # fmt: skip
+                [*IMAGES, 150],
+                [100 * (x / raw - 1) for x in few],
+                marker=mark,
+                linestyle=line,
+                color=colour,
+                markersize=4,
+                linewidth=1,
+                label=repair,
+            )
         one.set_title(f"{NAMES[name]}, {ENDS[epoch]}", fontsize=9)
         one.set_xscale("log")
         one.set_xticks([*IMAGES, 150], [str(count) for count in (*IMAGES, 150)])
@@ -930,8 +986,15 @@ def slopes_figure(kept: Tasks) -> "Figure":
         most = max((abs(values[1].value) for values in found.values()), default=0.0)
         one.set_ylim(-1.5 * most - 5, 1.5 * most + 5)  # a wide interval is cut
     axes[0].set_ylabel("NLL of moderation .2 against plain BCE, %", fontsize=8)
-    axes[1].plot([], [], "o", color=COLOURS[4], markerfacecolor="white", markersize=5,
-                 label="digits with fewer or wrong masks")  # fmt: skip
+    axes[1].plot(
+        [],
+        [],
+        "o",
+        color=COLOURS[4],
+        markerfacecolor="white",
+        markersize=5,
+        label="digits with fewer or wrong masks",
+    )
     _legend(axes[1])
     return figure
 
@@ -963,33 +1026,26 @@ def page(words: str, kept: Tasks, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.csv").write_text(table_csv(kept), "utf-8")
 
-    def fill(found: re.Match[str]) -> str:
-        name = found[1]
-        if name in TEXTS:
-            return TEXTS[name](kept)
-        if name not in FIGURES:
-            known = ", ".join(f"@{known}" for known in (*TEXTS, *FIGURES))
-            raise ValueError(f"Expected one of {known}, but the words have @{name}")
+    def drawn(name: str) -> str:
         caption, draw = FIGURES[name]
         draw(kept).savefig(folder / f"{name}.png", metadata={"Software": None})
         return pictured(name, caption)
 
-    words = words.replace("{{state}}", state(kept))
-    for _ in range(2):  # a question names its picture
-        words = re.sub(r"^@([\w-]+)$", fill, words, flags=re.M)
-    return words
+    parts: dict[str, Callable[[], str]] = {name: partial(drawn, name) for name in FIGURES}
+    parts |= {name: partial(text, kept) for name, text in TEXTS.items()}
+    return report.fill(words.replace("{{state}}", state(kept)), parts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Write the page of the study from its runs.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: results/study")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "docs", help="default: docs")
+    parser.add_argument("--out", type=Path, default=DOCS, help="default: docs")
     args = parser.parse_args(argv)
     kept: dict[str, Any] = load(args.results)
     if not kept:
-        sys.exit(f"study.py: {args.results} holds no runs: collect some with runs.py")
+        sys.exit(f"page.py: {args.results} holds no runs: collect some with run.py")
     kept = {name: kept[name] for name in NAMES if name in kept}
-    text = page((HERE / "study.md").read_text("utf-8"), kept, args.out / "study")
+    text = page((HERE / "page.md").read_text("utf-8"), kept, args.out / "study")
     (args.out / "study.md").write_text(text, "utf-8")
     print(f"written: {args.out / 'study.md'}")
 

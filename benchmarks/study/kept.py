@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare import Array, Gap, over_both, over_seeds
-from evaluation import MAPS
-from rows import FAMILIES, PLAIN
-from runs import EPOCHS
+
+from benchmarks.study.compare import Array, Gap, over_both, over_seeds
+from benchmarks.study.judge import MAPS
+from benchmarks.study.rows import FAMILIES, PLAIN
+from benchmarks.study.run import EPOCHS
 
 Result = dict[str, Any]
 
@@ -23,7 +24,7 @@ SEEDED = {"cancer": 219 / 200, "rates": 0.0}  # of other test samples per seed; 
 class Kept:
     """All runs of one task.
 
-    A row is named as in ``rows.py``, or by its family, and is then that family's tuned member.
+    A row is named as in ``rows``, or by its family, and is then that family's tuned member.
     """
 
     def __init__(self, path: Path) -> None:
