@@ -193,7 +193,8 @@ def shares(blocks: Curve, ends: str) -> Array:
 def steps(blocks: Curve, values: Array, z: Array) -> Array:
     """One value for each block, from its least logit on."""
     place = np.searchsorted(blocks.first, z, side="right") - 1
-    return values[place.clip(0)]
+    found: Array = values[place.clip(0)]
+    return found
 
 
 def lines(blocks: Curve, values: Array, z: Array) -> Array:
