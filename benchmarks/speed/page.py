@@ -96,23 +96,6 @@ def first(result: Result) -> str:
     return table(["", "BCE", *COLUMNS.values()], rows)
 
 
-def every(result: Result) -> str:
-    """Every case on the first screen's threads."""
-    rows = []
-    for record in matching(result["times"], threads=THREADS):
-        if record["contender"] in (BASELINE, "eager bce"):
-            continue
-        what = record["case"] + (" void" if record["void"] and record["case"] != "void" else "")
-        shape = " x ".join(map(str, record["shape"]))
-        kind = f"{record['dtype']} {record['target']}"
-        times = f"{record['median_ms']:.4g}", f"{record['ratio']:.2f}"
-        rows.append([f"{what}, {shape}", kind, record["contender"], *times])
-    for record in matching(result.get("others", []), threads=THREADS):
-        times = f"{record['median_ms']:.4g}", f"{record['ratio']:.2f}"
-        rows.append([record["case"], "", "", *times])
-    return table(["case", "logits target", "loss", "ms", "of BCE"], rows)
-
-
 def given_back(result: Result) -> str:
     """The first row, if glibc may give memory back."""
     found = {record["contender"]: record for record in result["given_back"]}
@@ -249,7 +232,6 @@ def figure(result: Result) -> "Figure":
 TABLES: dict[str, Callable[[Result], str]] = {
     "about": about,
     "first": first,
-    "every": every,
     "given-back": given_back,
     "rivals": rivals,
     "sizes": sizes,
