@@ -495,7 +495,10 @@ def collect(folder: Path, results: Path) -> None:
 
 
 def restore(results: Path, folder: Path) -> None:
-    """What ``collect`` wrote as kept runs again, so that a fresh checkout goes on with the rest."""
+    """What ``collect`` wrote as kept runs again, so that a fresh checkout goes on with the rest.
+
+    Runs of rows that are no longer there are left out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for source in sorted(results.glob("*.zip")):
         with zipfile.ZipFile(source) as file:
@@ -503,6 +506,8 @@ def restore(results: Path, folder: Path) -> None:
             lines = file.read("runs.jsonl").decode().splitlines()
         for line, rows in zip(lines, sums, strict=True):
             run = json.loads(line)
+            if run["row"] not in ROWS:
+                continue
             path = run_file(folder, (run["task"], run["row"], run["seed"]))
             arrays = {}
             for epoch, maps in zip(EPOCHS, rows, strict=True):
