@@ -37,7 +37,6 @@ SHOWN: tuple[tuple[str, str, tuple[int, ...], str, bool], ...] = (
 )
 DENSE, VOID, SMALL, COMPILED = 0, 2, 5, 6  # of these, what README names
 COLUMNS = {"sample": "fixed level", "adaptive": "adaptive level"}
-TARGETS = ("float", "bool", "uint8")
 
 
 def matching(records: Sequence[Result], **wanted: Any) -> list[Result]:
