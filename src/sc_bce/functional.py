@@ -206,6 +206,9 @@ def bce_with_logits(
 ) -> Tensor:
     """Torch's own call, with its errors and its bits, for masks of any dtype."""
     if isinstance(target, Tensor) and not target.is_complex():
+        for name, value in (("input", input), ("target", target)):
+            if isinstance(value, Tensor):
+                _inputs.dense(name, value)
         legal = _inputs.check_labels(target, None)
         if not target.is_floating_point():
             _inputs.logits(input)

@@ -839,8 +839,8 @@ def test_a_weight_per_label_does_not_lie_along_the_last_dimension(size, ones, na
     """Where C = W torch takes it without a word."""
     x, y, rates = torch.randn(size), torch.rand(size), torch.rand(5) + 0.5
     text = (
-        rf"`{name}` to have one value per label, shape \(5{ones}\), but got shape \(5,\), which would "
-        rf"lie along the last dimension; pass `{name}.reshape\(-1{ones}\)`"
+        rf"`{name}` to have one value per label, shape \(5{ones}\), but got shape \(5,\), which "
+        rf"would lie along the last dimension; pass `{name}.reshape\(-1{ones}\)`"
     )
     with pytest.raises(ValueError, match=text):
         sc_bce_with_logits(x, y, alpha, **{name: rates})
@@ -884,7 +884,7 @@ FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 
 @pytest.mark.cpu_only("they are made of one")
-@pytest.mark.parametrize("alpha", [0.1, torch.tensor(0.1)])
+@pytest.mark.parametrize("alpha", [0.0, 0.1, torch.tensor(0.1)])
 @pytest.mark.parametrize("dtype", FLOAT8)
 def test_what_torch_computes_nothing_in_is_named(dtype, alpha):
     text = rf"dtype of at least 16 bits, but got {dtype}; pass `{{}}.float\(\)`"
