@@ -321,6 +321,18 @@ def test_a_missing_label_counts_nowhere(dtype, alpha, reduction, bad):
     assert bool(x.grad[kept].ne(0).all())
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("bad", [0.5, math.inf])
+def test_missing_labels_reach_no_gradient_of_a_level(bad, reduction):
+    alpha = torch.tensor([0.1, 0.3], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([[1.0, bad], [2.0, -3.0]], dtype=torch.float64)
+    y = torch.tensor([[1.0, math.nan], [0.0, 0.25]], dtype=torch.float64)
+    loss = sc_bce_with_logits(x, y, alpha, 1.0, ignore_index=math.nan, reduction=reduction)
+    (grad,) = torch.autograd.grad(loss.sum(), alpha)
+    want = np.array([0.5, -0.5 * 2 + 0.25 * 3])  # the slopes (y - 1/2) x of each sample
+    close(grad, want / 3 if reduction == "mean" else want)
+
+
 def test_missing_labels_of_a_target():
     y = torch.tensor([0.0, math.nan, 1.0])
     q = perturb_target(y, 0.2, 1.0, ignore_index=math.nan)
