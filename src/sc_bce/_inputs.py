@@ -114,7 +114,7 @@ def logits(input: object, name: str = "input") -> None:
     if not input.is_floating_point():
         remedy = f"pass the raw output of the network, or `{name}.float()`"
         refuse(name, "hold floating-point logits", input.dtype, remedy, TypeError)
-    _dense(name, input)
+    dense(name, input)
 
 
 def label(target: object) -> None:
@@ -123,10 +123,10 @@ def label(target: object) -> None:
     if target.is_complex():
         wanted = "be a bool, integer or floating-point Tensor"
         refuse("target", wanted, target.dtype, "pass `target.real`", TypeError)
-    _dense("target", target)
+    dense("target", target)
 
 
-def _dense(name: str, value: Tensor) -> None:
+def dense(name: str, value: Tensor) -> None:
     if value.layout is not torch.strided:
         refuse(name, "be dense", value.layout, f"pass `{name}.to_dense()`", TypeError)
     if value.dtype.itemsize == 1 and value.is_floating_point():  # torch computes nothing in float8

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_WITHOUT_FLOAT64 = ("mps",)
+WITHOUT_FLOAT64 = ("mps",)
 _OWN_KERNELS = ("cpu", "cuda", "meta")  # have every call; XLA lacks aminmax and views as bytes
 UNREDUCIBLE = (torch.uint16, torch.uint32, torch.uint64)  # torch has no min and max for them
 
@@ -79,7 +79,7 @@ def ends(value: Tensor) -> tuple[Tensor, Tensor]:
 
 def float64_device(device: torch.device) -> torch.device:
     """The device itself if it has float64, otherwise the CPU."""
-    return torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
 def on_backward(loss: Tensor, call: Callable[[], None]) -> Tensor:

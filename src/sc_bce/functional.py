@@ -81,7 +81,7 @@ def perturb_target(
     if dtype is None:
         own = target.dtype if target.is_floating_point() else torch.get_default_dtype()
         dtype = torch.promote_types(own, torch.float32)
-    elif not dtype.is_floating_point:  # torch would cut the result to 0 and 1
+    elif not getattr(dtype, "is_floating_point", False):  # torch would cut the result to 0 and 1
         refuse("dtype", "be a floating-point torch.dtype", dtype, error=TypeError)
     void = _inputs.held(target, _errors.ignored(ignore_index))
     legal = _inputs.check_labels(target, void)
@@ -206,6 +206,9 @@ def bce_with_logits(
 ) -> Tensor:
     """Torch's own call, with its errors and its bits, for masks of any dtype."""
     if isinstance(target, Tensor) and not target.is_complex():
+        for name, value in (("input", input), ("target", target)):
+            if isinstance(value, Tensor):
+                _inputs.dense(name, value)
         legal = _inputs.check_labels(target, None)
         if not target.is_floating_point():
             _inputs.logits(input)
