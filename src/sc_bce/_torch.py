@@ -45,11 +45,16 @@ def transformed() -> bool:
     only costs speed.
     """
     try:
-        return (
-            torch._C._get_tracing_state() is not None
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._len_torch_dispatch_stack() > 0
-        )
+        return functional_transform() or torch._C._len_torch_dispatch_stack() > 0
+    except AttributeError:
+        return True
+
+
+def functional_transform() -> bool:
+    """The same without the modes, which an autograd.Function does not mind."""
+    try:
+        tracing = torch._C._get_tracing_state() is not None
+        return tracing or torch._C._are_functorch_transforms_active()
     except AttributeError:
         return True
 
