@@ -73,7 +73,7 @@ def reliability_diagram(
     _errors.choice("kind", kind, ("top_label", "positive_class"))
     measured = "accuracy" if kind == "top_label" else "share of positives"
     if ax is not None:
-        _panel(ax, *named.values(), num_bins, kind)  # type: ignore[call-arg]
+        _panel(ax, next(iter(named.values())), num_bins, kind)
         ax.set(xlabel="confidence", ylabel=measured)
         return cast("Figure", ax.get_figure(root=True))
     new_figure, patch = _matplotlib()

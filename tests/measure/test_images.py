@@ -129,12 +129,12 @@ def test_what_is_no_error_keeps_its_lower_end(measure):
 
 def test_probabilities_taken_for_logits_are_said_once():
     images = made(torch.rand(20, 50), torch.rand(20, 50) < 0.5)
-    with pytest.warns(UserWarning, match="look like probabilities; pass these with"):
+    with pytest.warns(UserWarning, match="as if they were probabilities"):
         images.interval("ece", resamples=5)
     for other in (ImageHistograms().merge(images), made(torch.randn(20, 50), torch.ones(20, 50))):
         other.update(torch.rand(2, 1, 50), torch.ones(2, 1, 50), from_logits=False)
         other.histogram().ece()
-    with pytest.warns(UserWarning, match="look like probabilities; pass these with"):
+    with pytest.warns(UserWarning, match="as if they were probabilities"):
         ImageHistograms().merge(images).histogram().ece()
 
 
@@ -219,7 +219,6 @@ ERRORS = [
         r"return a Tensor of shape \(1,\) .* but got .* \(float\); leave out `float`",
     ),
     (lambda: ONE.interval(lambda h: h.to_dict()["nll"]), TypeError, "a Tensor .* but got list"),
-    (lambda: ONE.interval(3), TypeError, "a name, or a function of a histogram, but got 3"),
     (lambda: ONE.interval(level=1.0), ValueError, r"`level` to be between 0 and 1, but got 1.0"),
     (lambda: ONE.interval(resamples=0), ValueError, "`resamples` to be a positive int"),
     (lambda: ONE.interval(other=3), TypeError, "`other` to be ImageHistograms, but got 3"),
@@ -232,12 +231,12 @@ ERRORS = [
     (
         lambda: ONE.load_state_dict({"counts": 3}),
         ValueError,
-        r"hold `counts` of shape \(0, 2, 2, 70\).*states of 0.1 and 0.2 don't load",
+        "have the keys .*older states don't load",
     ),
     (
         lambda: ONE.load_state_dict({**ONE.state_dict(), "doubts": torch.zeros(3)}),
         ValueError,
-        r"hold `doubts` of shape \(3, 2, 70\), and 4 tensors in all, but got \(3,\)",
+        r"hold `doubts` of shape \(3, 2, 70\), but got \(3,\); build",
     ),
     (lambda: ImageHistograms().interval(), ValueError, "two images or more, but got 0; update"),
 ]

@@ -53,20 +53,27 @@ class Grid(NamedTuple):
         even = sum(round((one.high - one.low) * one.density) for one in self.stretches)
         return self.last - self.first + even
 
-    def coordinate(self, size: Tensor, doubt: Tensor, most: float = math.inf) -> Tensor:
-        """Place along the cells, in cells, of |logit| and min(p, 1 - p); ``most`` is a bound.
+    def coordinate(
+        self, size: Tensor, doubt: Tensor, most: float = math.inf,
+        given: torch.dtype | None = None, work: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Place along the cells, in cells, of |logit| and min(p, 1 - p).
 
-        The parts rise one after another, so that their sum does.
+        The parts rise one after another, so that their sum does. ``most`` is a bound of ``size``;
+        ``given`` the dtype whose rounding counts, if the tensors were made finer; the answer is
+        written into the first of ``work``.
         """
         used = [one for one in self.stretches if one.low < most]
         base = sum(one.low * one.density for one in used)
-        edge = slack(2 * self.half, size.dtype)
-        place = torch.mul(doubt, -2.0 * self.half).add_(self.half + edge - self.first - base)
+        edge = slack(2 * self.half, given or size.dtype)
+        out, part = work or (torch.empty_like(size), torch.empty_like(size))
+        place = torch.mul(doubt, -2.0 * self.half, out=out)
+        place.add_(self.half + edge - self.first - base)
         place.clamp_(-base, self.last - self.first - base)
         for one in used:
             # The last cell takes what lies beyond.
             high = one.high - 0.5 / one.density * (one is self.stretches[-1])
-            place.add_(size.clamp(one.low, high), alpha=one.density)
+            place.add_(torch.clamp(size, one.low, high, out=part), alpha=one.density)
         return place
 
     def logits(self) -> tuple[Tensor, Tensor]:
@@ -158,8 +165,9 @@ class Batch(NamedTuple):
 
     def rows(self, view: Callable[[Tensor], Tensor]) -> list[Batch]:
         """One batch per label or image; `view` turns each tensor into these rows."""
-        parts = [[None] * len(view(self.input)) if one is None else view(one) for one in self[:4]]
-        return [Batch(*part, *self[4:]) for part in zip(*parts, strict=True)]
+        number = len(view(self.input))
+        parts: list[Any] = [[None] * number if one is None else view(one) for one in self[:4]]
+        return [Batch(*each, *self[4:]) for each in zip(*parts, strict=True)]  # type: ignore[call-arg,arg-type]
 
 
 def batch(input: Any, target: Any, weight: Any, from_logits: bool, ignore_index: object) -> Batch:
@@ -178,7 +186,7 @@ def batch(input: Any, target: Any, weight: Any, from_logits: bool, ignore_index:
     void = _inputs.held(y, void)
     legal = _inputs.check_labels(y, void)
     home = float64_device(x.device)
-    x, y, valid = (None if one is None else one.to(home) for one in (x, y, valid))
+    x, y, valid = x.to(home), y.to(home), None if valid is None else valid.to(home)
     w = None if weight is None else _weights(_inputs.tensor(weight, "weight"), x)
     return Batch(x, y, w, valid, void, from_logits and x.dtype != torch.uint8, legal)
 
@@ -192,7 +200,7 @@ def _weights(weight: Any, like: Tensor) -> Tensor:
     if any_set(illegal):
         value = _errors.exact(weight[illegal][0].item())
         refuse("weight", "be 0 or more, and finite", f"the value {value}")
-    return weight.expand(like.shape)
+    return torch.broadcast_to(weight, like.shape)
 
 
 def by_label(value: Tensor, num_labels: int | None) -> Tensor:
@@ -207,21 +215,25 @@ def by_label(value: Tensor, num_labels: int | None) -> Tensor:
 
 def count(cells: Grid, rows: list[Batch]) -> Counted:
     """The state of a histogram of these rows alone, one label each."""
-    each = [_Counter(cells, row).counted() for row in rows]
+    counter = _Counter(cells, rows[0])
+    each = [counter.counted(row) for row in rows]
+    if len(each) == 1:  # without a copy
+        return Counted(*(part.unsqueeze(0) for part in each[0]))
     return Counted(*(torch.stack(part) for part in zip(*each, strict=True)))
 
 
 def restored(saved: Mapping[str, Tensor], own: Counted) -> Counted:
     """Copies of a saved state on the device of ``own``, whose sizes it must have."""
+    if set(saved) != set(own._fields):
+        remedy = "pass what `state_dict()` of this version returned; older states don't load"
+        refuse("state_dict", f"have the keys {sorted(own._fields)}", sorted(saved), remedy)
     for name, part in own._asdict().items():
-        have = saved.get(name)
-        if not isinstance(have, Tensor) or have.shape != part.shape or len(saved) != len(own):
+        shape = getattr(saved[name], "shape", "no tensor")
+        if shape != part.shape:
+            remedy = "build the histogram with the same num_labels and num_cells"
+            wanted = f"hold `{name}` of shape {tuple(part.shape)}"
             refuse(
-                "state_dict",
-                f"hold `{name}` of shape {tuple(part.shape)}, and {len(own)} tensors in all",
-                tuple(have.shape) if isinstance(have, Tensor) else sorted(saved),
-                "build the object as it was when its `state_dict()` was saved; states of 0.1 and "
-                "0.2 don't load",
+                "state_dict", wanted, f"{shape if shape == 'no tensor' else tuple(shape)}", remedy
             )
     return Counted(*(saved[name].to(part, copy=True) for name, part in own._asdict().items()))
 
@@ -235,26 +247,29 @@ class _Counter:
     """
 
     def __init__(self, cells: Grid, row: Batch) -> None:
-        self.grid, self.row, x = cells, row, row.input
-        precision = torch.float32 if x.dtype == torch.uint8 else x.dtype
-        precision = torch.promote_types(precision, torch.float32)
-        self.dtype = precision if 2 * cells.half <= _FINEST else torch.float64
+        self.grid, x = cells, row.input
+        self.given = torch.promote_types(x.dtype, torch.float32)
+        self.dtype = self.given if 2 * cells.half <= _FINEST else torch.float64
         # Each of these rows is filled by one thread.
-        threads = min(_THREADS, torch.get_num_threads()) if x.numel() >= BLOCK else 1
-        self.sums = x.new_zeros(3, threads, 4 * (self.grid.size + 1), dtype=torch.float64)
-        self.totals = x.new_zeros(3, dtype=torch.float64)
-        self.ones = x.new_ones(min(x.numel(), BLOCK), dtype=torch.float64)
+        self.threads = min(_THREADS, torch.get_num_threads()) if x.numel() >= BLOCK else 1
+        # Fresh memory for each block would cost more than the arithmetic does.
+        size = min(x.numel(), BLOCK)
+        self.work = x.new_empty(4, size, dtype=self.dtype)
+        self.wide = x.new_empty(2, size, dtype=torch.float64)
+        self.cell = x.new_empty(size, dtype=torch.int64), x.new_empty(size, dtype=torch.int32)
+        self.ones = x.new_ones(size, dtype=torch.float64)
 
-    def counted(self) -> tuple[Tensor, ...]:
-        row = self.row
-        parts = [
-            [None] if one is None else one.reshape(-1).split(BLOCK)
-            for one in (row.input, row.target, row.weight, row.valid)
-        ]
-        for i in range(len(parts[0]) if row.input.numel() else 0):
-            self._block(*(part[i] if len(part) > i else None for part in parts))  # type: ignore[arg-type]
-        counts, doubts, sizes = self.sums.sum(1).view(3, 2, 2, -1)
-        wrong = (counts - 2 * doubts)[[0, 1], [1, 0]].sum()
+    def counted(self, row: Batch) -> tuple[Tensor, ...]:
+        self.row, x = row, row.input
+        self.sums = x.new_zeros(3, self.threads, 4 * (self.grid.size + 1), dtype=torch.float64)
+        self.totals = x.new_zeros(3, dtype=torch.float64)
+        parts = [None if one is None else one.reshape(-1) for one in row[:4]]
+        for first in range(0, x.numel(), BLOCK):
+            blocks: Any = (None if one is None else one[first : first + BLOCK] for one in parts)
+            self._block(*blocks)
+        sums = self.sums[:, 0] if self.threads == 1 else self.sums.sum(1)
+        counts, doubts, sizes = sums.view(3, 2, 2, -1)
+        wrong = sum((counts[i, 1 - i].sum() - 2 * doubts[i, 1 - i].sum()) for i in (0, 1))
         squares, loss, spread = self.totals
         positive = (sizes[1, 1, :-1] - sizes[0, 1, :-1]).sum()
         given = counts.sum() if row.from_logits else torch.zeros_like(loss)
@@ -316,25 +331,35 @@ class _Counter:
 
     def _add(self, x: Tensor, y: Tensor, weight: Tensor | None, sure: bool, most: float) -> None:
         """Add hard labels: what each cell counts, and the sums over all cells."""
-        cells, from_logits = self.grid, self.row.from_logits
-        logit = x if from_logits else torch.logit(x)
-        size = logit.abs()
-        doubt = size.neg().sigmoid_() if from_logits else torch.minimum(x, 1 - x)
-        wide, far = doubt.double(), size.double()
-        place = cells.coordinate(size, doubt, most)
+        cells, number = self.grid, len(x)
+        size, doubt, place, part = (one[:number] for one in self.work)
+        wide, far = (one[:number] for one in self.wide)
+        cell, narrow = (one[:number] for one in self.cell)
+        if self.row.from_logits:
+            logit = x
+            torch.neg(torch.abs(x, out=size), out=doubt).sigmoid_()
+        else:
+            logit = torch.logit(x)
+            torch.abs(logit, out=size)
+            torch.minimum(x, torch.sub(1, x, out=part), out=doubt)
+        wide.copy_(doubt)
+        far.copy_(size)
+        cells.coordinate(size, doubt, most, self.given, (place, part))
         if sure:
             ended = far.isinf()
             far.masked_fill_(ended, 0.0)
             place.add_(ended)
-        # Not clamp_(min=0), which on XLA turns infinity into the largest finite number.
-        wrong = torch.mul(y, -2.0).add_(1.0).mul_(logit).relu_()
-        code = y.add(torch.ge(logit, 0, out=torch.empty_like(y)), alpha=2)
+        code = torch.ge(logit, 0, out=part).mul_(2).add_(y)
         place.add_(code, alpha=cells.size + 1)
         # Through int32, which is several times faster than directly.
-        cell = place.to(torch.int32).to(torch.int64)
-        loss = _sum_log_sure(doubt) if weight is None else (weight * torch.log1p(-doubt)).sum()
-        loss = (wrong.sum() if weight is None else torch.dot(wrong.double(), weight)) - loss
-        some = (wide, far) if weight is None else (wide * weight, far * weight)
+        cell.copy_(narrow.copy_(place))
+        # Not clamp_(min=0), which on XLA turns infinity into the largest finite number.
+        wrong = torch.mul(y, -2.0, out=part).add_(1.0).mul_(logit).relu_()
+        if weight is None:
+            loss, some = wrong.sum() - _sum_log_sure(doubt, place), (wide, far)
+        else:
+            some = (wide * weight, far * weight)
+            loss = torch.dot(wrong.double(), weight) - (weight * torch.log1p(doubt.neg_())).sum()
         self.totals += torch.stack((torch.dot(some[0], wide), loss, torch.dot(some[1], far)))
         if sure and self.row.input.dtype == torch.uint8:
             known = ended.double()
@@ -343,8 +368,8 @@ class _Counter:
             cell.clamp_(0, self.sums.shape[2] - 1)
             self.totals += self.poison
             self.sums += self.poison
-        ones = self.ones[: len(x)] if weight is None else weight
-        threads = self.sums.shape[1] if len(x) % self.sums.shape[1] == 0 else 1
+        ones = self.ones[:number] if weight is None else weight
+        threads = self.threads if number % self.threads == 0 else 1
         for sums, values in zip(self.sums, (ones, *some), strict=True):
             sums[:threads].scatter_add_(1, cell.view(threads, -1), values.view(threads, -1))
 
@@ -356,13 +381,14 @@ def _valid(label: Tensor, void: float) -> Tensor:
     return torch.ne(label, void, out=torch.empty_like(label)).view(torch.bool)
 
 
-def _sum_log_sure(doubt: Tensor) -> Tensor:
-    """Sum of log(1 - d) for d in [0, 1/2], accurate for small d.
+def _sum_log_sure(doubt: Tensor, work: Tensor) -> Tensor:
+    """Sum of log(1 - d) for d in [0, 1/2], accurate for small d; writes over both.
 
     One logarithm for four elements, since (1 - a)(1 - b) = 1 - (a + b - ab).
     """
     for _ in range(2):
         if len(doubt) % 2 == 0:
             first, other = doubt.chunk(2)
-            doubt = torch.addcmul(other, other, first, value=-1).add_(first)
-    return doubt.neg().log1p_().sum(dtype=torch.float64)
+            out = work[: len(first)]
+            doubt, work = torch.addcmul(other, other, first, value=-1, out=out).add_(first), doubt
+    return doubt.neg_().log1p_().sum(dtype=torch.float64)

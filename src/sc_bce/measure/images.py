@@ -165,7 +165,8 @@ class ImageHistograms:
             >>> images.histogram().accuracy()
             tensor(0.7500, dtype=torch.float64)
         """
-        rows = (part.unflatten(0, (-1, self.num_labels or 1)).sum(0) for part in self._state)
+        size = (len(self), self.num_labels or 1)
+        rows = (part.reshape(*size, *part.shape[1:]).sum(0) for part in self._state)
         return holding(Counted(*rows), self.num_labels, self.num_cells, self._looked)
 
     def label(self, index: int) -> ImageHistograms:
