@@ -502,7 +502,7 @@ ERRORS = [
             CalibrationHistogram(num_cells=100).state_dict()
         ),
         ValueError,
-        r"hold `counts` of shape \(1, 2, 2, 7794\), but got \(1, 2, 2, 70\); build the histogram with",
+        r"`counts` of shape \(1, 2, 2, 7794\), but got \(1, 2, 2, 70\); build the histogram with",
     ),
 ]
 
@@ -1003,6 +1003,8 @@ def test_measures_live_where_the_state_does(labels):
     with (
         FakeTensorMode(),
         mock.patch.object(measures, "affine", return_value=(0.5, 0.5)),
+        mock.patch.object(measures, "cells_of", return_value=[mock.MagicMock()] * (labels or 1)),
+        mock.patch.object(measures, "spread_out"),
         mock.patch.object(measures, "isotonic", return_value=measures.Blocks([], [], [])),
     ):
         histogram = CalibrationHistogram(labels)

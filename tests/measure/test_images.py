@@ -201,7 +201,9 @@ def test_void_elements_and_probabilities():
     mask = y.to(torch.uint8)
     mask[:, ::3] = 255
     got, want = ImageHistograms(), ImageHistograms()
-    got.update(torch.sigmoid(z.double())[:, None], mask[:, None], from_logits=False, ignore_index=255)
+    got.update(
+        torch.sigmoid(z.double())[:, None], mask[:, None], from_logits=False, ignore_index=255
+    )
     keep = torch.arange(20) % 3 != 0
     want.update(z[:, None, keep].double(), y[:, None, keep])
     assert_close(got.histogram().nll(), want.histogram().nll())

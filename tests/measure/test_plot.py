@@ -81,7 +81,7 @@ def test_into_axes_of_the_users_figure():
     assert left.get_xlim() == (0.5, 1)
     assert right.get_ylabel() == "share of positives"
     assert len(left.containers) == 3
-    with pytest.raises(ValueError, match="to hold one histogram for one `ax`, but got 2; call once"):
+    with pytest.raises(ValueError, match="one histogram for one `ax`, but got 2; call once"):
         reliability_diagram({"a": histogram(), "b": histogram()}, ax=left)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import _errors, _inputs
 from .._errors import refuse
-from .._torch import UNREDUCIBLE, any_set, ends, float64_device
+from .._torch import UNREDUCIBLE, any_set, as_bytes, ends, float64_device
 
-BLOCK = 1 << 18  # elements worked on at a time: 1 MiB of float32, inside a CPU's cache
+BLOCK = 1 << 17  # elements worked on at a time: half a MiB of float32, inside a CPU's cache
 _THREADS = 4  # at most, that count in parallel
 _FINEST = 100_000  # number of cells up to which float32 separates neighbours
 _SLACK = 4  # units of precision below an edge that count as on it
@@ -167,7 +167,7 @@ class Batch(NamedTuple):
         """One batch per label or image; `view` turns each tensor into these rows."""
         number = len(view(self.input))
         parts: list[Any] = [[None] * number if one is None else view(one) for one in self[:4]]
-        return [Batch(*each, *self[4:]) for each in zip(*parts, strict=True)]  # type: ignore[call-arg,arg-type]
+        return [Batch(*each, *self[4:]) for each in zip(*parts, strict=True)]  # type: ignore[call-arg]
 
 
 def batch(input: Any, target: Any, weight: Any, from_logits: bool, ignore_index: object) -> Batch:
@@ -254,7 +254,7 @@ class _Counter:
         self.threads = min(_THREADS, torch.get_num_threads()) if x.numel() >= BLOCK else 1
         # Fresh memory for each block would cost more than the arithmetic does.
         size = min(x.numel(), BLOCK)
-        self.work = x.new_empty(4, size, dtype=self.dtype)
+        self.work = x.new_empty(5, size, dtype=self.dtype)
         self.wide = x.new_empty(2, size, dtype=torch.float64)
         self.cell = x.new_empty(size, dtype=torch.int64), x.new_empty(size, dtype=torch.int32)
         self.ones = x.new_ones(size, dtype=torch.float64)
@@ -283,7 +283,10 @@ class _Counter:
         valid = ignored if valid is None else valid if ignored is None else valid & ignored
         if weight is not None:
             valid = weight != 0 if valid is None else valid & (weight != 0)
-        label = _inputs.as_labels(y, self.dtype, row.void, row.legal)
+        if row.legal:
+            label = self.work[4, : len(x)].copy_(as_bytes(y) if y.dtype == torch.bool else y)
+        else:
+            label = _inputs.as_labels(y, self.dtype, row.void, row.legal)
         x = x / 255.0 if x.dtype == torch.uint8 else x.to(self.dtype)
         if valid is not None:
             x = torch.where(valid, x, 0.0 if row.from_logits else 0.5)
@@ -332,7 +335,7 @@ class _Counter:
     def _add(self, x: Tensor, y: Tensor, weight: Tensor | None, sure: bool, most: float) -> None:
         """Add hard labels: what each cell counts, and the sums over all cells."""
         cells, number = self.grid, len(x)
-        size, doubt, place, part = (one[:number] for one in self.work)
+        size, doubt, place, part = (one[:number] for one in self.work[:4])
         wide, far = (one[:number] for one in self.wide)
         cell, narrow = (one[:number] for one in self.cell)
         if self.row.from_logits:

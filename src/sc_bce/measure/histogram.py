@@ -46,10 +46,14 @@ class CalibrationHistogram(Measures):
     weight :math:`y` and a negative of weight :math:`1 - y`.
 
     **A probability of exactly 0 or 1 was rounded.** NLL and ECE take it as it is: one wrong 1
-    makes the NLL infinite. But slope, intercept and repairs need a logit. If the nearest
-    probability seen lies :math:`2h` away, 1 stands for all of :math:`[1-h, 1]`, whose mean logit,
-    if all are alike likely, is :math:`H(h)/h` with the entropy :math:`H`, about
-    :math:`1 - \log h`; so does an infinite logit. For 8-bit maps :math:`h = 1/510`.
+    makes the NLL infinite. Slope, intercept and repairs need a logit. If :math:`1 - 2h` is the
+    nearest probability seen (or :math:`h = 1/510`, of an 8-bit map), 1 stands for
+    :math:`[1-h, 1]`. Among its logits the one is taken that makes the observed share of positives
+    likeliest under the line :math:`az + b` through all other elements, :math:`(\mathrm{logit}
+    \tfrac{n_+ + 1/2}{n + 1} - b)/a`, but none below the edge :math:`\mathrm{logit}(1-h)`: so
+    what is sure does not move the slope unless too much of it is wrong. Without such a line it is
+    the mean logit of the interval, :math:`H(h)/h` with the entropy :math:`H`. Infinite logits are
+    read alike.
 
     **C exclusive classes** are measured one by one, each against the rest:
     ``CalibrationHistogram(num_labels=C).update(logits.softmax(1), F.one_hot(y, C).movedim(-1, 1),
@@ -59,7 +63,7 @@ class CalibrationHistogram(Measures):
         num_labels: number of labels in dimension 1, each measured separately; every result then
             has shape (num_labels,), and :meth:`pooled` measures them together. None: all elements
             are one label. Default: None.
-        num_cells: cells over [0, 1], an even number. Default: 10,000 (0.49 MB per label).
+        num_cells: cells over [0, 1], an even number. Default: 10,000 (0.50 MB per label).
 
     Raises:
         ValueError: ``num_cells`` is not even and positive; ``num_labels`` is not positive; a

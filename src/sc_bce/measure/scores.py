@@ -15,7 +15,9 @@ __all__ = ["Cells", "Decomposition", "Reliability", "affine"]
 
 _SEEN = 1.2e-16  # share of the squared logits that rounding can leave, for each element summed
 _FROM = 50  # elements from which numbers that look like probabilities are not an accident
-_CROWD = 0.01  # share of the elements in the outer tenth of the range: a crowd at an end
+_CROWD = 0.1  # share of the elements in the outer tenth of the range: a crowd at an end
+_SPREAD = 0.04  # share of the elements in either outer tenth of [0, 1]: spread over it
+_MANY = 1000  # elements of which two tell the same
 _LEVEL = 0.01  # logits within less than this are all alike
 _INSIDE = 0.99  # share of the elements in [0, 1] from which the labels are asked
 _NEAR = 0.1  # log-probabilities come as near to 0
@@ -334,14 +336,16 @@ def like_probabilities(cells: Cells) -> str:
     low, high = float(z.min()), float(z.max())
     if low >= 0 and high <= 1 and high - low >= _LEVEL:
         crowd = max(float(n[z <= high / 10].sum()), float(n[1 - z <= (1 - low) / 10].sum()))
-        if (low <= 0.25 and high >= 0.75) or crowd >= _CROWD * total:
+        both = min(float(n[z <= 0.1].sum()), float(n[z >= 0.9].sum())) >= _SPREAD * total
+        spread = both or (total >= _MANY and low <= 0.25 and high >= 0.75)
+        if spread or crowd >= _CROWD * total:
             return "probabilities"
     rate = k.sum() / total
     rivals = (_loss(torch.sigmoid(z), n, k), _loss(rate.expand_as(z), n, k))
     inside, near = (float(n[part].sum()) for part in ((z >= 0) & (z <= 1), z > -_NEAR))
     if inside >= _INSIDE * total and _loss(z, n, k) < min(rivals) - _NATS:
         return "nearly"
-    if high <= 0 and near >= _CROWD * total and _loss(z.exp(), n, k) < min(rivals) - _NATS:
+    if high <= 0 and near >= 0.1 * _CROWD * total and _loss(z.exp(), n, k) < min(rivals) - _NATS:
         return "log-probabilities"
     return ""
 
