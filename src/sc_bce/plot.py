@@ -76,6 +76,12 @@ def reliability_diagram(
         _panel(ax, next(iter(named.values())), num_bins, kind)
         ax.set(xlabel="confidence", ylabel=measured)
         return cast("Figure", ax.get_figure(root=True))
+    return _figure(named, num_bins, kind, measured)
+
+
+def _figure(
+    named: Mapping[str, CalibrationHistogram], num_bins: int, kind: str, measured: str
+) -> Figure:
     new_figure, patch = _matplotlib()
     figure: Figure = new_figure(
         figsize=(0.6 + 2.9 * len(named), 4.2), dpi=150, layout="constrained"

@@ -389,7 +389,7 @@ def test_right_logits_are_never_warned_about():
         for part in range(0, 6000, 60):
             seen(z[part : part + 60], y[part : part + 60]).ece()
     # Calibrated logits that are all in [0, 1], or all below 0 and too low by a half.
-    z = 0.6 * torch.rand(n) + 0.2
+    z = 0.4 * torch.rand(n) + 0.3
     seen(z, torch.rand(n) < torch.sigmoid(z)).ece()
     z = torch.randn(n) - 5
     seen(z[z < -1], torch.rand(int((z < -1).sum())) < torch.sigmoid(z[z < -1] + 0.5)).ece()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _errors, _inputs
 from .._errors import refuse
-from .._torch import UNREDUCIBLE, any_set, as_bytes, ends, float64_device
+from .._torch import UNREDUCIBLE, any_set, as_bytes, ends, float64_device, readable
 
 BLOCK = 1 << 17  # elements worked on at a time: half a MiB of float32, inside a CPU's cache
 _THREADS = 4  # at most, that count in parallel
@@ -94,10 +94,9 @@ class Grid(NamedTuple):
 
 
 def slack(num_cells: int, dtype: torch.dtype) -> float:
-    """How far below an edge a value still counts as on it, in cells.
+    """How far below an edge a value still counts as on it, in cells, such as 0.9 in float32.
 
-    Rounding leaves values there, such as 0.9 in float32 or 1 - 0.2. Two units of the precision
-    are for the input, two for the rounding here.
+    Two units of the precision are for the input, two for the rounding here.
     """
     return _SLACK * num_cells * torch.finfo(dtype).eps
 
@@ -217,9 +216,9 @@ def count(cells: Grid, rows: list[Batch]) -> Counted:
     """The state of a histogram of these rows alone, one label each."""
     counter = _Counter(cells, rows[0])
     each = [counter.counted(row) for row in rows]
-    if len(each) == 1:  # without a copy
-        return Counted(*(part.unsqueeze(0) for part in each[0]))
-    return Counted(*(torch.stack(part) for part in zip(*each, strict=True)))
+    return Counted(
+        *(torch.stack(part) if len(each) > 1 else part[0][None] for part in zip(*each, strict=True))
+    )
 
 
 def restored(saved: Mapping[str, Tensor], own: Counted) -> Counted:
@@ -255,7 +254,7 @@ class _Counter:
         # Fresh memory for each block would cost more than the arithmetic does.
         size = min(x.numel(), BLOCK)
         self.work = x.new_empty(5, size, dtype=self.dtype)
-        self.wide = x.new_empty(2, size, dtype=torch.float64)
+        self.wide = x.new_empty(3, size, dtype=torch.float64)
         self.cell = x.new_empty(size, dtype=torch.int64), x.new_empty(size, dtype=torch.int32)
         self.ones = x.new_ones(size, dtype=torch.float64)
 
@@ -283,15 +282,14 @@ class _Counter:
         valid = ignored if valid is None else valid if ignored is None else valid & ignored
         if weight is not None:
             valid = weight != 0 if valid is None else valid & (weight != 0)
-        if row.legal:
-            label = self.work[4, : len(x)].copy_(as_bytes(y) if y.dtype == torch.bool else y)
-        else:
+        label = self.work[4, : len(x)].copy_(as_bytes(y) if y.dtype == torch.bool else y)
+        if not row.legal:
             label = _inputs.as_labels(y, self.dtype, row.void, row.legal)
         x = x / 255.0 if x.dtype == torch.uint8 else x.to(self.dtype)
         if valid is not None:
             x = torch.where(valid, x, 0.0 if row.from_logits else 0.5)
             label = torch.where(valid, label, 0.0)
-            weight = valid.double() if weight is None else weight * valid
+            weight = None if weight is None else weight * valid
         least, most = (-math.inf, math.inf) if row.from_logits else (0.0, 1.0)
         low, high = ends(x)
         good = (low >= least) & (high <= most)  # nan is not
@@ -310,13 +308,14 @@ class _Counter:
         # Of what is not sure, probabilities are within 746.
         far = math.inf if sure else max(-float(low), float(high)) if row.from_logits else 746.0
         if soft is False or not y.is_floating_point():
-            self._add(x, label, weight, sure, far)
+            self._add(x, label, weight, valid, sure, far)
             return
         # A soft label is a share of a positive and the rest of a negative.
         one = self.ones[: len(x)] if weight is None else weight
+        one = one if valid is None else one * valid
         share = label.double()
-        self._add(x, torch.ones_like(label), one * share, sure, far)
-        self._add(x, torch.zeros_like(label), one * (1 - share), sure, far)
+        self._add(x, torch.ones_like(label), one * share, None, sure, far)
+        self._add(x, torch.zeros_like(label), one * (1 - share), None, sure, far)
 
     def _refuse(self, x: Tensor, label: Tensor, least: float, most: float) -> None:
         if bool(x.isnan().any()):
@@ -329,14 +328,16 @@ class _Counter:
             if -1e-6 < value < 1 + 1e-6:
                 remedy = "if only rounding is beyond the limits, pass `input.clamp(0, 1)`"
             refuse("input", "hold probabilities in [0, 1]", _errors.exact(value), remedy)
-        remedy = "leave missing labels out with `ignore_index=math.nan`"
-        refuse("target", "hold no nan", "nan", remedy)
+        refuse("target", "hold no nan", "nan", "leave it out with `ignore_index=math.nan`")
 
-    def _add(self, x: Tensor, y: Tensor, weight: Tensor | None, sure: bool, most: float) -> None:
+    def _add(
+        self, x: Tensor, y: Tensor, weight: Tensor | None, valid: Tensor | None, sure: bool,
+        most: float,
+    ) -> None:  # fmt: skip
         """Add hard labels: what each cell counts, and the sums over all cells."""
         cells, number = self.grid, len(x)
         size, doubt, place, part = (one[:number] for one in self.work[:4])
-        wide, far = (one[:number] for one in self.wide)
+        wide, far = (one[:number] for one in self.wide[:2])
         cell, narrow = (one[:number] for one in self.cell)
         if self.row.from_logits:
             logit = x
@@ -345,6 +346,10 @@ class _Counter:
             logit = torch.logit(x)
             torch.abs(logit, out=size)
             torch.minimum(x, torch.sub(1, x, out=part), out=doubt)
+        ones = self.ones[:number] if weight is None else weight
+        if valid is not None and weight is None:  # the logits of the others are 0
+            ones = self.wide[2, :number].copy_(as_bytes(valid))
+            doubt.mul_(part.copy_(as_bytes(valid)))
         wide.copy_(doubt)
         far.copy_(size)
         cells.coordinate(size, doubt, most, self.given, (place, part))
@@ -371,7 +376,6 @@ class _Counter:
             cell.clamp_(0, self.sums.shape[2] - 1)
             self.totals += self.poison
             self.sums += self.poison
-        ones = self.ones[:number] if weight is None else weight
         threads = self.threads if number % self.threads == 0 else 1
         for sums, values in zip(self.sums, (ones, *some), strict=True):
             sums[:threads].scatter_add_(1, cell.view(threads, -1), values.view(threads, -1))
@@ -379,9 +383,9 @@ class _Counter:
 
 def _valid(label: Tensor, void: float) -> Tensor:
     """`_inputs.valid_elements`, by bytes where that is several times faster."""
-    if label.device.type != "cpu" or label.dtype != torch.uint8 or torch.compiler.is_compiling():
-        return _inputs.valid_elements(label, void)  # type: ignore[return-value]
-    return torch.ne(label, void, out=torch.empty_like(label)).view(torch.bool)
+    if label.dtype == torch.uint8 and readable(label):
+        return torch.ne(label, void, out=torch.empty_like(label)).view(torch.bool)
+    return _inputs.valid_elements(label, void)  # type: ignore[return-value]
 
 
 def _sum_log_sure(doubt: Tensor, work: Tensor) -> Tensor:

@@ -219,13 +219,11 @@ class ImageHistograms:
             seed: seed of the draws. Default: 0.
 
         Returns:
-            :class:`Interval`, of floats; its ends are nan if a draw has no value, such as the
-            slope of a draw without positives.
+            :class:`Interval`; its ends are nan if a draw has no value, such as a slope.
 
         Raises:
-            ValueError: there are fewer than two images; those of the other differ in number, in
-                elements or in positives; the measure is unknown; ``level`` is outside (0, 1).
-            TypeError: an argument has the wrong type.
+            ValueError: there are fewer than two images; those of the other differ in number,
+                elements or positives; the measure is unknown; ``level`` is outside (0, 1).
 
         Example:
             >>> _ = torch.manual_seed(0)

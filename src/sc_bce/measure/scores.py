@@ -16,8 +16,8 @@ __all__ = ["Cells", "Decomposition", "Reliability", "affine"]
 _SEEN = 1.2e-16  # share of the squared logits that rounding can leave, for each element summed
 _FROM = 50  # elements from which numbers that look like probabilities are not an accident
 _CROWD = 0.1  # share of the elements in the outer tenth of the range: a crowd at an end
-_SPREAD = 0.04  # share of the elements in either outer tenth of [0, 1]: spread over it
-_MANY = 1000  # elements of which two tell the same
+_SPREAD = 0.04  # share of the elements at either end of [0, 1]: spread over it
+_MANY = 1000  # elements from which the looks need be less striking
 _LEVEL = 0.01  # logits within less than this are all alike
 _INSIDE = 0.99  # share of the elements in [0, 1] from which the labels are asked
 _NEAR = 0.1  # log-probabilities come as near to 0
@@ -336,9 +336,10 @@ def like_probabilities(cells: Cells) -> str:
     low, high = float(z.min()), float(z.max())
     if low >= 0 and high <= 1 and high - low >= _LEVEL:
         crowd = max(float(n[z <= high / 10].sum()), float(n[1 - z <= (1 - low) / 10].sum()))
-        both = min(float(n[z <= 0.1].sum()), float(n[z >= 0.9].sum())) >= _SPREAD * total
-        spread = both or (total >= _MANY and low <= 0.25 and high >= 0.75)
-        if spread or crowd >= _CROWD * total:
+        # Few that are all in [0, 1] could be a heap around 1/2, many could not.
+        end, share = (0.25, 0.2 * _CROWD) if total >= _MANY else (0.1, _CROWD)
+        spread = min(float(n[z <= end].sum()), float(n[z >= 1 - end].sum())) >= _SPREAD * total
+        if spread or crowd >= share * total:
             return "probabilities"
     rate = k.sum() / total
     rivals = (_loss(torch.sigmoid(z), n, k), _loss(rate.expand_as(z), n, k))
