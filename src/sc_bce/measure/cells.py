@@ -277,7 +277,7 @@ class _Counter:
 
     def _block(self, x: Tensor, y: Tensor, weight: Tensor | None, valid: Tensor | None) -> None:
         """Look at a block, and leave out what is ignored: of weight 0, at a logit of 0."""
-        row = self.row
+        row, soft = self.row, None
         ignored = None if row.void is None else _valid(y, row.void)
         valid = ignored if valid is None else valid if ignored is None else valid & ignored
         if weight is not None:
@@ -293,7 +293,6 @@ class _Counter:
         least, most = (-math.inf, math.inf) if row.from_logits else (0.0, 1.0)
         low, high = ends(x)
         good = (low >= least) & (high <= most)  # nan is not
-        soft = None
         if y.is_floating_point():
             first, last = ends(label)
             good = good & (first >= 0) & (last <= 1)
@@ -310,7 +309,6 @@ class _Counter:
         if soft is False or not y.is_floating_point():
             self._add(x, label, weight, valid, sure, far)
             return
-        # A soft label is a share of a positive and the rest of a negative.
         one = self.ones[: len(x)] if weight is None else weight
         one = one if valid is None else one * valid
         share = label.double()

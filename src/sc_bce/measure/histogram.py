@@ -273,7 +273,14 @@ class CalibrationHistogram(Measures):
 
     @property
     def from_logits(self) -> bool:
-        """Whether logits were seen: False if it holds elements and all were probabilities."""
+        """Whether logits were seen: False if it holds elements and all were probabilities.
+
+        Example:
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(torch.tensor([0.9]), torch.tensor([1]), from_logits=False)
+            >>> histogram.from_logits
+            False
+        """
         given = self._state.totals[:, 4].sum()
         return bool((given > 0) | (self._state.counts.sum() == 0))
 
