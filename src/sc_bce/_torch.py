@@ -102,6 +102,14 @@ def rank(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if world_size(group) > 1 else 0
 
 
+def served(group: dist.ProcessGroup | None, own: torch.device) -> torch.device:
+    """The device on which the group's backend accepts a tensor that is on ``own``."""
+    devices = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    if own.type in devices:
+        return own
+    return torch.device(devices[0], torch.accelerator.current_device_index())
+
+
 def reduced(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum over the processes."""
     if world_size(group) > 1:
