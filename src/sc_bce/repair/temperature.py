@@ -1,0 +1,417 @@
+"""The parametric repair: remove the flip of the training, then a line through the logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _errors
+from .._errors import refuse
+from ..measure.scores import Cells, affine
+from .fit import Fitted, Repair, Sample, mean_loss, store, took
+
+__all__ = ["TemperatureScaling"]
+
+_MANY = 10_000  # elements above which raw logits are first gathered into cells
+_KEPT = 13  # bits of float32 that a cell leaves out: its logits differ by 0.1 % of the largest
+_FEW = 20  # elements of the rarer class below which labels are too few to be believed
+_CLIP = 1e-3  # share of the rarer class's base rate: the least probability after a removed flip
+_SLOPES = (1e-3, 1e3)  # limits of 1 / temperature, for logits of standard deviation 1
+_COARSE = (0.0, 0.002, 0.01, 0.03, 0.08, 0.17, 0.3)  # flip rates at which a search starts
+_FINEST = 1e-3  # last step of the search, in the root of a flip rate
+_SURE = math.log(2 * math.e)  # how far beyond the surest other logit an exact 0 or 1 lies
+
+
+class TemperatureScaling(Repair):
+    r"""Temperature and Platt scaling: calibrate a network after training, flip removed first.
+
+    A network trained at flip rates :math:`(g_0, g_1)` predicts
+    :math:`\sigma(z) \approx (1 - g_0 - g_1) P + g_0`, with :math:`P` the true probability: at
+    least :math:`g_0`, at most :math:`1 - g_1`. With temperature :math:`T` and bias :math:`b`
+    fitted on validation data by negative log-likelihood,
+
+    .. math::
+        P = \mathrm{clip}\Big(\frac{\sigma(z) - g_0}{1 - g_0 - g_1},\, c,\, 1 - c\Big), \qquad
+        \mathrm{calibrated\ logit} = \mathrm{logit}(P) / T + b
+
+    Special cases: at ``flip_rate=0``, the default, nothing is removed or clipped, and this is
+    ordinary temperature scaling, :math:`z / T`. With ``bias=True`` as well it is Platt scaling.
+    Before :meth:`fit` the temperature is 1 and the bias 0. A rate of 0 on one side leaves that
+    side unclipped. Fitted to probabilities, the module takes and returns probabilities.
+
+    Args:
+        flip_rate: flip rate of the training: a number or 0-d tensor in [0, 1/2), the same for
+            both labels; a pair (g0, g1) for negatives and positives, such as ``flip_rates`` of
+            either loss, with g0 + g1 below 1, each a number or of shape (num_labels,); None fits
+            the pair, for levels that still moved at the end, or if the training is not known.
+            Default: 0.
+        bias: whether to fit a shift of the logits too, for a base rate that training changed
+            (``pos_weight``, smoothing towards 1/2 on rare positives). Default: False.
+        num_labels: number of labels in dimension 1, each with its own map. Default: None.
+
+    Attributes:
+        flip_rates: the pair that is removed, a buffer of shape (2,) or (2, num_labels); 0 before
+            a fitted pair is known.
+        temperature: the fitted temperature, a buffer, 0-d or (num_labels,).
+        bias: the fitted shift, a buffer of the same shape.
+        clip: the least probability :math:`c` after a removed flip, a buffer of the same shape:
+            0.001 of the rarer class's base rate after the fit, 0.001 before.
+        ends: calibrated logits of the probabilities 0 and 1, if the fit had them, which bound the
+            others; otherwise infinite. A buffer of the shape of ``flip_rates``.
+        from_logits: whether it takes logits and not probabilities, a buffer; True before a fit.
+        nll: mean negative log-likelihood of the fitted data before and after; None before a fit
+            and after loading a state.
+
+    Shape:
+        - input: any; (N, num_labels, ...) with ``num_labels``. A Tensor or a NumPy array.
+        - Returns: the same, in the same dtype (float32 for uint8 maps).
+
+    Raises:
+        ValueError: ``flip_rate`` is outside [0, 1/2), or a pair sums to 1 or more.
+        TypeError: ``flip_rate`` has another type.
+
+    Note:
+        A temperature and equal flip rates never change the decision at 1/2. Unequal flip rates
+        and a bias move it to where the repaired probability is 1/2. With ``bias=True``, logits
+        that are all alike determine no temperature: it stays 1, and only the bias is fitted.
+
+        *Few data*: if a threshold separates the classes, or the rarer one has fewer than 20
+        elements, the fit aims at Platt's targets :math:`(N_+ + 1)/(N_+ + 2)` and
+        :math:`1/(N_- + 2)` instead of 1 and 0. The temperature stays within a factor of 1000 of
+        the standard deviation of the logits (without a bias: of their root mean square), and a
+        fit that ends there warns.
+
+        *Exact 0 and 1*: a probability that was rounded to one of them says only that its logit
+        lies beyond the others. So the line is fitted to the others, which doesn't bias it, and 0
+        and 1 are repaired to their shares of positives, (k + 1/2)/(n + 1), or to the answer of
+        the surest other probability if that is surer. If the others can't determine a line alone
+        (see *few data*), a 1 counts as 1 - d/(2e), with d the distance of the nearest other
+        probability from 1: the mean logit of a uniform variable between 1 - d/2 and 1; a 0
+        likewise. A 0 or 1 that the fit did not have is that of its dtype, likewise.
+
+        The fit gathers more than 10,000 elements into cells 0.1 % wide first. nan stays nan;
+        float16 answers end at 65504. Computed in at least float32. The module works under
+        compile, export and ONNX, so that it can be shipped with the model.
+
+    References:
+        Guo et al., ICML 2017 (temperature scaling); Platt 1999 (with a bias; targets).
+
+    Example:
+        >>> import torch
+        >>> from sc_bce import CalibrationHistogram, TemperatureScaling
+        >>> _ = torch.manual_seed(0)
+        >>> truth = torch.randn(20000)
+        >>> target = torch.rand(20000) < torch.sigmoid(truth)
+        >>> scaling = TemperatureScaling().fit(3 * truth, target)  # logits three times too large
+        >>> round(float(scaling.temperature), 1)
+        3.0
+        >>> scaling(torch.tensor([-6.0, 3.0])).sign()
+        tensor([-1.,  1.])
+        >>> histogram = CalibrationHistogram()
+        >>> histogram.update(3 * truth + 1, target)
+        >>> platt = TemperatureScaling(bias=True).fit(histogram)
+        >>> round(float(platt.temperature), 1), round(float(platt.bias), 1)
+        (3.0, -0.3)
+    """
+
+    flip_rates: Tensor
+    temperature: Tensor
+    bias: Tensor
+    clip: Tensor
+    ends: Tensor
+    _if_worse = "is its flip rate that of this network's training?"
+
+    def __init__(
+        self,
+        flip_rate: float | Tensor | Sequence[float | Tensor] | None = 0.0,
+        *,
+        bias: bool = False,
+        num_labels: int | None = None,
+    ) -> None:
+        super().__init__(num_labels)
+        self.fit_flip_rates = flip_rate is None
+        self.fit_bias = bool(bias)
+        self._first = _flip_rates(0.0 if flip_rate is None else flip_rate, self.num_labels)
+        shape = () if self.num_labels is None else (self.num_labels,)
+        with torch.inference_mode(False):
+            for name in ("flip_rates", "temperature", "bias", "clip", "ends"):
+                size = (2, *shape) if name in ("flip_rates", "ends") else shape
+                self.register_buffer(name, torch.empty(size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forget the fit. Also call it after ``to_empty``, which leaves the buffers unfilled.
+
+        Example:
+            >>> import torch
+            >>> from sc_bce import TemperatureScaling
+            >>> logits, target = torch.tensor([1.0, 1.0, -1.0]), torch.tensor([1, 0, 0])
+            >>> scaling = TemperatureScaling().fit(logits, target)
+            >>> scaling.reset_parameters()
+            >>> scaling.temperature
+            tensor(1.)
+        """
+        first = torch.tensor(self._first, device="cpu").view(self.flip_rates.shape)
+        one = torch.ones((), device="cpu")
+        ends = torch.stack((-one, one)) * math.inf
+        ends = ends.view(2, *(1 for _ in self.bias.shape))
+        store(self, flip_rates=first, temperature=one, bias=0 * one, clip=_CLIP * one, ends=ends)
+        self.nll = None
+        took(self, from_logits=True, fitted=False)
+
+    def _gather(self, sample: Sample) -> Cells:
+        """Each element, or of many count, positives and mean logit of those that are alike.
+
+        Alike are the float32 numbers that differ in their last bits, so that logits of any scale
+        stay apart; with a bias, of any size too, since their median is taken off first.
+        """
+        z, y, w = sample.logit.double(), sample.target, sample.weight
+        if len(z) <= _MANY:
+            return Cells(z, w, w * y)
+        finite = z[z.isfinite()]
+        middle = finite.median() if self.fit_bias and len(finite) else 0.0
+        z = z - middle
+        scale = float((finite - middle).abs().max()) if len(finite) else 1.0
+        code = (z / (scale or 1.0)).float().view(torch.int32).bitwise_right_shift(_KEPT)
+        code += 1 << (31 - _KEPT)
+        sums = torch.zeros(3, 1 << (32 - _KEPT), dtype=torch.float64, device="cpu")
+        for row, values in zip(sums, (w * z, w, w * y), strict=True):
+            row.index_add_(0, code, values)
+        logit, count, positive = sums[:, sums[1] > 0].unbind()
+        return Cells(logit / count + middle, count, positive)
+
+    def _fit(self, cells: list[Cells]) -> list[Fitted]:
+        rates = self.flip_rates.detach().cpu().double().reshape(2, -1)
+        fits, parts, limits = [], [], set()
+        for i, one in enumerate(cells):
+            fit, part, limit = _best_map(
+                one, None if self.fit_flip_rates else rates[:, i], self.fit_bias
+            )
+            fits.append(fit)
+            parts.append(part)
+            limits.add(limit)
+        names = ("flip_rates", "clip", "temperature", "bias", "ends")
+        for name, column in zip(names, zip(*parts, strict=True), strict=True):
+            store(self, **{name: torch.stack(column, -1).reshape(getattr(self, name).shape)})
+        for limit in sorted(filter(None, limits)):
+            _errors.warn(limit)
+        return fits
+
+    def _map(self, z: Tensor, sure: bool) -> Tensor:
+        parts = [
+            part.to(z.dtype)
+            if self.num_labels is None
+            else part.to(z.dtype).reshape(*part.shape, *(1 for _ in z.shape[2:]))
+            for part in (self.flip_rates, self.clip, self.temperature, self.bias, self.ends)
+        ]
+        return _line(z, *parts[:4], parts[4] if sure else None)
+
+    def extra_repr(self) -> str:
+        if self.temperature.is_meta:
+            return ""
+        up, down = self.flip_rates
+        rate = _shown(up) if torch.equal(up, down) else f"({_shown(up)}, {_shown(down)})"
+        parts = [f"flip_rate={rate}", f"temperature={_shown(self.temperature)}"]
+        if self.fit_bias or bool(self.bias.any()):
+            parts.append(f"bias={_shown(self.bias)}")
+        return ", ".join(filter(None, (*parts, super().extra_repr())))
+
+
+def _flip_rates(value: object, num_labels: int | None) -> list[list[float]]:
+    """Check `flip_rate`; return a row of rates for the negatives and one for the positives."""
+    pair = isinstance(value, (tuple, list))
+    rates: list[object] = list(value) if pair else [value, value]  # type: ignore[call-overload]
+    if len(rates) != 2:
+        remedy = "pass the rate of the negatives, then that of the positives"
+        refuse("flip_rate", "be a number or a pair (g0, g1)", f"{len(rates)} values", remedy)
+    labels = num_labels or 1
+    rows = []
+    for rate in rates:
+        several = num_labels is not None and isinstance(rate, Tensor) and rate.shape == (labels,)
+        if isinstance(rate, Tensor) and rate.dim() and not several:
+            wanted = "hold numbers" + (f", or tensors of shape ({labels},)" if num_labels else "")
+            remedy = "pass `num_labels` for a rate of each label, and a pair as a tuple (g0, g1)"
+            refuse("flip_rate", wanted, f"a tensor of shape {tuple(rate.shape)}", remedy, TypeError)
+        each: list[object] = list(rate) if several else [rate] * labels  # type: ignore[call-overload]
+        rows.append([_errors.unit_number("flip_rate", one, 1.0 if pair else 0.5) for one in each])
+    for up, down in zip(*rows, strict=True):
+        if up + down >= 1:
+            wanted = "sum to less than 1" if pair else "be below 1/2"
+            got, remedy = (up, down) if pair else up, "it is `criterion.flip_rates` of the training"
+            refuse("flip_rate", f"{wanted}, so that labels carry information", got, remedy)
+    return rows
+
+
+# --- the map --------------------------------------------------------------------------------------
+
+
+def _line(
+    z: Tensor, rates: Tensor, clip: Tensor, temperature: Tensor, bias: Tensor, ends: Tensor | None
+) -> Tensor:
+    answer = _without_flip(z, rates[0], rates[1], clip) / temperature + bias
+    return answer if ends is None else torch.minimum(torch.maximum(answer, ends[0]), ends[1])
+
+
+def _without_flip(z: Tensor, up: Tensor, down: Tensor, clip: Tensor) -> Tensor:
+    """logit((s - up) / (1 - up - down)) with s = sigmoid(z), between the logits of the clip.
+
+    With r = g / (1 - g), that is z + log(1 - up) - log(1 - down) + log(1 - r_up e^-z)
+    - log(1 - r_down e^z). The last two are one logarithm, computed for |z| on the side of z. So
+    the result is exact if no flip is removed; at equal rates 0 stays 0 and no logit shrinks.
+    """
+    # A side without a flip is unchanged.
+    removed = 1 - up - down
+    low = torch.where(up > 0, _logit(up + removed * clip), -torch.inf)
+    high = torch.where(down > 0, -_logit(down + removed * clip), torch.inf)
+    z = torch.minimum(torch.maximum(z, low), high)
+    right = z >= 0
+    near, far = torch.where(right, down, up), torch.where(right, up, down)
+    near_odds, far_odds = near / (1 - near), far / (1 - far)
+    size = torch.where(right, z, -z)  # abs has no gradient at 0
+    # If a flip is removed, no logit is beyond this; otherwise the term is 0 anyway.
+    up_e = torch.exp(size.clamp(max=60.0))
+    gain = near_odds * (up_e - 1 / up_e) + (near_odds - far_odds) / up_e
+    rest = 1 - near_odds * up_e
+    wide = size + ((torch.log1p(-far) - torch.log1p(-near)) + torch.log1p(gain / rest))
+    u = torch.where(right, wide, -wide)
+    bound = -_logit(clip)
+    u = torch.maximum(u, torch.where(up > 0, -bound, -torch.inf))
+    return torch.minimum(u, torch.where(down > 0, bound, torch.inf))
+
+
+def _logit(p: Tensor) -> Tensor:
+    """torch.logit, which ONNX does not have."""
+    return torch.log(p) - torch.log1p(-p)
+
+
+# --- the fit --------------------------------------------------------------------------------------
+
+
+def _best_map(
+    cells: Cells, rates: Tensor | None, bias: bool
+) -> tuple[Fitted, tuple[Tensor, ...], str]:
+    """Flip rates, clip, temperature, bias and ends that minimise the loss; why it is at a limit."""
+    rate = float(cells.positive.sum() / cells.count.sum())
+    clip = cells.count.new_tensor(_CLIP * min(rate, 1 - rate))
+    some = _part(cells, cells.count > 0)
+    inner = _part(some, some.logit.isfinite())
+    aim = inner if len(inner.logit) == len(some.logit) or _enough(inner, bias) else _stand_in(some)
+    aim = aim if _enough(aim, bias) else _platt(aim)
+
+    def best(rates: Tensor) -> tuple[float, float, float, str]:
+        u = _without_flip(aim.logit, rates[0], rates[1], clip)
+        a, b, limit = _affine(aim._replace(logit=u), bias)
+        return mean_loss([aim], [a * u + b]), a, b, limit
+
+    if rates is None:
+        rates = _search(lambda pair: best(cells.count.new_tensor(pair))[0])
+    _, a, b, limit = best(rates)
+    temperature, shift = cells.count.new_tensor([1 / a, b]).unbind()
+    line = (rates, clip, temperature, shift)
+    ends = _ends(some, lambda z: _line(z, *line, None))
+    fit = Fitted(_line(cells.logit, *line, ends), aim, _line(aim.logit, *line, None))
+    return fit, (*line, ends), limit
+
+
+def _part(cells: Cells, mask: Tensor) -> Cells:
+    return Cells(*(part[mask] for part in cells))
+
+
+def _enough(cells: Cells, bias: bool) -> bool:
+    """Whether both classes have elements enough, and no threshold separates them."""
+    positive, total = float(cells.positive.sum()), float(cells.count.sum())
+    return min(positive, total - positive) >= _FEW and not math.isinf(affine(cells, bias=bias)[0])
+
+
+def _platt(cells: Cells) -> Cells:
+    """The same elements with Platt's targets instead of 0 and 1."""
+    positive, total = cells.positive.sum(), cells.count.sum()
+    low, high = 1 / (total - positive + 2), (positive + 1) / (positive + 2)
+    return cells._replace(positive=low * (cells.count - cells.positive) + high * cells.positive)
+
+
+def _surest(cells: Cells) -> tuple[float, float]:
+    """The least and the largest finite logit; 0 if there is none."""
+    finite = cells.logit[cells.logit.isfinite()]
+    return (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+
+
+def _stand_in(cells: Cells) -> Cells:
+    """Infinite logits replaced: beyond the surest other one by the mean of what they can be."""
+    low, high = _surest(cells)
+    return cells._replace(logit=cells.logit.clamp(min(low, 0.0) - _SURE, max(high, 0.0) + _SURE))
+
+
+def _ends(cells: Cells, answer: Callable[[Tensor], Tensor]) -> Tensor:
+    """Calibrated logits of the exact probabilities 0 and 1: their shares of positives.
+
+    They are no less sure than the surest other probability; infinite if there is no exact one.
+    """
+    bottom, top = answer(cells.logit.new_tensor(_surest(cells))).tolist()
+    found = []
+    for end, other, more in ((-math.inf, bottom, min), (math.inf, top, max)):
+        n, k = (float(part[cells.logit == end].sum()) for part in (cells.count, cells.positive))
+        found.append(more(math.log((k + 0.5) / (n - k + 0.5)), other) if n else end)
+    return cells.logit.new_tensor(found)
+
+
+def _affine(cells: Cells, bias: bool) -> tuple[float, float, str]:
+    """Slope and intercept of the best line, for logits of any size and scale."""
+    z, n = cells.logit, cells.count
+    middle = float((n * z).sum() / n.sum()) if bias else 0.0
+    # Compared, since the rounded mean of equal logits need not be equal to them.
+    alike = not bool((z != (z[0] if bias else 0.0)).any())
+    z = z - middle
+    scale = 0.0 if alike else float(((n * z**2).sum() / n.sum()).sqrt())
+    if scale == 0:
+        return 1.0, affine(cells, slope=1.0, bias=bias)[1], ""
+    a, b = affine(cells._replace(logit=z / scale), bias=bias)
+    limit = ""
+    if not _SLOPES[0] <= a <= _SLOPES[1]:
+        limit = (
+            "The temperature is at its upper limit: the logits rank the labels backwards or say "
+            "nothing about them. Check the labels, and the sign of the logits"
+            if a < 1
+            else "The temperature is at its lower limit: a threshold all but separates the classes. "
+            "Fit to more data"
+        )
+        a = min(max(a, _SLOPES[0]), _SLOPES[1])
+        b = affine(cells._replace(logit=z / scale), slope=a, bias=bias)[1]
+    return a / scale, b - a * middle / scale, limit
+
+
+def _search(loss: Callable[[list[float]], float]) -> Tensor:
+    """The pair of flip rates with the lowest loss: from a coarse grid, in ever smaller steps.
+
+    The steps are in the roots of the rates, since 0.001 matters as much as 0.1.
+    """
+    tried: dict[tuple[float, float], float] = {}
+
+    def at(roots: tuple[float, float]) -> float:
+        if roots not in tried:
+            # Rounded to float32, as the module will hold them.
+            pair = torch.tensor([root**2 for root in roots], device="cpu").double().tolist()
+            tried[roots] = loss(pair)
+        return tried[roots]
+
+    starts = [(up**0.5, down**0.5) for up in _COARSE for down in _COARSE]
+    best, step = min(starts, key=at), 0.05
+    while step > _FINEST:
+        around = [
+            (min(max(best[0] + i * step, 0.0), 0.7), min(max(best[1] + j * step, 0.0), 0.7))
+            for i in (-1, 0, 1)
+            for j in (-1, 0, 1)
+        ]
+        new = min(around, key=at)
+        step, best = (step / 2, best) if at(new) >= at(best) else (step, new)
+    return torch.tensor([root**2 for root in best], dtype=torch.float32, device="cpu").double()
+
+
+def _shown(value: Tensor) -> str:
+    each = [f"{one:.4g}" for one in value.reshape(-1).tolist()]
+    if value.dim() == 0:
+        return each[0]
+    return f"[{', '.join(each if len(each) < 5 else (*each[:2], '...', each[-1]))}]"
