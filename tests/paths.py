@@ -2,7 +2,7 @@
 
 from unittest import mock
 
-from sc_bce import _fused
+from sc_bce.kernels import cpu as _fused
 
 
 def fusing(block=8):

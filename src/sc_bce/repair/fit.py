@@ -18,7 +18,7 @@ from ..measure.scores import Cells
 
 AnyRepair = TypeVar("AnyRepair", bound="Repair")
 
-_BLOCK = 1 << 17  # elements answered at a time on a CPU, so that intermediate results stay cached
+_BLOCK = 1 << 16  # elements answered at a time on a CPU, so that intermediate results stay cached
 _WORSE = 1e-6  # relative increase of the loss that rounding can cause
 
 
@@ -44,6 +44,7 @@ class Repair(nn.Module):
     fitted: Tensor
     from_logits: Tensor
     nll: tuple[float, float] | None
+    num_cells: int | None = None  # of a histogram; None for any
     _if_worse = ""
 
     def __init__(self, num_labels: int | None) -> None:
@@ -108,20 +109,19 @@ class Repair(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             if isinstance(input, CalibrationHistogram):
                 if target is not None or weight is not None:
-                    wanted = "hold labels and weights already, without `target` and `weight`"
-                    refuse("histogram", wanted, "both", "pass `fit(histogram)`", TypeError)
-                cells, from_logits = _of_histogram(input, self.num_labels)
-                before = _mean(input.nll().reshape(-1).cpu(), [one.count.sum() for one in cells])
+                    wanted = "be None, like `weight`, beside a CalibrationHistogram, which holds both"
+                    refuse("target", wanted, "one of them", "pass `fit(histogram)`", TypeError)
+                cells, from_logits = _of_histogram(input, self.num_labels, self.num_cells)
+                _both_classes(cells, "histogram", self.num_labels)
+                before = _mean(input.nll(), cells)
             else:
                 samples, from_logits = _of_data(
                     input, target, weight, self.num_labels, from_logits, ignore_index
                 )
                 every = [Cells(z.double(), w, w * y) for z, y, w in samples]
+                _both_classes(every, "target", self.num_labels)
                 before = mean_loss(every, [one.logit for one in every])
                 cells = [self._gather(one) for one in samples]
-            name = "histogram" if isinstance(input, CalibrationHistogram) else "target"
-            for label, one in enumerate(cells):
-                _both_classes(one, name, None if self.num_labels is None else label)
             fits = self._fit(cells)
         took(self, from_logits)
         self.nll = (before, mean_loss(cells, [one.answer for one in fits]))
@@ -148,22 +148,29 @@ class Repair(nn.Module):
             _refuse_probabilities(x, "this module was fitted to probabilities: pass those")
         if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() <= _BLOCK:
             return self._answer(x)
-        if type(x) not in (Tensor, nn.Parameter) or transformed():
+        if type(x) is not Tensor or transformed() or (x.requires_grad and torch.is_grad_enabled()):
             return self._answer(x)
-        many = x.reshape(-1).split(_BLOCK)
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)
+        size, some = (-1,), _BLOCK
         if self.num_labels is not None:  # whole samples
-            many = x.split(max(_BLOCK * len(x) // x.numel(), 1))
-        return torch.cat([self._answer(part) for part in many]).view(x.shape)
+            size, some = tuple(x.shape), max(_BLOCK * len(x) // x.numel(), 1)
+        for part, answer in zip(*(one.reshape(size).split(some) for one in (x, result)), strict=True):
+            known = bool(part.amax() >= -math.inf)  # no nan
+            answer.copy_(self._known(part) if known else self._answer(part))
+        return result
 
     def _answer(self, x: Tensor) -> Tensor:
+        # Last: exported minima and maxima make anything of nan.
+        return torch.where(x == x, self._known(x), x)
+
+    def _known(self, x: Tensor) -> Tensor:
         z = x.to(torch.promote_types(x.dtype, torch.float32))
         answer = self._map(z if self._logits else _logit(z, x.dtype), not self._logits)
         if not self._logits:
             answer = torch.sigmoid(answer)
         if x.dtype == torch.float16:  # whose largest number a scale can pass
             answer = answer.clamp(-65504, 65504)
-        # Last: exported minima and maxima make anything of nan.
-        return torch.where(x == x, answer.to(x.dtype), x)
+        return answer.to(x.dtype)
 
     def _gather(self, sample: Sample) -> Cells:
         raise NotImplementedError
@@ -240,9 +247,9 @@ def mean_loss(cells: list[Cells], answers: list[Tensor]) -> float:
     return float(sum(losses)) / float(sum(counts))
 
 
-def _mean(values: Tensor, counts: list[Tensor]) -> float:
-    weights = torch.stack(counts)
-    return float((values * weights).sum() / weights.sum())
+def _mean(values: Tensor, cells: list[Cells]) -> float:
+    counts = torch.stack([one.count.sum() for one in cells])
+    return float((values.cpu().reshape(-1) * counts).sum() / counts.sum())
 
 
 def _logit(p: Tensor, dtype: torch.dtype) -> Tensor:
@@ -265,8 +272,11 @@ def _refuse_probabilities(x: Tensor, remedy: str) -> None:
 
 
 def _of_histogram(
-    histogram: CalibrationHistogram, num_labels: int | None
+    histogram: CalibrationHistogram, num_labels: int | None, num_cells: int | None
 ) -> tuple[list[Cells], bool]:
+    if num_cells is not None and histogram.num_cells != num_cells:
+        wanted, got = f"have num_cells={num_cells}", f"num_cells={histogram.num_cells}"
+        refuse("histogram", wanted, got, "build it without `num_cells`")
     if histogram.num_labels != num_labels:
         wanted, got = f"have num_labels={num_labels}", f"num_labels={histogram.num_labels}"
         remedy = "build both with the same number, or pass `histogram.pooled()`"
@@ -326,7 +336,7 @@ def _weight(weight: Any, size: torch.Size) -> Tensor:
 
 def _sample(x: Tensor, y: Tensor, w: Tensor, keep: Tensor, from_logits: bool) -> Sample:
     """The elements of one label to keep, checked."""
-    x, y, w = x[keep], y[keep], w[keep]
+    x, y, w = (part.reshape(-1) if bool(keep.all()) else part[keep] for part in (x, y, w))
     _inputs.check_labels(y, None)
     y = y.double()
     if bool(y.isnan().any()):
@@ -350,20 +360,21 @@ def _sample(x: Tensor, y: Tensor, w: Tensor, keep: Tensor, from_logits: bool) ->
 
 
 def _suspect(x: Tensor) -> None:
-    """Warn if the logits look like something else."""
     kind = _inputs.like_probabilities(x)
-    if kind:
-        remedy = "pass them with `from_logits=False`"
-        if kind != "probabilities":
-            remedy = "pass logits, those of a softmax over two classes being `x[:, 1] - x[:, 0]`"
-        _errors.warn(f"The logits of this fit look like {kind}: {remedy}")
+    if kind == "probabilities":
+        remedy = "pass `from_logits=False`, or the output of the network before the sigmoid"
+        _errors.warn(f"All logits of this fit lie in [0, 1], as if they were {kind}; {remedy}")
+    elif kind:
+        remedy = "of a softmax over two classes pass `x[:, 1] - x[:, 0]`"
+        _errors.warn(f"All logits of this fit are at most 0, as if they were {kind}; {remedy}")
 
 
-def _both_classes(cells: Cells, name: str, label: int | None) -> None:
-    of = "" if label is None else f" of label {label}"
-    total, positive = float(cells.count.sum()), float(cells.positive.sum())
-    if total == 0:
-        refuse(name, f"hold an element{of} to fit to", "none", "drop a label that has none")
-    if not 0 < positive < total:
-        remedy = "fit to validation data with positives and negatives"
-        refuse(name, f"hold both classes{of}", f"only {positive / total:g}", remedy)
+def _both_classes(cells: list[Cells], name: str, num_labels: int | None) -> None:
+    for label, one in enumerate(cells):
+        of = "" if num_labels is None else f" of label {label}"
+        total, positive = float(one.count.sum()), float(one.positive.sum())
+        if total == 0:
+            refuse(name, f"hold an element{of} to fit to", "none", "drop a label that has none")
+        if not 0 < positive < total:
+            remedy = "fit to validation data with positives and negatives"
+            refuse(name, f"hold both classes{of}", f"only {positive / total:g}", remedy)

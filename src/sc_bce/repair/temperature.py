@@ -321,9 +321,14 @@ def _part(cells: Cells, mask: Tensor) -> Cells:
 
 
 def _enough(cells: Cells, bias: bool) -> bool:
-    """Whether both classes have elements enough, and no threshold separates them."""
+    """Whether both classes have elements enough, and no threshold separates them.
+
+    Of logits that are all alike, whose slope is nan, any number is.
+    """
     positive, total = float(cells.positive.sum()), float(cells.count.sum())
-    return min(positive, total - positive) >= _FEW and not math.isinf(affine(cells, bias=bias)[0])
+    slope, _ = affine(cells, bias=bias)
+    many = min(positive, total - positive) >= _FEW
+    return math.isnan(slope) or many and not math.isinf(slope)
 
 
 def _platt(cells: Cells) -> Cells:
