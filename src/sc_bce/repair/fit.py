@@ -160,8 +160,9 @@ class Repair(nn.Module):
         return result
 
     def _answer(self, x: Tensor) -> Tensor:
-        # Last: exported minima and maxima make anything of nan.
-        return torch.where(x == x, self._known(x), x)
+        # By a comparison, which all runtimes agree on: minima and maxima make anything of nan.
+        known = x == x
+        return torch.where(known, self._known(torch.where(known, x, 0.0)), x)
 
     def _known(self, x: Tensor) -> Tensor:
         z = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -129,7 +129,7 @@ def place(cells: Grid, z: Tensor) -> Tensor:
     """The cell of each logit, from the surest negative to the surest positive, int32.
 
     Along |z| it is the sum of cells even in the probability, then of fine and of wide ones even in
-    the logit. nan gets any cell. Without masks, which take a CPU longer than arithmetic, and with
+    the logit. Without masks, which take a CPU longer than arithmetic, and with
     one clamp of each tensor, since exporters merge two.
     """
     tail = z.abs()
@@ -139,8 +139,7 @@ def place(cells: Grid, z: Tensor) -> Tensor:
     at.add_(tail.clamp_(cells.start, cells.end), alpha=cells.fine)
     at.sub_(tail.sub_(cells.bend).relu_(), alpha=cells.fine - cells.wide).floor_()
     side = z.clamp(-1, 0).floor_()  # -1 for negative logits, else 0
-    at.addcmul_(at, side, value=2).add_(side).add_(cells.size)
-    return at.to(torch.int32).clamp_(0, 2 * cells.size - 1)
+    return at.addcmul_(at, side, value=2).add_(side).add_(cells.size).to(torch.int32)
 
 
 def _curve(cells: Cells) -> Tensor:
