@@ -51,7 +51,7 @@ class Repair(nn.Module):
         super().__init__()
         self.num_labels = None if num_labels is None else _errors.whole("num_labels", num_labels)
         self.nll = None
-        self._logits = True  # `from_logits`, which a graph can't read
+        self.takes_logits = True  # `from_logits`, which a graph can't read
         with torch.inference_mode(False):
             self.register_buffer("fitted", torch.tensor(False))
             self.register_buffer("from_logits", torch.tensor(True))
@@ -137,14 +137,14 @@ class Repair(nn.Module):
 
     def forward(self, input: Tensor | Array) -> Tensor:
         x = _inputs.tensor(input, "input")
-        if isinstance(x, Tensor) and x.dtype == torch.uint8 and not self._logits:
+        if isinstance(x, Tensor) and x.dtype == torch.uint8 and not self.takes_logits:
             x = x / 255
         _inputs.logits(x)
         valid = _inputs.unmasked(input)
         if valid is not None:
             x = x.masked_fill(~valid, torch.nan)
         rows(x, self.num_labels)
-        if not self._logits and any_set((x < 0) | (x > 1)):
+        if not self.takes_logits and any_set((x < 0) | (x > 1)):
             _refuse_probabilities(x, "this module was fitted to probabilities: pass those")
         if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() <= _BLOCK:
             return self._answer(x)
@@ -165,9 +165,8 @@ class Repair(nn.Module):
         return torch.where(known, self._known(torch.where(known, x, 0.0)), x)
 
     def _known(self, x: Tensor) -> Tensor:
-        z = x.to(torch.promote_types(x.dtype, torch.float32))
-        answer = self._map(z if self._logits else _logit(z, x.dtype), not self._logits)
-        if not self._logits:
+        answer = self._map(x.to(torch.promote_types(x.dtype, torch.float32)))
+        if not self.takes_logits:
             answer = torch.sigmoid(answer)
         if x.dtype == torch.float16:  # whose largest number a scale can pass
             answer = answer.clamp(-65504, 65504)
@@ -179,8 +178,8 @@ class Repair(nn.Module):
     def _fit(self, cells: list[Cells]) -> list[Fitted]:
         raise NotImplementedError
 
-    def _map(self, z: Tensor, sure: bool) -> Tensor:
-        """Calibrated logits; ``sure`` if they are of probabilities, which may be 0 and 1."""
+    def _map(self, x: Tensor) -> Tensor:
+        """Calibrated logits, of logits or probabilities in at least float32."""
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -197,12 +196,12 @@ class Repair(nn.Module):
         store(self)
         self.nll = None
         if has_values(self.from_logits):
-            self._logits = bool(self.from_logits)
+            self.takes_logits = bool(self.from_logits)
 
     def extra_repr(self) -> str:
         labels = [] if self.num_labels is None else [f"num_labels={self.num_labels}"]
         if has_values(self.fitted):
-            labels += [] if self._logits else ["from_logits=False"]
+            labels += [] if self.takes_logits else ["from_logits=False"]
             labels += [] if bool(self.fitted) else ["not fitted"]
         if self.nll is not None:
             labels.append("nll={:.4f} -> {:.4f}".format(*self.nll))
@@ -223,7 +222,7 @@ def store(module: nn.Module, **values: Tensor) -> None:
 
 def took(repair: Repair, from_logits: bool, fitted: bool = True) -> None:
     """Note what a module was fitted to, if it was."""
-    repair._logits = from_logits
+    repair.takes_logits = from_logits
     flags = {"fitted": fitted, "from_logits": from_logits}
     store(repair, **{name: torch.tensor(flag, device="cpu") for name, flag in flags.items()})
 
@@ -251,17 +250,6 @@ def mean_loss(cells: list[Cells], answers: list[Tensor]) -> float:
 def _mean(values: Tensor, cells: list[Cells]) -> float:
     counts = torch.stack([one.count.sum() for one in cells])
     return float((values.cpu().reshape(-1) * counts).sum() / counts.sum())
-
-
-def _logit(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """Finite logits of probabilities of this dtype.
-
-    A 1 stands for the half unit below it. The mean logit of a uniform variable over (1 - h, 1) is
-    that of 1 - h / e.
-    """
-    info = torch.finfo(dtype)
-    least = max(info.tiny * info.eps, torch.finfo(p.dtype).tiny)
-    return torch.log(p.clamp(min=least)) - torch.log((1 - p).clamp(min=info.eps / 4 / math.e))
 
 
 def _refuse_probabilities(x: Tensor, remedy: str) -> None:

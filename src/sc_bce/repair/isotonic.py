@@ -116,7 +116,8 @@ class IsotonicCalibration(Repair):
         store(self, table=torch.stack(tables).reshape(self.table.shape))
         return [Fitted(table, one, table) for one, table in zip(cells, tables, strict=True)]
 
-    def _map(self, z: Tensor, sure: bool) -> Tensor:
+    def _map(self, x: Tensor) -> Tensor:
+        z = x if self.takes_logits else torch.log(x) - torch.log(1 - x)
         index = place(self._grid, z)
         if self.num_labels is not None:
             first = torch.arange(self.num_labels, dtype=index.dtype, device=z.device)

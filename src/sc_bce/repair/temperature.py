@@ -22,6 +22,7 @@ _CLIP = 1e-3  # share of the rarer class's base rate: the least probability afte
 _SLOPES = (1e-3, 1e3)  # limits of 1 / temperature, for logits of standard deviation 1
 _COARSE = (0.0, 0.002, 0.01, 0.03, 0.08, 0.17, 0.3)  # flip rates at which a search starts
 _FINEST = 1e-3  # last step of the search, in the root of a flip rate
+_HALF = 1 / (4 * math.e)  # of the precision: a float just below 1 is half of it away
 _SURE = math.log(2 * math.e)  # how far beyond the surest other logit an exact 0 or 1 lies
 
 
@@ -90,7 +91,7 @@ class TemperatureScaling(Repair):
         the surest other probability if that is surer. If the others can't determine a line alone
         (see *few data*), a 1 counts as 1 - d/(2e), with d the distance of the nearest other
         probability from 1: the mean logit of a uniform variable between 1 - d/2 and 1; a 0
-        likewise. A 0 or 1 that the fit did not have is that of its dtype, likewise.
+        likewise. A 0 or 1 that the fit did not have is that of float32, likewise.
 
         The fit gathers more than 10,000 elements into cells 0.1 % wide first. nan stays nan;
         float16 answers end at 65504. Computed in at least float32. The module works under
@@ -200,14 +201,17 @@ class TemperatureScaling(Repair):
             _errors.warn(limit)
         return fits
 
-    def _map(self, z: Tensor, sure: bool) -> Tensor:
-        parts = [
-            part.to(z.dtype)
-            if self.num_labels is None
-            else part.to(z.dtype).reshape(*part.shape, *(1 for _ in z.shape[2:]))
+    def _map(self, x: Tensor) -> Tensor:
+        ones = () if self.num_labels is None else (1,) * (x.dim() - 2)
+        *line, ends = (
+            part.to(x.dtype).reshape((*part.shape, *ones))
             for part in (self.flip_rates, self.clip, self.temperature, self.bias, self.ends)
-        ]
-        return _line(z, *parts[:4], parts[4] if sure else None)
+        )
+        if self.takes_logits:
+            return _line(x, *line, None)
+        info = torch.finfo(x.dtype)
+        high = (1 - x).clamp(min=info.eps * _HALF)
+        return _line(torch.log(x.clamp(min=info.tiny)) - torch.log(high), *line, ends)
 
     def extra_repr(self) -> str:
         if self.temperature.is_meta:
@@ -323,12 +327,11 @@ def _part(cells: Cells, mask: Tensor) -> Cells:
 def _enough(cells: Cells, bias: bool) -> bool:
     """Whether both classes have elements enough, and no threshold separates them.
 
-    Of logits that are all alike, whose slope is nan, any number is.
+    Of logits that are all alike, whose slope is nan, any number is enough.
     """
     positive, total = float(cells.positive.sum()), float(cells.count.sum())
-    slope, _ = affine(cells, bias=bias)
-    many = min(positive, total - positive) >= _FEW
-    return math.isnan(slope) or many and not math.isinf(slope)
+    rarer, slope = min(positive, total - positive), affine(cells, bias=bias)[0]
+    return rarer > 0 and (math.isnan(slope) or (rarer >= _FEW and not math.isinf(slope)))
 
 
 def _platt(cells: Cells) -> Cells:
