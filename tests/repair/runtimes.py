@@ -69,10 +69,8 @@ def answers(runtime, path, x):
     return net.forward()
 
 
-def compared(runtime, build, from_logits, folder, dtype=torch.float32):
+def compared(runtime, repair, x, path):
     """The largest difference from torch, and what nan became."""
-    repair, x = fitted(build, from_logits, dtype)
-    path = export(repair, x, Path(folder) / "repair.onnx")
     got = np.asarray(answers(runtime, path, x)).reshape(x.shape)
     with torch.no_grad():
         want = repair(x).numpy()
@@ -83,18 +81,20 @@ def compared(runtime, build, from_logits, folder, dtype=torch.float32):
 
 
 def main():
-    print("| repair | fitted to | runtime | largest difference | nan becomes |\n|---|---|---|---|---|")
+    print(
+        "| repair | fitted to | runtime | largest difference | nan becomes |\n|---|---|---|---|---|"
+    )
     for (name, build), logits in itertools.product(BUILDS.items(), (True, False)):
-        for runtime, module in RUNTIMES.items():
-            version = importlib.import_module(module).__version__.split("-")[0]
-            with tempfile.TemporaryDirectory() as folder:
-                difference, nan = compared(runtime, build, logits, folder)
-            kind = "logits" if logits else "probabilities"
-            print(
-                f"| `{name}` | {kind} | {runtime} {version} | {difference:.1g} "
-                f"| {', '.join(f'{one:g}' for one in nan)} |",
-                flush=True,
-            )
+        repair, x = fitted(build, logits)
+        with tempfile.TemporaryDirectory() as folder:
+            path = export(repair, x, Path(folder) / "repair.onnx")
+            for runtime, module in RUNTIMES.items():
+                version = importlib.import_module(module).__version__.split("-")[0]
+                difference, nan = compared(runtime, repair, x, path)
+                kind = "logits" if logits else "probabilities"
+                became = ", ".join(f"{one:g}" for one in nan)
+                row = f"`{name}` | {kind} | {runtime} {version} | {difference:.1g} | {became}"
+                print(f"| {row} |", flush=True)
 
 
 if __name__ == "__main__":

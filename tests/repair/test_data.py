@@ -44,9 +44,7 @@ STORED = {
 @pytest.mark.parametrize(
     ("temperature", "shift", "spread"), [(3, 0, 1.5), (2, 0, 2), (1, -4.5, 1.5), (3, -4.5, 1.5)]
 )
-def test_rounded_probabilities_give_the_right_temperature(
-    bias, stored, temperature, shift, spread
-):
+def test_rounded_probabilities_give_the_right_temperature(bias, stored, temperature, shift, spread):
     z, y = network(temperature, shift, spread)
     p = STORED[stored](torch.sigmoid(z))
     scaling = TemperatureScaling(bias=bias).fit(p, y, from_logits=False)
@@ -244,7 +242,9 @@ def test_what_ends_at_a_limit_is_said_once():
     z = torch.randn(500, generator=generator)
     y = torch.rand(500, generator=generator) < torch.sigmoid(-2 * z)
     with pytest.warns(UserWarning, match="upper limit: the logits rank the labels backw") as seen:
-        scaling = TemperatureScaling(num_labels=2).fit(torch.stack((z, z), 1), torch.stack((y, y), 1))
+        scaling = TemperatureScaling(num_labels=2).fit(
+            torch.stack((z, z), 1), torch.stack((y, y), 1)
+        )
     assert len(seen) == 1
     assert seen[0].filename == __file__
     assert_close(scaling.temperature, 1000 * z.square().mean().sqrt().expand(2), rtol=1e-5, atol=0)
@@ -413,7 +413,9 @@ def test_what_inference_mode_stores_can_be_changed_outside(build):
         fresh = build()
         fresh.load_state_dict(repair.state_dict())
         assigned = build()
-        assigned.load_state_dict({k: v.clone() for k, v in repair.state_dict().items()}, assign=True)
+        assigned.load_state_dict(
+            {k: v.clone() for k, v in repair.state_dict().items()}, assign=True
+        )
         repair.reset_parameters()
         repair.fit(z, y)
     for one in (repair, fresh, assigned):

@@ -109,7 +109,9 @@ class Repair(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             if isinstance(input, CalibrationHistogram):
                 if target is not None or weight is not None:
-                    wanted = "be None, like `weight`, beside a CalibrationHistogram, which holds both"
+                    wanted = (
+                        "be None, like `weight`, beside a CalibrationHistogram, which holds both"
+                    )
                     refuse("target", wanted, "one of them", "pass `fit(histogram)`", TypeError)
                 cells, from_logits = _of_histogram(input, self.num_labels, self.num_cells)
                 _both_classes(cells, "histogram", self.num_labels)
@@ -154,7 +156,9 @@ class Repair(nn.Module):
         size, some = (-1,), _BLOCK
         if self.num_labels is not None:  # whole samples
             size, some = tuple(x.shape), max(_BLOCK * len(x) // x.numel(), 1)
-        for part, answer in zip(*(one.reshape(size).split(some) for one in (x, result)), strict=True):
+        for part, answer in zip(
+            *(one.reshape(size).split(some) for one in (x, result)), strict=True
+        ):
             known = bool(part.amax() >= -math.inf)  # no nan
             answer.copy_(self._known(part) if known else self._answer(part))
         return result
@@ -331,7 +335,9 @@ def _sample(x: Tensor, y: Tensor, w: Tensor, keep: Tensor, from_logits: bool) ->
     if bool(y.isnan().any()):
         refuse("target", "hold no nan", "nan", "for missing labels pass `ignore_index=math.nan`")
     if not bool(((w >= 0) & w.isfinite()).all()):
-        refuse("weight", "be finite and at least 0", _errors.exact(w[~(w >= 0) | w.isinf()][0].item()))
+        refuse(
+            "weight", "be finite and at least 0", _errors.exact(w[~(w >= 0) | w.isinf()][0].item())
+        )
     z = x.to(torch.promote_types(x.dtype, torch.float32))
     if bool(z.isnan().any()):
         remedy = "the model has diverged, or an ignored element lacks its `ignore_index`"

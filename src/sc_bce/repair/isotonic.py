@@ -11,6 +11,7 @@ from .fit import Fitted, Repair, Sample, store, took
 
 __all__ = ["IsotonicCalibration"]
 
+
 class IsotonicCalibration(Repair):
     r"""Isotonic regression: calibrate a network after training by the best monotone curve.
 
@@ -104,9 +105,9 @@ class IsotonicCalibration(Repair):
     def _gather(self, sample: Sample) -> Cells:
         z, y, w = sample
         index = place(self._grid, z)
-        count, positive, logit = (
-            torch.zeros(3, 2 * self._grid.size, dtype=torch.float64, device="cpu").unbind()
-        )
+        count, positive, logit = torch.zeros(
+            3, 2 * self._grid.size, dtype=torch.float64, device="cpu"
+        ).unbind()
         for sums, values in ((count, w), (positive, w * y), (logit, w * z)):
             sums.index_add_(0, index, values)
         return Cells(torch.where(count > 0, logit / count, 0.0), count, positive)
