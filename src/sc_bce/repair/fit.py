@@ -1,4 +1,4 @@
-"""What the repairs share: data or a histogram in, a fitted module and its NLL before and after out."""
+"""What the repairs share: data or a histogram in, NLL before and after out."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ class Repair(nn.Module):
             >>> isotonic = IsotonicCalibration().fit(histogram)  # from a histogram
             >>> [[round(nll, 2) for nll in repair.nll] for repair in (scaling, isotonic)]
             [[0.77, 0.6], [0.77, 0.6]]
-            >>> other = TemperatureScaling().fit(torch.sigmoid(3 * truth), target, from_logits=False)
+            >>> p = torch.sigmoid(3 * truth)
+            >>> other = TemperatureScaling().fit(p, target, from_logits=False)
             >>> other(torch.tensor([0.1, 0.5, 0.9]))  # takes and returns probabilities
             tensor([0.3245, 0.5000, 0.6755])
         """
@@ -153,12 +154,10 @@ class Repair(nn.Module):
         if type(x) is not Tensor or transformed() or (x.requires_grad and torch.is_grad_enabled()):
             return self._answer(x)
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
-        size, some = (-1,), _BLOCK
+        whole, some = (x.reshape(-1), result.view(-1)), _BLOCK
         if self.num_labels is not None:  # whole samples
-            size, some = tuple(x.shape), max(_BLOCK * len(x) // x.numel(), 1)
-        for part, answer in zip(
-            *(one.reshape(size).split(some) for one in (x, result)), strict=True
-        ):
+            whole, some = (x, result), max(_BLOCK * len(x) // x.numel(), 1)
+        for part, answer in zip(*(torch.split(one, some) for one in whole), strict=True):
             known = bool(part.amax() >= -math.inf)  # no nan
             answer.copy_(self._known(part) if known else self._answer(part))
         return result
@@ -281,7 +280,7 @@ def _of_histogram(
         remedy = "it has seen nan, or illegal labels, on an accelerator"
         refuse("histogram", "hold finite counts and sums", "nan", remedy)
     if not from_logits:  # the outermost cells hold the exact 0 and 1
-        ends = torch.tensor([-math.inf, math.inf], device="cpu").double().split(1)
+        ends = torch.tensor([[-math.inf], [math.inf]], dtype=torch.float64, device="cpu")
         cells = [
             one._replace(logit=torch.cat((ends[0], one.logit[1:-1], ends[1]))) for one in cells
         ]
@@ -316,7 +315,7 @@ def _of_data(
     if from_logits:
         _suspect(x[keep] if not bool(keep.all()) else x)
     parts = (rows(part, num_labels) for part in (x, y, w, keep & (w != 0)))
-    return [_sample(*one, from_logits) for one in zip(*parts, strict=True)], from_logits
+    return [_sample(list(one), from_logits) for one in zip(*parts, strict=True)], from_logits
 
 
 def _weight(weight: Any, size: torch.Size) -> Tensor:
@@ -327,17 +326,17 @@ def _weight(weight: Any, size: torch.Size) -> Tensor:
     return w.detach().cpu().double().expand(size)
 
 
-def _sample(x: Tensor, y: Tensor, w: Tensor, keep: Tensor, from_logits: bool) -> Sample:
+def _sample(parts: list[Tensor], from_logits: bool) -> Sample:
     """The elements of one label to keep, checked."""
-    x, y, w = (part.reshape(-1) if bool(keep.all()) else part[keep] for part in (x, y, w))
+    *values, keep = parts
+    x, y, w = (one.reshape(-1) if bool(keep.all()) else one[keep] for one in values)
     _inputs.check_labels(y, None)
     y = y.double()
     if bool(y.isnan().any()):
         refuse("target", "hold no nan", "nan", "for missing labels pass `ignore_index=math.nan`")
     if not bool(((w >= 0) & w.isfinite()).all()):
-        refuse(
-            "weight", "be finite and at least 0", _errors.exact(w[~(w >= 0) | w.isinf()][0].item())
-        )
+        bad = w[~((w >= 0) & w.isfinite())][0].item()
+        refuse("weight", "be finite and at least 0", _errors.exact(bad))
     z = x.to(torch.promote_types(x.dtype, torch.float32))
     if bool(z.isnan().any()):
         remedy = "the model has diverged, or an ignored element lacks its `ignore_index`"

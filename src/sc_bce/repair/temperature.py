@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,14 @@ _SLOPES = (1e-3, 1e3)  # limits of 1 / temperature, for logits of standard devia
 _COARSE = (0.0, 0.002, 0.01, 0.03, 0.08, 0.17, 0.3)  # flip rates at which a search starts
 _FINEST = 1e-3  # last step of the search, in the root of a flip rate
 _HALF = 1 / (4 * math.e)  # of the precision: a float just below 1 is half of it away
+_BACKWARDS = (
+    "The temperature is at its upper limit: the logits rank the labels backwards or say nothing "
+    "about them. Check the labels, and the sign of the logits"
+)
+_APART = (
+    "The temperature is at its lower limit: a threshold all but separates the classes. Fit to more "
+    "data"
+)
 _SURE = math.log(2 * math.e)  # how far beyond the surest other logit an exact 0 or 1 lies
 
 
@@ -85,17 +94,15 @@ class TemperatureScaling(Repair):
         the standard deviation of the logits (without a bias: of their root mean square), and a
         fit that ends there warns.
 
-        *Exact 0 and 1*: a probability that was rounded to one of them says only that its logit
-        lies beyond the others. So the line is fitted to the others, which doesn't bias it, and 0
-        and 1 are repaired to their shares of positives, (k + 1/2)/(n + 1), or to the answer of
-        the surest other probability if that is surer. If the others can't determine a line alone
-        (see *few data*), a 1 counts as 1 - d/(2e), with d the distance of the nearest other
-        probability from 1: the mean logit of a uniform variable between 1 - d/2 and 1; a 0
-        likewise. A 0 or 1 that the fit did not have is that of float32, likewise.
+        *Exact 0 and 1*: a probability rounded to one of them says only that its logit lies beyond
+        the others. So the line is fitted to the others, which doesn't bias it, and 0 and 1 are
+        repaired to their shares of positives, (k + 1/2)/(n + 1), or to the answer of the surest
+        other probability if that is surer. If the others alone are *few data*, a 1 counts as
+        1 - d/(2e), with d the distance of the nearest other probability: that has the mean logit
+        of a uniform variable in (1 - d/2, 1). A 0 or 1 that the fit did not have is float32's.
 
-        The fit gathers more than 10,000 elements into cells 0.1 % wide first. nan stays nan;
-        float16 answers end at 65504. Computed in at least float32. The module works under
-        compile, export and ONNX, so that it can be shipped with the model.
+        More than 10,000 elements are first gathered into cells 0.1 % wide. nan stays nan; float16
+        answers end at 65504. Computed in at least float32. Works under compile, export and ONNX.
 
     References:
         Guo et al., ICML 2017 (temperature scaling); Platt 1999 (with a bias; targets).
@@ -156,9 +163,8 @@ class TemperatureScaling(Repair):
             tensor(1.)
         """
         first = torch.tensor(self._first, device="cpu").view(self.flip_rates.shape)
+        ends = torch.tensor([-math.inf, math.inf], device="cpu").view(2, *self.bias.dim() * (1,))
         one = torch.ones((), device="cpu")
-        ends = torch.stack((-one, one)) * math.inf
-        ends = ends.view(2, *(1 for _ in self.bias.shape))
         store(self, flip_rates=first, temperature=one, bias=0 * one, clip=_CLIP * one, ends=ends)
         self.nll = None
         took(self, from_logits=True, fitted=False)
@@ -185,21 +191,19 @@ class TemperatureScaling(Repair):
         return Cells(logit / count + middle, count, positive)
 
     def _fit(self, cells: list[Cells]) -> list[Fitted]:
-        rates = self.flip_rates.detach().cpu().double().reshape(2, -1)
-        fits, parts, limits = [], [], set()
-        for i, one in enumerate(cells):
-            fit, part, limit = _best_map(
-                one, None if self.fit_flip_rates else rates[:, i], self.fit_bias
-            )
-            fits.append(fit)
-            parts.append(part)
-            limits.add(limit)
+        rates = self.flip_rates.detach().cpu().double().reshape(2, -1).unbind(1)
+        fits = [
+            _best_map(one, None if self.fit_flip_rates else pair, self.fit_bias)
+            for one, pair in zip(cells, rates, strict=True)
+        ]
         names = ("flip_rates", "clip", "temperature", "bias", "ends")
-        for name, column in zip(names, zip(*parts, strict=True), strict=True):
+        for name, column in zip(
+            names, zip(*(parts for _, parts, _ in fits), strict=True), strict=True
+        ):
             store(self, **{name: torch.stack(column, -1).reshape(getattr(self, name).shape)})
-        for limit in sorted(filter(None, limits)):
+        for limit in sorted({limit for _, _, limit in fits if limit}):
             _errors.warn(limit)
-        return fits
+        return [fit for fit, _, _ in fits]
 
     def _map(self, x: Tensor) -> Tensor:
         ones = () if self.num_labels is None else (1,) * (x.dim() - 2)
@@ -208,10 +212,10 @@ class TemperatureScaling(Repair):
             for part in (self.flip_rates, self.clip, self.temperature, self.bias, self.ends)
         )
         if self.takes_logits:
-            return _line(x, *line, None)
+            return _line(x, line)
         info = torch.finfo(x.dtype)
         high = (1 - x).clamp(min=info.eps * _HALF)
-        return _line(torch.log(x.clamp(min=info.tiny)) - torch.log(high), *line, ends)
+        return _line(torch.log(x.clamp(min=info.tiny)) - torch.log(high), line, ends)
 
     def extra_repr(self) -> str:
         if self.temperature.is_meta:
@@ -227,19 +231,18 @@ class TemperatureScaling(Repair):
 def _flip_rates(value: object, num_labels: int | None) -> list[list[float]]:
     """Check `flip_rate`; return a row of rates for the negatives and one for the positives."""
     pair = isinstance(value, (tuple, list))
-    rates: list[object] = list(value) if pair else [value, value]  # type: ignore[call-overload]
+    rates: list[Any] = list(value) if pair else [value, value]  # type: ignore[call-overload]
     if len(rates) != 2:
         remedy = "pass the rate of the negatives, then that of the positives"
         refuse("flip_rate", "be a number or a pair (g0, g1)", f"{len(rates)} values", remedy)
-    labels = num_labels or 1
     rows = []
     for rate in rates:
-        several = num_labels is not None and isinstance(rate, Tensor) and rate.shape == (labels,)
-        if isinstance(rate, Tensor) and rate.dim() and not several:
-            wanted = "hold numbers" + (f", or tensors of shape ({labels},)" if num_labels else "")
+        several = isinstance(rate, Tensor) and rate.dim() > 0
+        if several and rate.shape != (num_labels,):
+            wanted = f"hold numbers, or with `num_labels` tensors of shape ({num_labels},)"
             remedy = "pass `num_labels` for a rate of each label, and a pair as a tuple (g0, g1)"
             refuse("flip_rate", wanted, f"a tensor of shape {tuple(rate.shape)}", remedy, TypeError)
-        each: list[object] = list(rate) if several else [rate] * labels  # type: ignore[call-overload]
+        each = list(rate) if several else [rate] * (num_labels or 1)
         rows.append([_errors.unit_number("flip_rate", one, 1.0 if pair else 0.5) for one in each])
     for up, down in zip(*rows, strict=True):
         if up + down >= 1:
@@ -252,9 +255,8 @@ def _flip_rates(value: object, num_labels: int | None) -> list[list[float]]:
 # --- the map --------------------------------------------------------------------------------------
 
 
-def _line(
-    z: Tensor, rates: Tensor, clip: Tensor, temperature: Tensor, bias: Tensor, ends: Tensor | None
-) -> Tensor:
+def _line(z: Tensor, line: Sequence[Tensor], ends: Tensor | None = None) -> Tensor:
+    rates, clip, temperature, bias = line
     answer = _without_flip(z, rates[0], rates[1], clip) / temperature + bias
     return answer if ends is None else torch.minimum(torch.maximum(answer, ends[0]), ends[1])
 
@@ -315,8 +317,8 @@ def _best_map(
     _, a, b, limit = best(rates)
     temperature, shift = cells.count.new_tensor([1 / a, b]).unbind()
     line = (rates, clip, temperature, shift)
-    ends = _ends(some, lambda z: _line(z, *line, None))
-    fit = Fitted(_line(cells.logit, *line, ends), aim, _line(aim.logit, *line, None))
+    ends = _ends(some, lambda z: _line(z, line))
+    fit = Fitted(_line(cells.logit, line, ends), aim, _line(aim.logit, line))
     return fit, (*line, ends), limit
 
 
@@ -379,13 +381,7 @@ def _affine(cells: Cells, bias: bool) -> tuple[float, float, str]:
     a, b = affine(cells._replace(logit=z / scale), bias=bias)
     limit = ""
     if not _SLOPES[0] <= a <= _SLOPES[1]:
-        limit = (
-            "The temperature is at its upper limit: the logits rank the labels backwards or say "
-            "nothing about them. Check the labels, and the sign of the logits"
-            if a < 1
-            else "The temperature is at its lower limit: a threshold all but separates the classes. "
-            "Fit to more data"
-        )
+        limit = _BACKWARDS if a < 1 else _APART
         a = min(max(a, _SLOPES[0]), _SLOPES[1])
         b = affine(cells._replace(logit=z / scale), slope=a, bias=bias)[1]
     return a / scale, b - a * middle / scale, limit
