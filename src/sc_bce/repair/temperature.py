@@ -1,18 +1,17 @@
-"""The parametric repair: remove the flip of the training, then a line through the logits."""
+"""The parametric repair: a line through the logits, from which the flip is removed first."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _errors
-from .._errors import refuse
 from ..measure.scores import Cells, affine
 from .fit import Fitted, Repair, Sample, mean_loss, store, took
+from .flip import best_pair, flip_rates, without_flip
 
 __all__ = ["TemperatureScaling"]
 
@@ -21,8 +20,6 @@ _KEPT = 13  # bits of float32 that a cell leaves out: its logits differ by 0.1 %
 _FEW = 20  # elements of the rarer class below which labels are too few to be believed
 _CLIP = 1e-3  # share of the rarer class's base rate: the least probability after a removed flip
 _SLOPES = (1e-3, 1e3)  # limits of 1 / temperature, for logits of standard deviation 1
-_COARSE = (0.0, 0.002, 0.01, 0.03, 0.08, 0.17, 0.3)  # flip rates at which a search starts
-_FINEST = 1e-3  # last step of the search, in the root of a flip rate
 _HALF = 1 / (4 * math.e)  # of the precision: a float just below 1 is half of it away
 _BACKWARDS = (
     "The temperature is at its upper limit: the logits rank the labels backwards or say nothing "
@@ -142,7 +139,7 @@ class TemperatureScaling(Repair):
         super().__init__(num_labels)
         self.fit_flip_rates = flip_rate is None
         self.fit_bias = bool(bias)
-        self._first = _flip_rates(0.0 if flip_rate is None else flip_rate, self.num_labels)
+        self._first = flip_rates(0.0 if flip_rate is None else flip_rate, self.num_labels)
         shape = () if self.num_labels is None else (self.num_labels,)
         with torch.inference_mode(False):
             for name in ("flip_rates", "temperature", "bias", "clip", "ends"):
@@ -228,72 +225,10 @@ class TemperatureScaling(Repair):
         return ", ".join(filter(None, (*parts, super().extra_repr())))
 
 
-def _flip_rates(value: object, num_labels: int | None) -> list[list[float]]:
-    """Check `flip_rate`; return a row of rates for the negatives and one for the positives."""
-    pair = isinstance(value, (tuple, list))
-    rates: list[Any] = list(value) if pair else [value, value]  # type: ignore[call-overload]
-    if len(rates) != 2:
-        remedy = "pass the rate of the negatives, then that of the positives"
-        refuse("flip_rate", "be a number or a pair (g0, g1)", f"{len(rates)} values", remedy)
-    rows = []
-    for rate in rates:
-        several = isinstance(rate, Tensor) and rate.dim() > 0
-        if several and rate.shape != (num_labels,):
-            wanted = f"hold numbers, or with `num_labels` tensors of shape ({num_labels},)"
-            remedy = "pass `num_labels` for a rate of each label, and a pair as a tuple (g0, g1)"
-            refuse("flip_rate", wanted, f"a tensor of shape {tuple(rate.shape)}", remedy, TypeError)
-        each = list(rate) if several else [rate] * (num_labels or 1)
-        rows.append([_errors.unit_number("flip_rate", one, 1.0 if pair else 0.5) for one in each])
-    for up, down in zip(*rows, strict=True):
-        if up + down >= 1:
-            wanted = "sum to less than 1" if pair else "be below 1/2"
-            got, remedy = (up, down) if pair else up, "it is `criterion.flip_rates` of the training"
-            refuse("flip_rate", f"{wanted}, so that labels carry information", got, remedy)
-    return rows
-
-
-# --- the map --------------------------------------------------------------------------------------
-
-
 def _line(z: Tensor, line: Sequence[Tensor], ends: Tensor | None = None) -> Tensor:
     rates, clip, temperature, bias = line
-    answer = _without_flip(z, rates[0], rates[1], clip) / temperature + bias
+    answer = without_flip(z, rates[0], rates[1], clip) / temperature + bias
     return answer if ends is None else torch.minimum(torch.maximum(answer, ends[0]), ends[1])
-
-
-def _without_flip(z: Tensor, up: Tensor, down: Tensor, clip: Tensor) -> Tensor:
-    """logit((s - up) / (1 - up - down)) with s = sigmoid(z), between the logits of the clip.
-
-    With r = g / (1 - g), that is z + log(1 - up) - log(1 - down) + log(1 - r_up e^-z)
-    - log(1 - r_down e^z). The last two are one logarithm, computed for |z| on the side of z. So
-    the result is exact if no flip is removed; at equal rates 0 stays 0 and no logit shrinks.
-    """
-    # A side without a flip is unchanged.
-    removed = 1 - up - down
-    low = torch.where(up > 0, _logit(up + removed * clip), -torch.inf)
-    high = torch.where(down > 0, -_logit(down + removed * clip), torch.inf)
-    z = torch.minimum(torch.maximum(z, low), high)
-    right = z >= 0
-    near, far = torch.where(right, down, up), torch.where(right, up, down)
-    near_odds, far_odds = near / (1 - near), far / (1 - far)
-    size = torch.where(right, z, -z)  # abs has no gradient at 0
-    # If a flip is removed, no logit is beyond this; otherwise the term is 0 anyway.
-    up_e = torch.exp(size.clamp(max=60.0))
-    gain = near_odds * (up_e - 1 / up_e) + (near_odds - far_odds) / up_e
-    rest = 1 - near_odds * up_e
-    wide = size + ((torch.log1p(-far) - torch.log1p(-near)) + torch.log1p(gain / rest))
-    u = torch.where(right, wide, -wide)
-    bound = -_logit(clip)
-    u = torch.maximum(u, torch.where(up > 0, -bound, -torch.inf))
-    return torch.minimum(u, torch.where(down > 0, bound, torch.inf))
-
-
-def _logit(p: Tensor) -> Tensor:
-    """torch.logit, which ONNX does not have."""
-    return torch.log(p) - torch.log1p(-p)
-
-
-# --- the fit --------------------------------------------------------------------------------------
 
 
 def _best_map(
@@ -308,12 +243,12 @@ def _best_map(
     aim = aim if _enough(aim, bias) else _platt(aim)
 
     def best(rates: Tensor) -> tuple[float, float, float, str]:
-        u = _without_flip(aim.logit, rates[0], rates[1], clip)
+        u = without_flip(aim.logit, rates[0], rates[1], clip)
         a, b, limit = _affine(aim._replace(logit=u), bias)
         return mean_loss([aim], [a * u + b]), a, b, limit
 
     if rates is None:
-        rates = _search(lambda pair: best(cells.count.new_tensor(pair))[0])
+        rates = best_pair(lambda pair: best(cells.count.new_tensor(pair))[0])
     _, a, b, limit = best(rates)
     temperature, shift = cells.count.new_tensor([1 / a, b]).unbind()
     line = (rates, clip, temperature, shift)
@@ -385,33 +320,6 @@ def _affine(cells: Cells, bias: bool) -> tuple[float, float, str]:
         a = min(max(a, _SLOPES[0]), _SLOPES[1])
         b = affine(cells._replace(logit=z / scale), slope=a, bias=bias)[1]
     return a / scale, b - a * middle / scale, limit
-
-
-def _search(loss: Callable[[list[float]], float]) -> Tensor:
-    """The pair of flip rates with the lowest loss: from a coarse grid, in ever smaller steps.
-
-    The steps are in the roots of the rates, since 0.001 matters as much as 0.1.
-    """
-    tried: dict[tuple[float, float], float] = {}
-
-    def at(roots: tuple[float, float]) -> float:
-        if roots not in tried:
-            # Rounded to float32, as the module will hold them.
-            pair = torch.tensor([root**2 for root in roots], device="cpu").double().tolist()
-            tried[roots] = loss(pair)
-        return tried[roots]
-
-    starts = [(up**0.5, down**0.5) for up in _COARSE for down in _COARSE]
-    best, step = min(starts, key=at), 0.05
-    while step > _FINEST:
-        around = [
-            (min(max(best[0] + i * step, 0.0), 0.7), min(max(best[1] + j * step, 0.0), 0.7))
-            for i in (-1, 0, 1)
-            for j in (-1, 0, 1)
-        ]
-        new = min(around, key=at)
-        step, best = (step / 2, best) if at(new) >= at(best) else (step, new)
-    return torch.tensor([root**2 for root in best], dtype=torch.float32, device="cpu").double()
 
 
 def _shown(value: Tensor) -> str:
