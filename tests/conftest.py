@@ -10,7 +10,7 @@ from paths import fusing
 # What runs on any device; the rest is not collected there.
 SUITES = (
     "test_adaptive", "test_dropin", "test_functional", "test_histogram", "test_levels", "test_loss",
-    "test_measures", "test_posthoc",
+    "test_measures", "test_temperature", "test_isotonic",
 )  # fmt: skip
 
 # Not timed: a test must not fail because the machine is busy. Derandomised: nor by luck.

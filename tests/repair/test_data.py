@@ -135,6 +135,28 @@ def test_fitted_to_probabilities_it_takes_and_returns_them(build):
 
 
 @BOTH
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_transforms_of_torch_take_both(build, from_logits):
+    z, y = network(n=3000)
+    x = z if from_logits else torch.sigmoid(z)
+    repair = build().fit(x, y, from_logits=from_logits)
+    want = repair(x)
+    assert_close(torch.vmap(repair)(x.view(30, 100)).view(-1), want)
+    value, slope = torch.func.jvp(repair, (x,), (torch.ones_like(x),))
+    assert_close(value, want)
+    with torch.autograd.forward_ad.dual_level():
+        many = x.repeat(30)  # more than one block
+        dual = torch.autograd.forward_ad.make_dual(many, torch.ones_like(many))
+        value, tangent = torch.autograd.forward_ad.unpack_dual(repair(dual))
+    assert_close(value, want.repeat(30))
+    if build is TemperatureScaling:
+        assert_close(tangent, slope.repeat(30))
+        few = x[:5].double().requires_grad_()
+        assert torch.autograd.gradcheck(repair.double(), few)
+        assert torch.autograd.gradgradcheck(repair, few)
+
+
+@BOTH
 def test_not_fitted_is_said_and_saved(build):
     z, y = network(n=1000)
     repair = build()

@@ -137,8 +137,9 @@ def place(cells: Grid, z: Tensor) -> Tensor:
     tail = z.abs()
     start = cells.start * cells.fine  # a whole number, so that edges stay exact
     at = (-tail).sigmoid_().mul_(-2 * cells.half)
-    at.add_(cells.half + slack(2 * cells.half, z.dtype) - start).clamp_(max=cells.inner - start)
-    at.add_(tail.clamp_(cells.start, cells.end), alpha=cells.fine)
+    at = at.add_(cells.half + slack(2 * cells.half, z.dtype) - start).clamp(max=cells.inner - start)
+    tail = tail.clamp(cells.start, cells.end)
+    at.add_(tail, alpha=cells.fine)
     at.sub_(tail.sub_(cells.bend).relu_(), alpha=cells.fine - cells.wide).floor_()
     side = z.clamp(-1, 0).floor_()  # -1 for negative logits, else 0
     return at.addcmul_(at, side, value=2).add_(side).add_(cells.size).to(torch.int32)
