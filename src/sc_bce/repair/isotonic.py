@@ -131,8 +131,8 @@ def place(cells: Grid, z: Tensor) -> Tensor:
     """The cell of each logit, from the surest negative to the surest positive, int32.
 
     Along |z| it is the sum of cells even in the probability, then of fine and of wide ones even in
-    the logit. Without masks, which take a CPU longer than arithmetic, and with
-    one clamp of each tensor, since exporters merge two.
+    the logit. Without masks, which take a CPU longer than arithmetic, and with one clamp of each
+    tensor, since exporters merge two.
     """
     tail = z.abs()
     start = cells.start * cells.fine  # a whole number, so that edges stay exact
@@ -142,7 +142,7 @@ def place(cells: Grid, z: Tensor) -> Tensor:
     at.add_(tail, alpha=cells.fine)
     at.sub_(tail.sub_(cells.bend).relu_(), alpha=cells.fine - cells.wide).floor_()
     side = z.clamp(-1, 0).floor_()  # -1 for negative logits, else 0
-    return at.addcmul_(at, side, value=2).add_(side).add_(cells.size).to(torch.int32)
+    return at.mul_(2 * side + 1).add_(side).add_(cells.size).to(torch.int32)
 
 
 def _curve(cells: Cells) -> Tensor:
