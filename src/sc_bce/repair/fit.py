@@ -273,18 +273,11 @@ def _of_histogram(
         wanted, got = f"have num_labels={num_labels}", f"num_labels={histogram.num_labels}"
         remedy = "build both with the same number, or pass `histogram.pooled()`"
         refuse("histogram", wanted, got, remedy)
-    cells: Any = histogram.cells()
-    cells = cells if isinstance(cells, list) else [cells]
-    from_logits = getattr(histogram, "from_logits", getattr(histogram, "_only_logits", True))
+    cells = histogram.cells()
     if any(bool(one.count.isnan().any()) for one in cells):
         remedy = "it has seen nan, or illegal labels, on an accelerator"
         refuse("histogram", "hold finite counts and sums", "nan", remedy)
-    if not from_logits:  # the outermost cells hold the exact 0 and 1
-        ends = torch.tensor([[-math.inf], [math.inf]], dtype=torch.float64, device="cpu")
-        cells = [
-            one._replace(logit=torch.cat((ends[0], one.logit[1:-1], ends[1]))) for one in cells
-        ]
-    return cells, from_logits
+    return cells, histogram.from_logits
 
 
 def _of_data(
