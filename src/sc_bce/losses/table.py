@@ -16,8 +16,8 @@ __all__ = ["SINCE", "Table", "mean_by_row", "merged", "rows_of"]
 
 NEVER, BEFORE, SINCE = 0, 1, 2  # when a row was last trained, relative to the last step
 
-_SET = 1 << 9  # rows up to which a set finds duplicates faster than tensors
-_CHUNK = 1 << 24  # rows that are merged at a time: bounds the extra memory
+FEW = 1 << 9  # rows up to which a set finds duplicates faster than tensors
+CHUNK = 1 << 24  # rows that are merged at a time: bounds the extra memory
 
 
 class Table:
@@ -103,8 +103,8 @@ def merged(
     """
     new = {name: column.clone() for name, column in columns.items()}
     anywhere = moved.clone()
-    for start in range(0, len(moved), _CHUNK):
-        rows = slice(start, start + _CHUNK)
+    for start in range(0, len(moved), CHUNK):
+        rows = slice(start, start + CHUNK)
         own = moved[rows].float()
         movers = own.clone()
         all_reduce(movers)
@@ -133,7 +133,7 @@ def mean_by_row(rows: Tensor, values: Tensor) -> Tensor:
 
 def _distinct(rows: Tensor) -> bool:
     """Whether no row occurs twice, as in most batches."""
-    if len(rows) <= _SET:
+    if len(rows) <= FEW:
         return len(set(rows.tolist())) == len(rows)
     ordered = rows.sort()[0]
     return not bool((ordered[1:] == ordered[:-1]).any())
