@@ -132,11 +132,11 @@ class Climb:
     ) -> Tensor:
         """The levels after a batch, before they are clipped to [0, cap].
 
-        ``slope`` includes beta. One that is not finite moves nothing, nor does a cost of 0.
+        ``slope`` includes beta. A step that is not finite moves nothing, nor does a cost of 0.
         """
         over = accuracy - best if self.objective == "max_entropy" else 1 - accuracy - cost * alpha
         new = alpha + self.lr * (slope + self.penalty * over.clamp(max=0))
-        moves = slope.isfinite()
+        moves = new.isfinite()
         if isinstance(cost, Tensor):
             moves = moves & (cost > 0)
         return torch.where(moves, new, alpha)
