@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _errors, _inputs
 from .._errors import refuse
-from .._inputs import Batch, Perturbation, Wanted
+from .._inputs import Batch, Perturbation, Seen, Wanted
 from .._state import Stateful, reseed
 from .._torch import on_backward
 from ..functional import look, perturbed_loss, sc_bce_with_logits
@@ -289,7 +289,7 @@ class AdaptivePerturbation(Stateful):
         wanted = levels.wanted(rows, _shape(prior)) if update else Wanted()
         loss, seen = perturbed_loss(batch, given, wanted=wanted, **weights)
         if update:
-            levels.note(rows, seen, batch.void is not None)
+            self._note(rows, seen, input)
         return loss
 
     @torch.no_grad()
@@ -311,7 +311,7 @@ class AdaptivePerturbation(Stateful):
         rows, batch = self._prepare(input, target, index)
         prior = self._prior_of(input)
         seen = look(batch, prior, self.weight, self._levels.wanted(rows, _shape(prior)))
-        self._levels.note(rows, seen, batch.void is not None)
+        self._note(rows, seen, input)
 
     def _prepare(self, input: Tensor, target: Tensor, index: Tensor | None) -> tuple[Tensor, Batch]:
         """Check a batch; return the row of each sample, on the table's device, and the batch."""
@@ -324,9 +324,12 @@ class AdaptivePerturbation(Stateful):
         if self.num_labels is not None and input.shape[1:2] != (self.num_labels,):
             wanted = f"have num_labels={self.num_labels} along dimension 1"
             refuse("input", wanted, f"shape {tuple(input.shape)}")
-        if not torch.compiler.is_compiling():
-            self._history.batch(input, self._levels, shared)
         return rows, batch
+
+    def _note(self, rows: Tensor, seen: Seen, input: Tensor) -> None:
+        self._levels.note(rows, seen)
+        if not torch.compiler.is_compiling():  # last, since a warning can be turned into an error
+            self._history.batch(input, self._levels, self.num_samples is None)
 
     def _drawn(self, rows: Tensor, input: Tensor) -> Tensor:
         """The level of each sample, or zeros and ones drawn with it."""

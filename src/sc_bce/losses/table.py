@@ -53,7 +53,7 @@ class Table:
         return self.columns[name].index_select(0, rows)
 
     def write(
-        self, name: str, rows: Tensor, values: Tensor, limits: tuple[float, float] | None = None
+        self, name: str, rows: Tensor, values: Tensor, limits: tuple[Tensor, Tensor] | None = None
     ) -> None:
         """Write a column; a row that occurs more than once gets the mean of its values."""
         column = self.columns[name]
