@@ -17,6 +17,9 @@ from sc_bce.losses.table import SINCE, Table, mean_by_row, merged, rows_of
 FEWEST = int(torch.get_default_device().type == "xla")  # which has no cumulative sum of nothing
 
 
+LIMITS = torch.zeros(()), torch.tensor(0.4)
+
+
 def made(rows=5, **start):
     return Table(rows, start or {"alpha": 0.25}, torch.get_default_device())
 
@@ -45,7 +48,7 @@ def test_a_row_that_occurs_more_than_once_gets_the_mean_and_is_clipped_after_it(
         if big:  # where tensors look for duplicates
             patch.setattr(module, "FEW", 0)
         table = made(rows)
-        table.write("alpha", tensor(index), tensor(values), (0.0, 0.4) if limited else None)
+        table.write("alpha", tensor(index), tensor(values), LIMITS if limited else None)
     np.testing.assert_allclose(array(table.columns["alpha"]), want, rtol=1e-5, atol=1e-6)
     assert table.look_up("alpha", tensor(index)).tolist() == pytest.approx(want[index].tolist(), abs=1e-6)
 
@@ -53,12 +56,12 @@ def test_a_row_that_occurs_more_than_once_gets_the_mean_and_is_clipped_after_it(
 def test_rows_that_cannot_be_read_are_written_alike():
     rows, values = torch.tensor([2, 0, 2, 2, 1]), torch.tensor([0.1, 0.2, 9.0, -9.4, 0.3])
     table, other = made(), made()
-    table.write("alpha", rows, values, (0.0, 0.49))
+    table.write("alpha", rows, values, LIMITS)
     table.mark(rows)
     with torch.inference_mode():
         unreadable = rows.clone()
     with torch.no_grad():
-        other.write("alpha", unreadable, values, (0.0, 0.49))
+        other.write("alpha", unreadable, values, LIMITS)
         other.mark(unreadable)
     assert other.columns["alpha"].tolist() == table.columns["alpha"].tolist()
     assert table.columns["alpha"].tolist() == pytest.approx([0.2, 0.3, 0.0, 0.25, 0.25])
