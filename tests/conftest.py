@@ -9,8 +9,8 @@ from paths import fusing
 
 # What runs on any device; the rest is not collected there.
 SUITES = (
-    "test_adaptive", "test_dropin", "test_functional", "test_histogram", "test_levels", "test_loss",
-    "test_measures", "test_posthoc",
+    "test_adaptive", "test_dropin", "test_functional", "test_histogram", "test_loss",
+    "test_measures", "test_mistakes", "test_posthoc", "test_rules", "test_table",
 )  # fmt: skip
 
 # Not timed: a test must not fail because the machine is busy. Derandomised: nor by luck.
@@ -52,8 +52,6 @@ def pytest_configure(config):
         torch.set_default_device(_device(name))
         if name == "xla":  # it compiles anew for each size
             hypothesis.settings.load_profile("few")
-    # Tables of many tests have one and are stepped with numbers; pytest.warns sees it all the same.
-    config.addinivalue_line("filterwarnings", "ignore:pos_weight shifts every probability")
 
 
 def _device(name):

@@ -94,7 +94,10 @@ class Table:
         self.objective, self.lr, self.penalty, self.labels = objective, lr, penalty, num_labels
         self.counted = prior if isinstance(prior, str) else None
         self.prior = np.full(num_labels or 1, 0.5) if self.counted else np.asarray(prior, float)
-        self.old, self.new = [], []  # (place in prior, label, weight) until the last step, and since
+        self.old, self.new = (
+            [],
+            [],
+        )  # (place in prior, label, weight) until the last step, and since
         self.mean = self.accuracy = self.best = 0.0
         self.steps = 0
 

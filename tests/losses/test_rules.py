@@ -80,7 +80,9 @@ def test_difficulty_shares_the_mean_out(seed, rows, focus, mean, high):
     if want.max() < high:  # nothing was cut off
         assert levels[tensor(seen)].mean() == pytest.approx(mean)
     order = np.argsort(accuracy[seen])
-    assert (np.diff(levels.cpu().numpy()[seen][order]) <= 1e-12).all()  # never more for an easier one
+    assert (
+        np.diff(levels.cpu().numpy()[seen][order]) <= 1e-12
+    ).all()  # never more for an easier one
 
 
 @pytest.mark.parametrize("focus", [0.0, 2.0])
@@ -125,7 +127,9 @@ def test_the_level_weighted_base_rate_keeps_the_mean_and_the_base_rate_does_not(
 def step(objective, alpha, slope, cost, accuracy, best, lr=0.01, penalty=20.0):
     rule = Climb(objective, lr, penalty)
     single = (torch.tensor(value, dtype=torch.float64) for value in (accuracy, best))
-    return rule.climbed(*(torch.tensor([v], dtype=torch.float64) for v in (alpha, slope)), cost, *single)
+    return rule.climbed(
+        *(torch.tensor([v], dtype=torch.float64) for v in (alpha, slope)), cost, *single
+    )
 
 
 @given(

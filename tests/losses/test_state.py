@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from devices import lacks
 from ranks import run
-from tables import Measured, assert_same, build, climbing, moving, published, put, saved, trained
+from tables import Measured, assert_same, build, moving, published, put, saved, trained
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -308,7 +308,7 @@ REFUSED = {
     "observed prior": (dict(), spoilt(alpha=torch.full((6,), 0.97), counts=torch.tensor(
         [[9.0, 9, 9], [0, 4, 0]])),
         "levels in [0, 0.5163], the cap at beta=1, but got one of 0.97; "),
-    "negative": (dict(), spoilt(alpha=torch.tensor([0.1, -0.1, 0, 0, 0, 0])), "but got one of -0.1"),
+    "negative": (dict(), spoilt(alpha=torch.tensor([0.1, -0.1, 0, 0, 0, 0])), "got one of -0.1"),
     "nan": (dict(), spoilt(alpha=torch.full((6,), math.nan)), "but got one of nan; "),
     "scalar": (dict(), spoilt(mean_level=torch.zeros(3)),
                "`mean_level` to be of shape () in the saved state, but got of shape (3,); "),

@@ -31,7 +31,9 @@ def test_a_new_table_holds_where_its_columns_start():
     assert table.columns["accuracy"].tolist() == [0.5] * 3
     assert not table.trained.any()
     assert list(table.tensors()) == ["alpha", "accuracy", "visited"]
-    assert [value.dtype for value in table.tensors().values()] == [torch.float32] * 2 + [torch.uint8]
+    assert [value.dtype for value in table.tensors().values()] == [torch.float32] * 2 + [
+        torch.uint8
+    ]
 
 
 @given(seeds, st.integers(FEWEST, 9), st.integers(1, 6), st.booleans(), st.booleans())
@@ -50,7 +52,9 @@ def test_a_row_that_occurs_more_than_once_gets_the_mean_and_is_clipped_after_it(
         table = made(rows)
         table.write("alpha", tensor(index), tensor(values), LIMITS if limited else None)
     np.testing.assert_allclose(array(table.columns["alpha"]), want, rtol=1e-5, atol=1e-6)
-    assert table.look_up("alpha", tensor(index)).tolist() == pytest.approx(want[index].tolist(), abs=1e-6)
+    assert table.look_up("alpha", tensor(index)).tolist() == pytest.approx(
+        want[index].tolist(), abs=1e-6
+    )
 
 
 def test_rows_that_cannot_be_read_are_written_alike():

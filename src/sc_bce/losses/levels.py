@@ -106,14 +106,15 @@ class Levels:
 
     # -- a batch
 
-    def wanted(self, rows: Tensor, shape: tuple[int, ...]) -> Wanted:
-        """What to look at in a batch; `shape` is the prior's, which broadcasts to it."""
+    def wanted(self, rows: Tensor, prior: float | Tensor) -> Wanted:
+        """What to look at in a batch, to which the prior broadcasts."""
         climbs, share = isinstance(self.rule, Climb), None
         if self.weighted and isinstance(self.rule, FollowSlope):
             share = self.table.look_up("alpha" if self.past_warmup else "sample_accuracy", rows)
             share = share if self.past_warmup else self.rule.hardness(share)
         # At 1/2 nothing depends on the labels.
         half = not isinstance(self.prior, Tensor) and self.prior == 0.5
+        shape = tuple(prior.shape) if isinstance(prior, Tensor) else ()
         labels = shape if self.counted is not None or (climbs and not half) else None
         return Wanted(climbs and self.past_warmup, self.remembers, labels, share)
 
