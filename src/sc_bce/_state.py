@@ -93,8 +93,8 @@ class Stateful(nn.Module):
     ) -> None:
         lists = (missing_keys, unexpected_keys, error_msgs)
         known = [list(each) for each in lists]
-        buffers, held = dict(self._buffers), self._travelling()
-        copies = {name: None if v is None else v.clone() for name, v in buffers.items()}
+        held = self._travelling()
+        buffers = {name: (v, v.clone()) for name, v in self._buffers.items() if v is not None}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         mine = (item for item in state_dict.items() if item[0].startswith(prefix))
         saved = {key[len(prefix) :]: value for key, value in mine}
@@ -102,10 +102,7 @@ class Stateful(nn.Module):
         if problem is None and len(error_msgs) > len(known[2]):
             problem = error_msgs[-1]  # torch's, of a buffer
         if problem is not None:  # as if nothing had been loaded, in one sentence
-            self._buffers.update(buffers)
-            for name, copy in copies.items():
-                if copy is not None:
-                    buffers[name].copy_(copy)  # type: ignore[union-attr]
+            self._buffers.update((name, v.copy_(copy)) for name, (v, copy) in buffers.items())
             for each, before in zip(lists, known, strict=True):
                 each[:] = before
             error_msgs.append(problem)
@@ -137,11 +134,11 @@ class Stateful(nn.Module):
 def _misfit(held: Mapping[str, Tensor], saved: Mapping[str, Any]) -> str | None:
     """What is wrong with the shape of a saved tensor, in a sentence."""
     for name, tensor in held.items():
-        value = saved.get(name)
-        if isinstance(value, Tensor) and value.shape != tensor.shape:
+        got = getattr(saved.get(name), "shape", tensor.shape)
+        if got != tensor.shape:
+            wanted = f"be of shape {tuple(tensor.shape)} in the saved state"
             remedy = "save and load with the same arguments, on the same type of device"
-            have, got = (f"of shape {tuple(each.shape)}" for each in (tensor, value))
-            return sentence(name, f"be {have} in the saved state", got, remedy)
+            return sentence(name, wanted, f"of shape {tuple(got)}", remedy)
     return None
 
 
