@@ -496,13 +496,20 @@ def test_eval_and_no_grad_are_plain_bce_and_touch_nothing():
 @pytest.mark.parametrize("warmup", [0, 1, 5])
 @pytest.mark.parametrize("make", [build, published])
 def test_warm_up_is_plain_bce_bit_for_bit_and_moves_nothing(make, warmup):
-    criterion = make(4, warmup=warmup, prior=0.3, beta=1.0, sampling="sample")
+    generator = seeded(0)
+    options = dict(prior=0.3, beta=1.0, sampling="sample", generator=generator)
+    criterion, before = make(4, warmup=warmup, **options), generator.get_state()
     x, y, index = torch.randn(4, 2, requires_grad=True), torch.rand(4, 2), torch.arange(4)
-    plain = torch.nn.functional.binary_cross_entropy_with_logits(x, y)
     for epoch in range(max(warmup, 1)):
-        assert torch.equal(criterion(x, y, index), plain)
+        for dtype in (torch.float32, torch.bfloat16):  # which torch does not compute in float32
+            given_x, given_y = x.to(dtype), y.to(dtype)
+            plain = torch.nn.functional.binary_cross_entropy_with_logits(given_x, given_y)
+            loss = criterion(given_x, given_y, index)
+            assert torch.equal(loss, plain)
+            assert loss.dtype == dtype
         assert (criterion.alpha == 0).all(), epoch
         criterion.step(Measured(0.9, 1.0))
+    assert torch.equal(generator.get_state(), before)  # nothing was drawn
     if make is build:  # the step that ends it sets the levels, a batch of the paper's moves them
         assert (criterion.alpha > 0).all()
         assert criterion.alpha.mean() == pytest.approx(0.2)

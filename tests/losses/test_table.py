@@ -72,6 +72,16 @@ def test_rows_that_cannot_be_read_are_written_alike():
     assert other.visited.tolist() == table.visited.tolist() == [2, 2, 2, 0, 0]
 
 
+def test_rows_are_written_alike_where_torch_is_asked_to_be_deterministic():
+    table = made()
+    torch.use_deterministic_algorithms(True)
+    try:  # by means by row on an accelerator
+        table.write("alpha", torch.tensor([2, 0, 2]), torch.tensor([0.1, 0.2, 0.5]), LIMITS)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert table.columns["alpha"].tolist() == pytest.approx([0.2, 0.25, 0.3, 0.25, 0.25])
+
+
 @given(seeds, st.integers(FEWEST, 12), st.integers(1, 6))
 def test_means_by_row_are_those_of_a_loop(seed, places, rows):
     """What an accelerator writes where torch is asked to be deterministic."""

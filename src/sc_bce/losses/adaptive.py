@@ -242,7 +242,7 @@ class AdaptivePerturbation(Stateful):
         wanted = levels.wanted(rows, prior) if update else Wanted()
         loss, seen = perturbed_loss(batch, given, wanted=wanted, **weights)
         if update:
-            self._note(rows, seen, input)
+            self._note(rows, seen, batch)
         return loss
 
     @torch.no_grad()
@@ -258,7 +258,7 @@ class AdaptivePerturbation(Stateful):
         rows, batch = self._prepare(input, target, index)
         prior = self._prior_of(input)
         seen = look(batch, prior, self.weight, self._levels.wanted(rows, prior))
-        self._note(rows, seen, input)
+        self._note(rows, seen, batch)
 
     def _prepare(self, input: Tensor, target: Tensor, index: Tensor | None) -> tuple[Tensor, Batch]:
         """Check a batch; return the row of each sample, on the table's device, and the batch."""
@@ -273,10 +273,10 @@ class AdaptivePerturbation(Stateful):
             refuse("input", wanted, f"shape {tuple(input.shape)}")
         return rows, batch
 
-    def _note(self, rows: Tensor, seen: Seen, input: Tensor) -> None:
-        self._levels.note(rows, seen)
+    def _note(self, rows: Tensor, seen: Seen, batch: Batch) -> None:
+        self._levels.note(rows, seen, batch.void is not None or not batch.input.numel())
         if not torch.compiler.is_compiling():  # last, since a warning can be turned into an error
-            self._history.batch(input, self._levels, self.num_samples is None)
+            self._history.batch(batch.input, self._levels, self.num_samples is None)
 
     def _drawn(self, rows: Tensor, input: Tensor) -> Tensor:
         """The level of each sample, or zeros and ones drawn with it."""

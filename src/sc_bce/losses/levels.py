@@ -119,8 +119,8 @@ class Levels:
         return Wanted(climbs and self.past_warmup, self.remembers, labels, share)
 
     @torch.no_grad()
-    def note(self, rows: Tensor, seen: Seen) -> None:
-        """Count the labels of a batch, and write what it shows."""
+    def note(self, rows: Tensor, seen: Seen, partial: bool) -> None:
+        """Count a batch's labels, write what it shows; `partial`: a sample may have no element."""
         table, values = self.table, self.values
         if seen.counts is not None:
             values["elements"].add_(seen.counts[0])
@@ -128,8 +128,9 @@ class Levels:
         if seen.hits is not None and isinstance(self.rule, FollowSlope):
             old = table.look_up("sample_accuracy", rows)
             new = self.rule.remembered(old, seen.hits)
-            # Without a valid element nothing was right or wrong.
-            table.write("sample_accuracy", rows, torch.where(new.isnan(), old, new))
+            if partial:  # without a valid element nothing was right or wrong
+                new = torch.where(new.isnan(), old, new)
+            table.write("sample_accuracy", rows, new)
         if seen.slopes is not None and isinstance(self.rule, Climb):
             old, slopes = table.look_up("alpha", rows), self.beta * seen.slopes
             reached = values["accuracy"], values["best_accuracy"]
