@@ -72,6 +72,7 @@ def test_what_is_held_is_an_attribute_and_no_buffer():
     counter = moved()
     assert torch.equal(counter.level, counter.held()["level"])
     assert [name for name, _ in nn.ModuleList([counter]).named_buffers()] == ["0.weight"]
+    assert [name for name, _ in counter.named_buffers()] == ["weight"]  # as DDP asks its root
     own = dict(counter.named_buffers(recurse=False))
     assert list(own) == ["weight", "level", "steps"]  # as torch.distributed.checkpoint asks
     model = nn.ModuleDict({"counter": counter})
