@@ -21,13 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tasks
-from compare import Array, Gap, over_both
-from evaluation import RAW, unpacked
-from rows import DEFAULT, PLAIN
-from runs import FORMAT, Run, Source, run_all, run_file, versions
-from saliency import SmallUNet, folder_data
-from tasks import Task
+
+if not __package__:  # run as a file, which puts this folder on the path and not the checkout
+    sys.path[0] = str(Path(__file__).parents[1])
+
+from benchmarks.data import tasks
+from benchmarks.data.scenes import SmallUNet, folder_data
+from benchmarks.data.tasks import Task
+from benchmarks.report import versions
+from benchmarks.study.compare import Array, Gap, over_both
+from benchmarks.study.judge import RAW, unpacked
+from benchmarks.study.rows import DEFAULT, PLAIN
+from benchmarks.study.run import FORMAT, Run, Source, run_all, run_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -229,7 +234,7 @@ def report(kept: Kept, task: Task, seeds: Sequence[int], out: Path) -> None:
         "epochs": task.epochs,
         "seeds": list(seeds),
         "date": date.today().isoformat(),
-        "versions": versions(),
+        "versions": versions("torch", "numpy", "scikit-learn"),
         "lines": lines,
         "gap": kept.gap()._asdict(),
         "sentence": said,

@@ -7,14 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import calibration
 import matplotlib
-import performance
 import pytest
-import study
 from PIL import Image, ImageChops, ImageStat
 
 import sc_bce.plot
+from benchmarks import calibration
+from benchmarks.speed import page as speed_page
+from benchmarks.study import kept as study_runs
+from benchmarks.study import page as study_page
+from benchmarks.study.run import RESULTS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -138,9 +140,9 @@ def test_the_readmes_table_is_the_committed_result():
 
 def test_the_readmes_summaries_are_the_committed_results():
     readme = (ROOT / "README.md").read_text("utf-8")
-    assert study.readme(study.load(study.RESULTS)) in readme
+    assert study_page.readme(study_runs.load(RESULTS)) in readme
     speed = json.loads((ROOT / "benchmarks/results/speed.json").read_text("utf-8"))
-    assert performance.summary(speed) in readme
+    assert speed_page.summary(speed) in readme
 
 
 def test_the_guides_timings_are_the_committed_result():
@@ -159,32 +161,6 @@ def test_importing_brings_nothing_but_torch():
     )
     run = [sys.executable, "-W", "ignore", "-c", script]
     assert subprocess.run(run, check=True, capture_output=True, text=True).stdout == "[]\n"
-
-
-def test_imports_go_downward():
-    order = [
-        "_checks",
-        "_batch",
-        "_fused",
-        "functional",
-        "loss",
-        "levels",
-        "adaptive",
-        "_tally",
-        "measures",
-        "histogram",
-        "bootstrap",
-        "posthoc",
-        "plot",
-        "data",
-        "integrations/lightning",
-    ]
-    for place, room in enumerate(order):
-        text = (ROOT / "src" / "sc_bce" / f"{room}.py").read_text("utf-8")
-        ours = r"^from \.+ import (.+)$|^from \.+(\w+) import"
-        for names, single in re.findall(ours, text, re.M):
-            for used in filter(None, [*names.split(", "), single]):
-                assert order.index(used) < place, (room, used)
 
 
 def test_the_reference_imports_nothing_of_ours():

@@ -13,17 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import connect, leave
-from saliency import SmallUNet, digit_scenes, to_tensors
 from test_docs import ROOT, blocks
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from sc_bce import (
-    AdaptivePerturbation,
-    CalibrationHistogram,
-    IndexedDataset,
-    SCBCEWithLogitsLoss,
-)
+from benchmarks.data.scenes import SmallUNet, digit_scenes, to_tensors
+from sc_bce import AdaptivePerturbation, CalibrationHistogram, IndexedDataset, SCBCEWithLogitsLoss
 
 REASON = "pip install sc-bce[test] for the frameworks"
 L = pytest.importorskip("lightning", reason=REASON)

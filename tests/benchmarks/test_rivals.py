@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-import rivals
 import torch
 from scipy.special import expit, xlogy
+
+from benchmarks.study import rivals
 
 SHAPE = (3, 1, 5, 6)
 

@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import runs
-import tasks
 import torch
-from compare import over_both, over_seeds
-from corruptions import corrupted, from_pixels, to_pixels
-from evaluation import (
+
+from benchmarks.data import tasks
+from benchmarks.data.corruptions import corrupted, from_pixels, to_pixels
+from benchmarks.study import run
+from benchmarks.study.compare import over_both, over_seeds
+from benchmarks.study.judge import (
     MAPS,
     Judge,
     against_chance,
@@ -22,9 +23,9 @@ from evaluation import (
     smooth_ece,
     unpacked,
 )
-from kept import Kept
-from rows import CORE, FAMILIES, OTHERS, ROWS, base_rate
-from study import main as study_page
+from benchmarks.study.kept import Kept
+from benchmarks.study.page import main as study_page
+from benchmarks.study.rows import CORE, FAMILIES, OTHERS, ROWS, base_rate
 
 # --- measures ----------------------------------------------------------------------------------
 
@@ -143,9 +144,9 @@ def test_every_row_trains_and_the_same_again_gives_the_same():
     task = replace(task, name="small", train=few, val=small[0], test=small[1], ood=None)
     judge = Judge(task, corrupt=False)
     for name in ROWS:
-        trained = runs.train(task, ROWS[name], 0, lambda: None)
+        trained = run.train(task, ROWS[name], 0, lambda: None)
         assert np.isfinite(trained.history["val"]).all(), name
-    one, two = (runs.finish(task, "adaptive", 0, judge, lambda: None) for _ in range(2))
+    one, two = (run.finish(task, "adaptive", 0, judge, lambda: None) for _ in range(2))
     for result, _ in (one, two):
         del result["seconds"], result["training_seconds"]
     assert json.dumps(one[0]) == json.dumps(two[0])
@@ -153,10 +154,10 @@ def test_every_row_trains_and_the_same_again_gives_the_same():
 
 
 def test_the_plan_names_rows_that_are_there():
-    for task, rows, _ in runs.PLAN:
+    for task, rows, _ in run.PLAN:
         assert all(row in ROWS or row in FAMILIES for row in rows), task
     assert {*CORE, *OTHERS}.isdisjoint(one for rows in FAMILIES.values() for one in rows)
-    wanted = runs.planned(["digits"])
+    wanted = run.planned(["digits"])
     assert wanted[:3] == [("digits", row, 3) for row in ("bce", "adaptive", "moderation-base-0.2")]
     assert len(wanted) == len(set(wanted))
 
@@ -164,20 +165,20 @@ def test_the_plan_names_rows_that_are_there():
 def test_runs_are_kept_resumed_collected_and_told(tmp_path):
     line = ["--tasks", "cancer", "--rows", "bce", "adaptive", "decay", "moderation-base-0.2"]
     line += ["--jobs", "1", "--out", str(tmp_path / "out")]
-    runs.main([*line, "--seeds", "3", "4"])
+    run.main([*line, "--seeds", "3", "4"])
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.json")}
     # three rows of each seed; of the tuned one all three with the first, the best with the other
     assert len(kept) == 2 * 3 + 3 + 1
-    runs.main([*line, "--seeds", "3", "4", "5"])
+    run.main([*line, "--seeds", "3", "4", "5"])
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     files = []
     for name in ("one", "two"):
-        runs.main(["--collect", "--out", str(tmp_path / "out"), "--results", str(tmp_path / name)])
+        run.main(["--collect", "--out", str(tmp_path / "out"), "--results", str(tmp_path / name)])
         files.append((tmp_path / name / "cancer.zip").read_bytes())
     assert files[0] == files[1]
     fresh = ["--out", str(tmp_path / "fresh")]
-    runs.main(["--restore", *fresh, "--results", str(tmp_path / "one")])
-    runs.main(["--collect", *fresh, "--results", str(tmp_path / "three")])
+    run.main(["--restore", *fresh, "--results", str(tmp_path / "one")])
+    run.main(["--collect", *fresh, "--results", str(tmp_path / "three")])
     assert (tmp_path / "three" / "cancer.zip").read_bytes() == files[0]
     found = Kept(tmp_path / "one" / "cancer.zip")
     assert found.seeds("bce", "decay") == [3, 4, 5]

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from corruptions import corrupted
 from numpy.typing import NDArray
-from tasks import IGNORED, Part, Task
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.data.corruptions import corrupted
+from benchmarks.data.tasks import IGNORED, Part, Task
 from sc_bce import CalibrationHistogram, IsotonicCalibration, TemperatureScaling
 
 Predict = Callable[[Tensor], Tensor]

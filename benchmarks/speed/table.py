@@ -1,6 +1,6 @@
 """What a large table costs: time per step, memory, the epoch's step, saving, and the merge.
 
-    python benchmarks/scale.py
+    python -m benchmarks.speed.table
 
 Writes ``results/scale.json``.
 """
@@ -20,12 +20,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import sc_bce
+from benchmarks.report import versions
 from sc_bce import AdaptivePerturbation, CalibrationHistogram
 
+RESULTS = Path(__file__).parents[1] / "results"
 BATCH = 256
 SHAPES = ((BATCH, 1, 16, 16), (BATCH, 1))
 FEW = 1000  # rows of the table that the large one is compared with
+FILLED = 1 << 20  # rows that are trained at once before an epoch's step
 Record = dict[str, Any]
 
 
@@ -34,8 +36,15 @@ def table(rows: int, focus: float) -> AdaptivePerturbation:
     criterion = AdaptivePerturbation(rows, focus=focus, warmup=1)
     x = torch.randn(8, 1)  # labels, of which the base rate is counted
     criterion(x, x > 0, torch.arange(8))
-    criterion.step(0.9, 0.95)
+    criterion.step(seen())
     return criterion
+
+
+def train(criterion: AdaptivePerturbation, rows: torch.Tensor) -> None:
+    """As an epoch does, without its gradients."""
+    for index in torch.split(rows, FILLED):
+        x = torch.randn(len(index), 1)
+        criterion.update(x, torch.rand(x.shape) < torch.sigmoid(x / 2), index)
 
 
 def time_steps(rows: int, shape: tuple[int, ...], focus: float, steps: int) -> Record:
@@ -76,7 +85,7 @@ def seen(samples: int = 10_000) -> CalibrationHistogram:
 def measure_epoch(rows: int, focus: float) -> Record:
     """The epoch's step, and a checkpoint of the table."""
     criterion, histogram = table(rows, focus), seen()
-    criterion.visited.fill_(2)  # as after an epoch that trained every row
+    train(criterion, torch.arange(rows))
     start = time.perf_counter()
     criterion.step(histogram)
     stepped = time.perf_counter()
@@ -86,16 +95,13 @@ def measure_epoch(rows: int, focus: float) -> Record:
         saved, size = time.perf_counter(), path.stat().st_size
         criterion.load_state_dict(torch.load(path, weights_only=True))
         loaded = time.perf_counter()
-    names = ["alpha", "visited", *(["sample_accuracy"] if focus else [])]
-    per_row = sum(getattr(criterion, name).nbytes for name in names) / rows
     return {
         "focus": focus,
-        "bytes_per_row": per_row,
-        "gigabytes_at_1e9": per_row,
+        "bytes_per_row": size / rows,
+        "gigabytes_at_1e9": size / rows,
         "step_seconds": stepped - start,
         "save_seconds": saved - stepped,
         "load_seconds": loaded - saved,
-        "file_bytes": size,
     }
 
 
@@ -104,7 +110,7 @@ def merge_worker(rank: int, rows: int, folder: str) -> None:
     torch.manual_seed(0)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     criterion, histogram = table(rows, 2.0), seen()
-    criterion.visited[rank::2] = 2
+    train(criterion, torch.arange(rank, rows, 2))
     sent, reduce = 0, dist.all_reduce
 
     def counted(value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -137,13 +143,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2000, help="timed for each table")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--no-merge", action="store_true", help="leave out the two processes")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/scale.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "scale.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     result: Record = {
-        "versions": {"python": platform.python_version()}
-        | {"sc-bce": sc_bce.__version__, "torch": torch.__version__},
+        "versions": versions("sc-bce", "torch"),
         "machine": platform.machine(),
         "threads": args.threads,
         "rows": args.rows,

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare import Array, Gap, over_both, over_seeds
-from evaluation import MAPS
-from rows import FAMILIES, PLAIN
-from runs import EPOCHS
+
+from benchmarks.study.compare import Array, Gap, over_both, over_seeds
+from benchmarks.study.judge import MAPS
+from benchmarks.study.rows import FAMILIES, PLAIN, ROWS
+from benchmarks.study.run import EPOCHS
 
 Result = dict[str, Any]
 
@@ -23,7 +24,8 @@ SEEDED = {"cancer": 219 / 200, "rates": 0.0}  # of other test samples per seed; 
 class Kept:
     """All runs of one task.
 
-    A row is named as in ``rows.py``, or by its family, and is then that family's tuned member.
+    A row is named as in ``rows``, or by its family, and is then that family's tuned member. Runs of
+    rows that are no longer there are left out.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,6 +37,8 @@ class Kept:
             lines = file.read("runs.jsonl").decode().splitlines()
         for line, scores in zip(lines, sums, strict=True):
             run = json.loads(line)
+            if run["row"] not in ROWS:
+                continue
             self.runs.setdefault(run["row"], {})[run["seed"]] = run
             self._sums[run["row"], run["seed"]] = scores.astype(float)
         hashes = {run["data"] for run in self.all if self.task not in SEEDED}

@@ -1,27 +1,31 @@
 """What a step costs, beside torch's BCE on the same input and in the same run.
 
-    python benchmarks/speed.py
-    python benchmarks/speed.py --device cuda
+    python -m benchmarks.speed.measure
+    python -m benchmarks.speed.measure --device cuda
+    python -m benchmarks.speed.measure --before FOLDER/src/sc_bce
 
-Writes ``results/speed.json``, or ``results/speed-cuda.json``; ``performance.py`` makes the page.
+Writes ``results/speed.json``, or ``results/speed-cuda.json``; ``page.py`` makes the page. With
+``--before`` the package of another checkout takes its turns in the same rounds.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
 import random
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from importlib import metadata
 from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -32,14 +36,8 @@ from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from sc_bce import (
-    AdaptivePerturbation,
-    CalibrationHistogram,
-    IndexedDataset,
-    IsotonicCalibration,
-    SCBCEWithLogitsLoss,
-    _fused,
-)
+import sc_bce
+from benchmarks.report import rounded, versions
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -55,11 +53,12 @@ ROUNDS = 3  # in each of which all contenders have their turn
 PIXELS = 10**7
 STREAM = 100  # such updates make 10^9
 ROWS = 200_000  # of the dataset that is loaded with its index and without
-SIZES = tuple(2**power for power in range(6, 27, 2))  # of the comparison with the plain path
+SIZES = tuple(2**power for power in range(6, 27, 2))
 # A process that gives freed memory back and faults it in again makes BCE, which allocates most, two
 # to three times as slow, or not, as glibc happens to decide. So what is timed keeps its memory.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_MAX_": "0"}
 BASELINE = "bce"
+BEFORE = "before "  # of the names of the other checkout's contenders
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -133,13 +132,13 @@ class Case:
 
 
 FIXED = ("expected", "sample")
-SMALL = ("sample", "adaptive", "climbing", "focus")
-DENSE = (*FIXED, "element", "adaptive", "focus", "adaptive-element")
+SMALL = ("sample", "adaptive", "climbing", "shared")
+DENSE = (*FIXED, "element", "adaptive", "shared", "adaptive-element")
 CASES = (
     *(Case("segmentation", SEGMENTATION, DENSE, target=t) for t in ("float", "bool")),
     Case("rivals", SEGMENTATION, ("smp", "published")),
     *(
-        Case("void", SEGMENTATION, (*FIXED, "adaptive", "focus"), target=t, void=True)
+        Case("void", SEGMENTATION, (*FIXED, "adaptive", "shared"), target=t, void=True)
         for t in ("float", "uint8")
     ),
     *(
@@ -161,39 +160,6 @@ CASES = (
     ),
     *(Case("table", shape, SMALL, target=t) for shape in TABLES for t in ("float", "bool")),
 )
-# The most that a loss may cost, in the time of BCE in the same case.
-ASKED: dict[tuple[str, str], float] = {
-    **{("segmentation", name): 0.65 for name in FIXED},
-    ("segmentation", "element"): 1.00,
-    ("segmentation", "adaptive"): 0.80,
-    ("segmentation", "focus"): 0.80,
-    ("segmentation", "adaptive-element"): 1.10,
-    **{("void", name): 1.00 for name in (*FIXED, "adaptive", "focus")},
-    **{("weight", name): 1.00 for name in (*FIXED, "adaptive")},
-    **{("labels", name): 0.90 for name in FIXED},
-    **{("compiled", name): 1.00 for name in FIXED},
-    ("compiled", "adaptive"): 1.15,
-}
-ASKED |= {("low precision", name): ASKED["segmentation", name] for name in DENSE}
-ASKED_SMALL = {  # images or rows of a table: few, many
-    "sample": (2.0, 2.0),
-    "adaptive": (5.0, 7.0),
-    "climbing": (5.0, 7.0),
-    "focus": (6.5, 10.0),
-}
-
-
-def asked(record: Record) -> float | None:
-    """The most that this may cost, in the time of BCE."""
-    if record["contender"] not in record["losses"]:
-        return None
-    if record["case"] == "table":
-        return ASKED_SMALL[record["contender"]][record["shape"][0] > 64]
-    if record["threads"] > 2 and record["case"] != "compiled":
-        return 1.0
-    return ASKED.get((record["case"], record["contender"]))
-
-
 TITLES = {
     BASELINE: "torch's BCE",
     "smp": "smoothed as segmentation_models_pytorch does, then BCE",
@@ -203,12 +169,28 @@ TITLES = {
     "element": "the same, drawn per element",
     "adaptive": "AdaptivePerturbation(num_samples)",
     "adaptive-element": "the same, drawn per element",
-    "climbing": 'AdaptivePerturbation, objective="calibration": each level climbs',
-    "focus": "AdaptivePerturbation, focus=2: each level climbs, by difficulty",
+    "shared": "AdaptivePerturbation, focus=0: one level for all",
+    "climbing": "AdaptivePerturbation.published: each level climbs with every batch",
 }
 
 
-def build(name: str, case: Case, device: str = "cpu") -> Loss:
+def package_of(source: Path | None) -> ModuleType:
+    """The package in this folder, whatever it is called here; the one that is installed if none."""
+    if source is None:
+        return sc_bce
+    name = "sc_bce_before"
+    spec = importlib.util.spec_from_file_location(
+        name, source / "__init__.py", submodule_search_locations=[str(source)]
+    )
+    if spec is None or spec.loader is None or not (source / "__init__.py").exists():
+        raise ValueError(f"Expected --before to be a folder src/sc_bce, but got {source}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(name: str, case: Case, device: str = "cpu", package: ModuleType = sc_bce) -> Loss:
     """A loss of the package, or a rival's, for the batches of a case."""
     if name in ("smp", "published"):
         return smoothed if name == "smp" else PublishedStep()
@@ -224,30 +206,32 @@ def build(name: str, case: Case, device: str = "cpu") -> Loss:
             prior = torch.linspace(0.05, 0.5, case.labels).view(-1, 1, 1)
         options["prior"] = prior
         if name == "expected":
-            fixed = SCBCEWithLogitsLoss.label_smoothing(0.1, **options)
+            fixed = package.SCBCEWithLogitsLoss.label_smoothing(0.1, **options)
         else:
-            fixed = SCBCEWithLogitsLoss.moderation(0.2, sampling=name, **options)
+            fixed = package.SCBCEWithLogitsLoss.moderation(0.2, sampling=name, **options)
         fixed.to(device)
         return lambda input, target, index: fixed(input, target)
-    settings: dict[str, dict[str, Any]] = {
-        "adaptive": {},
-        "adaptive-element": {"sampling": "element"},
-        "climbing": {"objective": "calibration"},
-        "focus": {"focus": 2.0},
-    }
-    own = settings[name]
-    return trained(
-        AdaptivePerturbation(NUM_SAMPLES, num_labels=case.labels, **own, **options), case, device
-    )
+    adaptive = package.AdaptivePerturbation
+    if name == "climbing":
+        criterion = adaptive.published(NUM_SAMPLES, warmup=1, **options)
+    else:
+        settings: dict[str, dict[str, Any]] = {
+            "adaptive": {},
+            "adaptive-element": {"sampling": "element"},
+            "shared": {"focus": 0.0},
+        }
+        options |= settings[name] | {"num_labels": case.labels}
+        criterion = adaptive(NUM_SAMPLES, **options)
+    return trained(criterion, case, device, package)
 
 
-def trained(criterion: AdaptivePerturbation, case: Case, device: str) -> AdaptivePerturbation:
+def trained(criterion: Any, case: Case, device: str, package: ModuleType) -> Loss:
     """A table past its warm-up, at levels above 0."""
     criterion.to(device)
     criterion.weight, weight = None, criterion.weight
     shape = (8, *case.shape[1:2], *(4 for _ in case.shape[2:]))
     x = torch.randn(shape, device=device)
-    histogram = CalibrationHistogram()
+    histogram = package.CalibrationHistogram()
     histogram.update(4 * torch.randn(4000), torch.rand(4000) > 0.5)  # over-confident
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so few rows a step look like a mistake
@@ -255,7 +239,8 @@ def trained(criterion: AdaptivePerturbation, case: Case, device: str) -> Adaptiv
             criterion(x, x > 0.8, torch.arange(8, device=device))
             criterion.step(histogram)
     criterion.weight = weight
-    return criterion
+    loss: Loss = criterion
+    return loss
 
 
 # ---------------------------------------------------------------- time
@@ -307,13 +292,19 @@ def spread(times: list[float]) -> dict[str, float]:
     return {"median_ms": middle * 1e3, "iqr_ms": (high - low) * 1e3}
 
 
-def time_case(case: Case, threads: int, seconds: float, device: str = "cpu") -> list[Record]:
+def time_case(
+    case: Case, threads: int, seconds: float, device: str = "cpu", before: Path | None = None
+) -> list[Record]:
     torch.manual_seed(0)
     given = batches(case, device)
     bare = given
     if case.void:
         bare = [(x, torch.where(y == VOID, 0, y), index) for x, y, index in given]
     losses = {name: build(name, case, device) for name in (BASELINE, *case.losses)}
+    if before is not None:
+        package = package_of(before)
+        ours = [name for name in case.losses if name not in ("smp", "published")]
+        losses |= {f"{BEFORE}{name}": build(name, case, device, package) for name in ours}
     if case.compiled:
         torch._dynamo.reset()
         losses = {name: torch.compile(loss, fullgraph=True) for name, loss in losses.items()}
@@ -326,24 +317,27 @@ def time_case(case: Case, threads: int, seconds: float, device: str = "cpu") -> 
     base = timed[BASELINE]["median_ms"]
     about: Record = {"case": case.name, "shape": list(case.shape), "dtype": case.dtype}
     about |= {"target": case.target, "void": case.void, "threads": threads}
-    about |= {"losses": list(case.losses)}
     records = []
     for name, found in timed.items():
+        if name.startswith(BEFORE):
+            continue
         record = about | {"contender": name, "ratio": found["median_ms"] / base} | found
-        records.append(record | {"asked": asked(record)})
-    for record in records:
-        del record["losses"]
+        if f"{BEFORE}{name}" in timed:
+            record["of_before"] = found["median_ms"] / timed[f"{BEFORE}{name}"]["median_ms"]
+        records.append(record)
     return records
 
 
-def time_all(threads: int, seconds: float, device: str = "cpu") -> list[Record]:
+def time_all(
+    threads: int, seconds: float, device: str = "cpu", before: Path | None = None
+) -> list[Record]:
     """All cases at one number of threads; a process of its own, since compiled code keeps it."""
     torch.set_num_threads(threads)
     records = []
     for case in tqdm(CASES, desc=f"{threads} threads", unit=" cases"):
         if threads > 2 and case.elements < 10**6:
             continue
-        records += time_case(case, threads, seconds, device)
+        records += time_case(case, threads, seconds, device, before)
     return records
 
 
@@ -352,47 +346,27 @@ def time_first(threads: int, seconds: float) -> list[Record]:
     return time_case(CASES[0], threads, seconds)
 
 
-# ---------------------------------------------------------------- which path
-
-
-def sweep_cases() -> Iterator[tuple[str, Case, str]]:
+def sized_cases() -> Iterator[tuple[str, Case]]:
     for size in SIZES:
         rows = max(size >> 12, 1)
         shape = (rows, size // rows)
         for name in ("expected", "sample", "element", "adaptive"):
-            yield name, Case("sizes", shape, (name,)), name
-        yield "void", Case("sizes", shape, ("sample",), void=True), "sample"
+            yield name, Case("sizes", shape, (name,))
+        yield "void", Case("sizes", shape, ("sample",), void=True)
 
 
-def compare_paths(threads: int, seconds: float) -> list[Record]:
-    """The path that is taken beside the plain one and BCE, at all sizes, in its own process."""
+def time_sizes(threads: int, seconds: float) -> list[Record]:
+    """Beside BCE at all sizes, in a process of its own."""
     torch.set_num_threads(threads)
     records = []
-    for title, case, name in tqdm(list(sweep_cases()), desc=f"sizes, {threads} threads"):
+    for title, case in tqdm(list(sized_cases()), desc=f"sizes, {threads} threads"):
         torch.manual_seed(0)
         given = batches(case)[:2]
-        loss = build(name, case)
-
-        def plain(*batch: Tensor, loss: Loss = loss) -> Tensor:
-            with mock.patch.object(_fused, "_MIN_PER_ROW", 1 << 62):
-                return loss(*batch)
-
-        def own(*batch: Tensor, loss: Loss = loss) -> Tensor:  # the same but for what is patched
-            with mock.patch.object(_fused, "_LOOK", _fused._LOOK):
-                return loss(*batch)
-
-        steps = {
-            "own": stepper(own, given),
-            "plain": stepper(plain, given),
-            BASELINE: stepper(build(BASELINE, case), given),
-        }
+        steps = {name: stepper(build(name, case), given) for name in (*case.losses, BASELINE)}
         timed = time_steps(steps, threads, seconds, warm=1 if case.elements > 1 << 22 else COPIES)
-        found = {key: value["median_ms"] for key, value in timed.items()}
-        records.append(
-            {"loss": title, "elements": case.elements, "threads": threads}
-            | {f"{key}_ms": value for key, value in found.items()}
-            | {"of_plain": found["own"] / found["plain"], "of_bce": found["own"] / found[BASELINE]}
-        )
+        own, base = (timed[name]["median_ms"] for name in steps)
+        about: Record = {"loss": title, "elements": case.elements, "threads": threads}
+        records.append(about | {"own_ms": own, "bce_ms": base, "of_bce": own / base})
     return records
 
 
@@ -448,15 +422,18 @@ def copy_bandwidth(device: str, seconds: float) -> float:
     """Bytes read and written in a second by a copy of 2^26 floats."""
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
-    timer = Timer("target.copy_(source)", globals={"target": target, "source": source},
-                  num_threads=torch.get_num_threads())  # fmt: skip
+    timer = Timer(
+        "target.copy_(source)",
+        globals={"target": target, "source": source},
+        num_threads=torch.get_num_threads(),
+    )
     return 2 * source.nbytes / timer.blocked_autorange(min_run_time=seconds).median
 
 
 # ---------------------------------------------------------------- the histogram
 
 
-def time_histogram(threads: int, seconds: float) -> Record:
+def time_histogram(threads: int, seconds: float, before: Path | None = None) -> Record:
     """An update with 10^7 predictions beside that of torchmetrics, and 10^9 in a stream."""
     from torchmetrics.classification import BinaryCalibrationError
 
@@ -471,18 +448,19 @@ def time_histogram(threads: int, seconds: float) -> Record:
         other.update(probabilities, target)
         other.compute()
 
-    def mine() -> None:
-        ours = CalibrationHistogram()
-        ours.update(logits, target)
-        ours.ece(num_bins=15)
+    def counted(package: ModuleType) -> Callable[[], None]:
+        def count() -> None:
+            ours = package.CalibrationHistogram()
+            ours.update(logits, target)
+            ours.ece(num_bins=15)
 
-    times: dict[str, list[float]] = {"ours": [], "torchmetrics": []}
-    for _ in range(ROUNDS):
-        for name, call in (("ours", mine), ("torchmetrics", theirs)):
-            timer = Timer("call()", globals={"call": call}, num_threads=threads)
-            times[name] += timer.blocked_autorange(min_run_time=max(seconds, 2.0) / ROUNDS).times
-    found: Record = {name: spread(values) for name, values in times.items()}
-    stream = CalibrationHistogram()
+        return count
+
+    calls: dict[str, Callable[[], object]] = {"ours": counted(sc_bce), "torchmetrics": theirs}
+    if before is not None:
+        calls["before"] = counted(package_of(before))
+    found: Record = dict(time_steps(calls, threads, max(seconds, 2.0), warm=1))
+    stream = sc_bce.CalibrationHistogram()
     stream.update(logits, target)
     found["ours"]["state_bytes"] = state_bytes(stream)
     found["torchmetrics"]["state_bytes"] = sum(
@@ -499,54 +477,52 @@ def time_histogram(threads: int, seconds: float) -> Record:
     return found | {"threads": threads, "pixels": PIXELS}
 
 
-def state_bytes(histogram: CalibrationHistogram) -> int:
+def state_bytes(histogram: sc_bce.CalibrationHistogram) -> int:
     return sum(value.nbytes for value in histogram.state_dict().values())
 
 
 # ---------------------------------------------------------------- dataset and repair
 
 
-def time_others(threads: int, seconds: float) -> list[Record]:
+def time_others(threads: int, seconds: float, before: Path | None = None) -> list[Record]:
     """An epoch of IndexedDataset beside that of the bare dataset, a repair beside sigmoid."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     columns = TensorDataset(torch.randn(ROWS, 10), torch.randn(ROWS, 1))
     pairs: list[Any] = [columns[row] for row in range(ROWS)]
-    given: dict[tuple[str, float], tuple[Callable[[], object], Callable[[], object]]] = {}
+    logits = 3 * torch.randn(PIXELS)
+    label = torch.rand(PIXELS) < torch.sigmoid(logits)
+    given: dict[str, dict[str, Callable[[], object]]] = {}
 
     def epoch(dataset: Any) -> Callable[[], object]:
         loader = DataLoader(dataset, batch_size=256, shuffle=True)
         return lambda: sum(len(batch) for batch in loader)
 
-    def repaired(repair: IsotonicCalibration, x: Tensor) -> Callable[[], object]:
-        return lambda: repair(x)
+    def on(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+        return lambda: function(x)
 
-    def sigmoid(x: Tensor) -> Callable[[], object]:
-        return lambda: torch.sigmoid(x)
-
+    packages = {"ours": sc_bce} | ({} if before is None else {"before": package_of(before)})
     for what, dataset in (("TensorDataset", columns), ("list of tuples", pairs)):
-        given[f"IndexedDataset, {what}", 1.15] = epoch(IndexedDataset(dataset)), epoch(dataset)
-    logits = 3 * torch.randn(PIXELS)
-    repair = IsotonicCalibration().fit(logits, torch.rand(PIXELS) < torch.sigmoid(logits))
-    for name in BYTES:
-        x = logits.to(getattr(torch, name))
-        given[f"isotonic repair, {name}", 4.0] = repaired(repair, x), sigmoid(x)
+        made = {name: epoch(one.IndexedDataset(dataset)) for name, one in packages.items()}
+        given[f"IndexedDataset, {what}"] = {"theirs": epoch(dataset)} | made
+    repairs = {name: one.IsotonicCalibration().fit(logits, label) for name, one in packages.items()}
+    for dtype in BYTES:
+        x = logits.to(getattr(torch, dtype))
+        made = {name: on(repair, x) for name, repair in repairs.items()}
+        given[f"isotonic repair, {dtype}"] = {"theirs": on(torch.sigmoid, x)} | made
     records = []
-    for (what, goal), (ours, theirs) in given.items():
-        timed = time_steps({"ours": ours, "theirs": theirs}, threads, seconds, warm=1)
+    for what, calls in given.items():
+        timed = time_steps(calls, threads, seconds, warm=1)
         ms, base = (timed[name]["median_ms"] for name in ("ours", "theirs"))
-        about: Record = {"case": what, "threads": threads, "median_ms": ms, "base_ms": base}
-        records.append(about | {"ratio": ms / base, "asked": goal})
+        record: Record = {"case": what, "threads": threads, "median_ms": ms, "base_ms": base}
+        record["ratio"] = ms / base
+        if "before" in timed:
+            record["of_before"] = ms / timed["before"]["median_ms"]
+        records.append(record)
     return records
 
 
 # ---------------------------------------------------------------- command line
-
-
-def versions() -> dict[str, str]:
-    packages = ("sc-bce", "torch", "torchmetrics")
-    found = {package: metadata.version(package) for package in packages}
-    return {"python": platform.python_version()} | found
 
 
 def alone(function: Callable[..., Any], *args: Any, keep: bool = True) -> Any:
@@ -559,9 +535,9 @@ def alone(function: Callable[..., Any], *args: Any, keep: bool = True) -> Any:
 
 
 def about(device: str) -> Record:
-    cores = os.cpu_count() or 1
-    found: Record = {"date": date.today().isoformat(), "versions": versions(), "device": device}
-    found |= {"machine": platform.machine(), "cores": cores}
+    found: Record = {"date": date.today().isoformat(), "device": device}
+    found["versions"] = versions("sc-bce", "torch", "torchmetrics")
+    found |= {"machine": platform.machine(), "cores": os.cpu_count() or 1}
     found["instructions"] = torch.backends.cpu.get_cpu_capability()
     if device == "cuda":
         found["accelerator"] = torch.cuda.get_device_name()
@@ -573,58 +549,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--seconds", type=float, default=0.4, help="of timing for each contender")
+    parser.add_argument("--before", type=Path, help="src/sc_bce of another checkout, timed as well")
     parser.add_argument("--out", type=Path, help="default: results/speed.json, or speed-cuda.json")
     args = parser.parse_args(argv)
-    result = about(args.device)
+    package_of(args.before)  # what is wrong with it is said at once
+    result, seconds, before = about(args.device), args.seconds, args.before
     if args.device == "cpu":
-        times = [r for n in args.threads for r in alone(time_all, n, args.seconds)]
-        sizes = [r for n in args.threads for r in alone(compare_paths, n, args.seconds / 4)]
-        result |= {"times": times, "sizes": sizes, "memory": measure_memory()}
-        result["given_back"] = alone(time_first, 2, args.seconds, keep=False)
-        result["histogram"] = [
-            alone(time_histogram, threads, args.seconds) for threads in args.threads[:2]
-        ]
-        result["others"] = [
-            record
-            for threads in args.threads[:2]
-            for record in alone(time_others, threads, args.seconds)
-        ]
+        few = args.threads[:2]
+        each = [alone(time_all, n, seconds, "cpu", before) for n in args.threads]
+        result["times"] = [record for records in each for record in records]
+        each = [alone(time_sizes, n, seconds / 4) for n in args.threads]
+        result["sizes"] = [record for records in each for record in records]
+        result["memory"] = measure_memory()
+        result["given_back"] = alone(time_first, 2, seconds, keep=False)
+        result["histogram"] = [alone(time_histogram, n, seconds, before) for n in few]
+        each = [alone(time_others, n, seconds, before) for n in few]
+        result["others"] = [record for records in each for record in records]
     else:
-        times = time_all(1, args.seconds, "cuda")
-        result |= {"times": times}
+        result["times"] = time_all(1, seconds, "cuda", before)
     torch.set_num_threads(min(args.threads[-1], result["cores"]))
-    result["copy_bytes_per_second"] = copy_bandwidth(args.device, args.seconds)
+    result["copy_bytes_per_second"] = copy_bandwidth(args.device, seconds)
     name = "speed.json" if args.device == "cpu" else "speed-cuda.json"
-    out = args.out or Path(__file__).parent / "results" / name
+    out = args.out or Path(__file__).parents[1] / "results" / name
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(rounded(result), indent=None, separators=(",", ":")) + "\n")
+    result = rounded(result, 4)  # more than a timing can bear
+    out.write_text(json.dumps(result, indent=None, separators=(",", ":")) + "\n")
     show(result)
 
 
 def show(result: Record) -> None:
     for record in result["times"]:
-        goal = "" if record["asked"] is None else f" (asked {record['asked']:.2f})"
         shape = "x".join(str(size) for size in record["shape"])
+        before = f"{record['of_before']:7.2f} of before" if "of_before" in record else ""
         print(
             f"{record['threads']} threads {record['case']:14}{shape:15}{record['dtype']:9}"
             f"{record['target']:6}{'void ' if record['void'] else '     '}"
-            f"{record['contender']:18}{record['median_ms']:9.3f} ms{record['ratio']:7.2f}{goal}"
+            f"{record['contender']:18}{record['median_ms']:9.3f} ms{record['ratio']:7.2f}{before}"
         )
-    if result.get("sizes"):
-        worst = max(result["sizes"], key=lambda record: float(record["of_plain"]))
-        print(
-            f"worst against the plain path: {worst['of_plain']:.2f} ({worst['loss']}, "
-            f"{worst['elements']} elements, {worst['threads']} threads)"
-        )
-
-
-def rounded(value: Any) -> Any:
-    """Four significant digits are more than a timing can bear."""
-    if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [rounded(v) for v in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import rivals
 import torch
-from tasks import IGNORED, Task
 from torch import Generator, Tensor, nn
 
+from benchmarks.data.tasks import IGNORED, Task
+from benchmarks.study import rivals
 from sc_bce import AdaptivePerturbation, SCBCEWithLogitsLoss
 
 
@@ -86,19 +87,15 @@ def _moderation(
     )
 
 
-def _adaptive(s: Setting, focus: float = 0.0) -> nn.Module:
-    return AdaptivePerturbation(
-        len(s.task.train),
-        num_labels=s.labels,
-        focus=focus,
-        ignore_index=IGNORED,
-        generator=s.draws,
+def _adaptive(**settings: Any) -> Callable[[Setting], nn.Module]:
+    return lambda s: AdaptivePerturbation(
+        len(s.task.train), num_labels=s.labels, ignore_index=IGNORED, generator=s.draws, **settings
     )
 
 
 def _published(objective: str) -> Callable[[Setting], nn.Module]:
     return lambda s: AdaptivePerturbation.published(
-        len(s.task.train), objective=objective, ignore_index=IGNORED, generator=s.draws
+        len(s.task.train), objective, ignore_index=IGNORED, generator=s.draws
     )
 
 
@@ -112,7 +109,7 @@ def _number(prior: float | Tensor) -> float:
     return prior
 
 
-PLAIN, DEFAULT = "bce", "adaptive"
+PLAIN, DEFAULT, SHARED = "bce", "adaptive", "adaptive-focus-0"
 BEST_FIXED = "moderation-base-0.2"
 
 ROWS: dict[str, Row] = {
@@ -130,7 +127,7 @@ ROWS: dict[str, Row] = {
         )
         for level in (0.1, 0.2, 0.3, 0.4)
     },
-    DEFAULT: Row("adaptive (default)", _adaptive, indexed=True),
+    DEFAULT: Row("adaptive (default)", _adaptive(), indexed=True),
     "published": Row("adaptive as published (MC)", _published("calibration"), indexed=True),
     # other rows
     "moderation-element-0.2": Row(
@@ -150,8 +147,7 @@ ROWS: dict[str, Row] = {
         for level in (0.025, 0.05, 0.1)
     },
     "max-entropy": Row("adaptive as published (MEI)", _published("max_entropy"), indexed=True),
-    "adaptive-focus-1": Row("adaptive, focus 1", lambda s: _adaptive(s, 1.0), indexed=True),
-    "adaptive-focus-2": Row("adaptive, focus 2", lambda s: _adaptive(s, 2.0), indexed=True),
+    SHARED: Row("adaptive, one level for all", _adaptive(focus=0.0), indexed=True),
     **{f"dropout-{p:g}": Row(f"dropout {p:g}", _plain, dropout=p) for p in (0.1, 0.3, 0.5)},
     **{
         f"focal-{gamma}": Row(f"focal {gamma}", _rival(lambda gamma=gamma: rivals.Focal(gamma)))  # type: ignore[misc]
@@ -217,7 +213,7 @@ CORE = (
 LEVELS = ("moderation-base-0.1", "moderation-base-0.3", "moderation-base-0.4")
 OTHERS = (
     *LEVELS,
-    "adaptive-focus-2",
+    SHARED,
     "svls",
     "mixup",
     "mixup-moderation",
@@ -238,5 +234,4 @@ OTHERS = (
     "dropout",
     "inversion",
     "max-entropy",
-    "adaptive-focus-1",
 )

@@ -1,6 +1,6 @@
 """The runs of the study: each trains one network and keeps all that the page needs of it.
 
-    python benchmarks/runs.py --photographs FOLDER --streets FOLDER
+    python -m benchmarks.study.run --photographs FOLDER --streets FOLDER
 
 Finished runs are kept under ``--out``: the same line goes on where it was stopped, and what was
 stopped in the middle loses only itself. ``--collect`` writes what is kept into results/study,
@@ -13,7 +13,6 @@ import io
 import json
 import multiprocessing
 import os
-import platform
 import sys
 import time
 import traceback
@@ -23,21 +22,32 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rivals
-import tasks
 import torch
-from evaluation import MAPS, SCALE, Judge, Predict, Result, histogram, packed, unpacked
-from rows import CORE, FAMILIES, FIRST, LEVELS, OTHERS, ROWS, Row, Setting, base_rate
-from tasks import IGNORED, Task
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from benchmarks.data import tasks
+from benchmarks.data.tasks import IGNORED, Task
+from benchmarks.report import rounded, versions
+from benchmarks.study import rivals
+from benchmarks.study.judge import MAPS, SCALE, Judge, Predict, Result, histogram, packed, unpacked
+from benchmarks.study.rows import (
+    CORE,
+    FAMILIES,
+    FIRST,
+    LEVELS,
+    OTHERS,
+    ROWS,
+    SHARED,
+    Row,
+    Setting,
+    base_rate,
+)
 from sc_bce import AdaptivePerturbation, CalibrationHistogram
 
 Run = tuple[str, str, int]  # task, row, seed
@@ -65,8 +75,8 @@ Sources = dict[str, Source]
 EPOCHS = ("last", "best")
 GROUPS_KEPT = 125  # of test samples, in what is committed
 FORMAT = 1  # of a kept run: raised when it means something else
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "study"
+BENCHMARKS = Path(__file__).parents[1]
+RESULTS = BENCHMARKS / "results" / "study"
 SEEDS = (3, 4, 5, 6, 7)
 MANY_SEEDS = tuple(range(3, 13))  # of the tables, whose runs take seconds
 FEW_SEEDS = (3, 4, 5)
@@ -136,7 +146,7 @@ def train(task: Task, row: Row, seed: int, on_epoch: Callable[[], None]) -> Trai
         history["val"].append(float(pooled.nll()))
         history["train"].append(float(np.mean(losses)))
         history["slope"].append(float(pooled.slope()))
-        _step(criterion, seen, pooled, answers, val)
+        _step(criterion, seen, answers, val)
         if isinstance(criterion, AdaptivePerturbation):
             history["level"].append(float(criterion.alpha.mean()))
         if history["val"][-1] == min(history["val"]):
@@ -155,19 +165,10 @@ def _network(task: Task, row: Row) -> nn.Module:
     return model
 
 
-def _step(
-    criterion: nn.Module,
-    seen: CalibrationHistogram,
-    pooled: CalibrationHistogram,
-    answers: Tensor,
-    val: Tensor,
-) -> None:
+def _step(criterion: nn.Module, seen: CalibrationHistogram, answers: Tensor, val: Tensor) -> None:
     """What a criterion learns from the validation after each epoch."""
     if isinstance(criterion, AdaptivePerturbation):
-        if criterion.objective == "feedback":
-            criterion.step(seen)
-        else:
-            criterion.step(float(pooled.accuracy()))
+        criterion.step(seen)
     elif isinstance(criterion, rivals.AdaFocal):
         criterion.see(answers, val)
 
@@ -211,7 +212,7 @@ def finish(task: Task, name: str, seed: int, judge: Judge, tick: Callable[[], No
         "row": name,
         "seed": seed,
         "data": task.fingerprint(),
-        "versions": versions(),
+        "versions": versions("torch", "numpy", "scikit-learn"),
         "best_epoch": [each.best_epoch for each in members],
         "history": members[0].history,
         "training_seconds": sum(each.seconds for each in members),
@@ -227,7 +228,7 @@ def finish(task: Task, name: str, seed: int, judge: Judge, tick: Callable[[], No
     if task.wrong is not None:
         result["wrong"] = _detection(task, members[0], levels)
     result["seconds"] = time.process_time() - started
-    return rounded(result), arrays
+    return rounded(result, 5), arrays
 
 
 def mean_of(each: Sequence[Predict]) -> Predict:
@@ -254,21 +255,6 @@ def _detection(task: Task, trained: Trained, levels: Tensor | None) -> dict[str,
     spoilt[task.wrong] = True
     signs = {"loss": loss} | ({} if levels is None else {"level": levels})
     return {key: float(roc_auc_score(spoilt, sign.numpy())) for key, sign in signs.items()}
-
-
-@lru_cache
-def versions() -> dict[str, str]:
-    found = {name: metadata.version(name) for name in ("torch", "numpy", "scikit-learn")}
-    return {"python": platform.python_version(), **found}
-
-
-def rounded(value: Any) -> Any:
-    """Five digits of every number."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 # ---------------------------------------------------------------- which runs, in which order
@@ -301,10 +287,10 @@ PLAN: tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("rates", (*CORE, *LEVELS), MANY_SEEDS),
     ("photographs", CORE, SEEDS),
     ("digits", OTHERS, FEW_SEEDS),
-    ("digits-replaced", (*CORE, "adaptive-focus-2"), FEW_SEEDS),
+    ("digits-replaced", (*CORE, SHARED), FEW_SEEDS),
     ("digits-25", CORE, FEW_SEEDS),
     ("digits-50", CORE, FEW_SEEDS),
-    ("digits-borders", (*CORE, "adaptive-focus-2"), FEW_SEEDS),
+    ("digits-borders", (*CORE, SHARED), FEW_SEEDS),
     ("streets", (*CORE, *LEVELS[:1]), SEEDS),
     ("photographs", OTHERS, FEW_SEEDS),
 )
@@ -509,7 +495,10 @@ def collect(folder: Path, results: Path) -> None:
 
 
 def restore(results: Path, folder: Path) -> None:
-    """What ``collect`` wrote as kept runs again, so that a fresh checkout goes on with the rest."""
+    """What ``collect`` wrote as kept runs again, so that a fresh checkout goes on with the rest.
+
+    Runs of rows that are no longer there are left out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for source in sorted(results.glob("*.zip")):
         with zipfile.ZipFile(source) as file:
@@ -517,6 +506,8 @@ def restore(results: Path, folder: Path) -> None:
             lines = file.read("runs.jsonl").decode().splitlines()
         for line, rows in zip(lines, sums, strict=True):
             run = json.loads(line)
+            if run["row"] not in ROWS:
+                continue
             path = run_file(folder, (run["task"], run["row"], run["seed"]))
             arrays = {}
             for epoch, maps in zip(EPOCHS, rows, strict=True):
@@ -549,7 +540,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", help="default: all of the plan")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: all of the plan")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--out", type=Path, default=HERE / "out" / "study")
+    parser.add_argument("--out", type=Path, default=BENCHMARKS / "out" / "study")
     parser.add_argument("--collect", action="store_true", help="write results/study and stop")
     parser.add_argument("--restore", action="store_true", help="the other way round, and stop")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -571,7 +562,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run_all(wanted, sources, args.out, args.jobs)
     except KeyboardInterrupt:
-        sys.exit("runs.py: stopped; the same line goes on with what is missing")
+        sys.exit("run.py: stopped; the same line goes on with what is missing")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
-"""The page about speed and memory, from the JSON of ``speed.py`` and ``scale.py``.
+"""The page about speed and memory, from the JSON of ``measure.py`` and ``table.py``.
 
-    python benchmarks/performance.py
+    python -m benchmarks.speed.page
 
-Writes ``docs/performance.md`` and its picture; the words are in ``benchmarks/performance.md``.
+Writes ``docs/performance.md`` and its picture; the words are in ``page.md``.
 """
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speed import BASELINE, BYTES, LABELS, SEGMENTATION
-
-from sc_bce import _fused
+from benchmarks.report import fill, table
+from benchmarks.speed.measure import BASELINE, BYTES, LABELS, SEGMENTATION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results"
+DOCS = HERE.parents[1] / "docs"
 THREADS = 2  # of the first screen, the picture and README
 COLOURS = {"sample": "#0072B2", "adaptive": "#E69F00"}
 # Title, case, shape, target, void: what users train on.
@@ -36,12 +37,6 @@ SHOWN: tuple[tuple[str, str, tuple[int, ...], str, bool], ...] = (
 )
 DENSE, VOID, SMALL, COMPILED = 0, 2, 5, 6  # of these, what README names
 COLUMNS = {"sample": "fixed level", "adaptive": "adaptive level"}
-TARGETS = ("float", "bool", "uint8")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *("--:" for _ in head[1:])], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def matching(records: Sequence[Result], **wanted: Any) -> list[Result]:
@@ -53,7 +48,7 @@ def timed(result: Result, **wanted: Any) -> Result:
     wanted = {"dtype": "float32", "threads": THREADS} | wanted
     found = matching(result["times"], **wanted)
     if len(found) != 1:
-        raise ValueError(f"Expected one record of {wanted}, but got {len(found)}: run speed.py")
+        raise ValueError(f"Expected one record of {wanted}, but got {len(found)}: run measure.py")
     return found[0]
 
 
@@ -100,35 +95,6 @@ def first(result: Result) -> str:
     return table(["", "BCE", *COLUMNS.values()], rows)
 
 
-def asked(result: Result) -> str:
-    """Everything that had a target, and whether it is met."""
-    rows = []
-    for record in result["times"]:
-        if record["asked"] is None:
-            continue
-        what = record["case"] + (" void" if record["void"] and record["case"] != "void" else "")
-        shape = " x ".join(map(str, record["shape"]))
-        met = "yes" if round(record["ratio"], 2) <= record["asked"] else "no"
-        rows.append(
-            [
-                f"{what}, {shape}", f"{record['dtype']} {record['target']}",
-                str(record["threads"]), record["contender"],
-                f"{record['median_ms']:.4g}", f"{record['ratio']:.2f}",
-                f"{record['asked']:.2f}", met,
-            ]
-        )  # fmt: skip
-    rows += [
-        [
-            record["case"], "", str(record["threads"]), "", f"{record['median_ms']:.4g}",
-            f"{record['ratio']:.2f}", f"{record['asked']:.2f}",
-            "yes" if round(record["ratio"], 2) <= record["asked"] else "no",
-        ]
-        for record in result.get("others", [])
-    ]  # fmt: skip
-    head = ["case", "logits target", "threads", "loss", "ms", "of BCE", "target", "met"]
-    return table(head, rows)
-
-
 def given_back(result: Result) -> str:
     """The first row, if glibc may give memory back."""
     found = {record["contender"]: record for record in result["given_back"]}
@@ -150,35 +116,16 @@ def rivals(result: Result) -> str:
 
 
 def sizes(result: Result) -> str:
-    """The path that is taken, over the plain one and over BCE."""
+    """Time over BCE's."""
     names = list(dict.fromkeys(record["loss"] for record in result["sizes"]))
     rows = []
     for count in sorted({record["elements"] for record in result["sizes"]}):
         cells = []
         for name in names:
             (found,) = matching(result["sizes"], loss=name, elements=count, threads=THREADS)
-            cells.append(f"{found['of_plain']:.2f} · {found['of_bce']:.2f}")
+            cells.append(f"{found['of_bce']:.2f}")
         rows.append([f"{count:,}", *cells])
     return table(["elements", *names], rows)
-
-
-def is_swept(record: Result) -> bool:
-    """Whether the fused path is taken."""
-    least = _fused._MIN_ELEMENTS if record["loss"] in ("adaptive", "void") else _fused._MIN_FIXED
-    return bool(record["elements"] >= least * min(record["threads"], _fused._MOST_THREADS))
-
-
-def worst(result: Result) -> str:
-    parts = []
-    for threads in sorted({record["threads"] for record in result["sizes"]}):
-        each = [one for one in matching(result["sizes"], threads=threads) if is_swept(one)]
-        found = max(each, key=lambda record: float(record["of_plain"]))
-        parts.append(
-            f"{found['of_plain']:.2f} on {threads} thread{'s' * (threads > 1)} "
-            f"({found['loss']}, {found['elements']:,} elements)"
-        )
-    words = "Worst ratio to the plain path where the fused one is taken: "
-    return words + ", ".join(parts) + "."
 
 
 def memories(result: Result) -> str:
@@ -195,7 +142,7 @@ def roofline(result: Result) -> str:
     speed = result["copy_bytes_per_second"]
     threads = min(max(r["threads"] for r in result["times"]), result["cores"])
     rows = []
-    for name in (BASELINE, "sample", "element", "adaptive", "focus"):
+    for name in (BASELINE, "sample", "element", "adaptive"):
         case = {"case": "segmentation", "shape": list(SEGMENTATION), "target": "float"}
         record = timed(result, contender=name, threads=threads, **case)
         elements = 1
@@ -224,8 +171,8 @@ def histogram(result: Result) -> str:
 
 
 def scale(_: Result) -> str:
-    """Of the JSON of ``scale.py``."""
-    found = json.loads((HERE / "results/scale.json").read_text("utf-8"))
+    """Of the JSON of ``table.py``."""
+    found = json.loads((RESULTS / "scale.json").read_text("utf-8"))
     rows = []
     for record in found["steps"]:
         shape = " x ".join(map(str, record["shape"]))
@@ -235,12 +182,13 @@ def scale(_: Result) -> str:
     parts = [table(["a step", few, f"{found['rows']:,} rows", "ratio"], rows)]
     rows = [
         [
-            f"focus {record['focus']:g}", f"{record['bytes_per_row']:.0f}",
+            f"focus {record['focus']:g}",
+            f"{record['bytes_per_row']:.0f}",
             f"{record['gigabytes_at_1e9']:.0f} GB",
             *(f"{record[key]:.1f} s" for key in ("step_seconds", "save_seconds", "load_seconds")),
         ]
         for record in found["epoch"]
-    ]  # fmt: skip
+    ]
     head = ["an epoch", "bytes a sample", "10^9 samples", "`step`", "save", "load"]
     parts.append(table(head, rows))
     merge = found["merge"]
@@ -283,11 +231,9 @@ def figure(result: Result) -> "Figure":
 TABLES: dict[str, Callable[[Result], str]] = {
     "about": about,
     "first": first,
-    "asked": asked,
     "given-back": given_back,
     "rivals": rivals,
     "sizes": sizes,
-    "worst": worst,
     "memory": memories,
     "roofline": roofline,
     "scale": scale,
@@ -299,22 +245,21 @@ def page(words: str, result: Result, folder: Path) -> str:
     """The words with each ``@name`` line filled in; the picture goes to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
 
-    def fill(found: re.Match[str]) -> str:
-        if found[1] != "figure":
-            return TABLES[found[1]](result)
+    def drawn() -> str:
         figure(result).savefig(folder / "speed.png", metadata={"Software": None})
         return f"![Time of a step, beside BCE]({folder.name}/speed.png)"
 
-    return re.sub(r"^@([\w-]+)$", fill, words, flags=re.M)
+    parts: dict[str, Callable[[], str]] = {n: partial(make, result) for n, make in TABLES.items()}
+    return fill(words, parts | {"figure": drawn})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--speed", type=Path, default=HERE / "results/speed.json")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "docs", help="default: docs")
+    parser.add_argument("--speed", type=Path, default=RESULTS / "speed.json")
+    parser.add_argument("--out", type=Path, default=DOCS, help="default: docs")
     args = parser.parse_args(argv)
     result = json.loads(args.speed.read_text("utf-8"))
-    text = page((HERE / "performance.md").read_text("utf-8"), result, args.out / "performance")
+    text = page((HERE / "page.md").read_text("utf-8"), result, args.out / "performance")
     (args.out / "performance.md").write_text(text, "utf-8")
     print(f"written: {args.out / 'performance.md'}")
 

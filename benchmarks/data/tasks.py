@@ -1,8 +1,7 @@
-"""The tasks that the defaults are chosen on, each small enough for one thread.
+"""The tasks: data, network and length of training, each small enough for one thread.
 
-Digits and photographs are those of ``calibration.py``. Street scenes bring eleven labels of very
-different base rates, a table of rare labels is the case of most multi-label users, and the last
-task restores noisy digits. No task needs a download but for the two that are given a folder.
+Only photographs and street scenes need a folder; the others are made of what scikit-learn ships,
+or drawn.
 """
 
 import hashlib
@@ -12,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from saliency import (
+from torch import Generator, Tensor, nn
+
+from benchmarks.data.scenes import (
     Pixels,
     SaliencyData,
     SmallUNet,
@@ -25,7 +25,6 @@ from saliency import (
     open_image,
     to_tensors,
 )
-from torch import Generator, Tensor, nn
 
 IGNORED = 255  # target of the elements that count for nothing
 STREET_LABELS = 11
@@ -49,7 +48,6 @@ class Task:
 
     Args:
         labels: how many labels dimension 1 holds that have base rates of their own.
-        cosine: whether the learning rate falls to 0 along a cosine.
         mirror: whether training samples are mirrored at random.
         ood: inputs out of distribution, whose labels are all 0.
         chance: the true probabilities of the test data, where they are known.
@@ -65,7 +63,6 @@ class Task:
     batch: int
     lr: float
     labels: int = 1
-    cosine: bool = True
     mirror: bool = False
     ood: Part | None = None
     chance: Tensor | None = None
@@ -99,57 +96,7 @@ def digits() -> Task:
     return Task("digits", *_parts(data), lambda: SmallUNet(8), 120, batch=10, lr=5e-3)
 
 
-def photographs(folder: Path) -> Task:
-    """A folder of images and masks, the setting of the study."""
-    data = folder_data(folder, 48, ood=1)
-    parts = _parts(data)
-    return Task("photographs", *parts, lambda: SmallUNet(8), 40, batch=16, lr=2e-3, mirror=True)
-
-
-def start() -> Task:
-    """Denoising of digits by a small dense network."""
-    from sklearn.datasets import load_digits
-
-    rng = Generator().manual_seed(0)
-    clean = torch.tensor(load_digits().images).float()[:, None] / 16
-    noisy = clean + 0.5 * torch.randn(clean.shape, generator=rng)
-    ink, order = (clean > 0.5).to(torch.uint8), torch.randperm(len(clean), generator=rng)
-    train, val, test = (
-        Part(noisy[i], ink[i]) for i in torch.split(order, [300, 400, len(order) - 700])
-    )
-    return Task("start", train, val, test, _dense_network, 30, batch=20, lr=2e-3, cosine=False)
-
-
-def _dense_network() -> nn.Module:
-    layers = nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64), nn.Unflatten(1, (1, 8, 8))
-    return nn.Sequential(nn.Flatten(), *layers)
-
-
 # ---------------------------------------------------------------- several labels
-
-
-def rare() -> Task:
-    """Eight labels of a table, each with 2 % positives that ten features tell a little about."""
-    rng = np.random.default_rng(0)
-    weights = rng.normal(size=(10, 8)) / np.sqrt(10)
-    train, val, test = (_rare_part(count, weights, rng) for count in (1500, 1500, 4000))
-    return Task(
-        "rare", train, val, test, _table_network, 25, batch=32, lr=2e-3, labels=8, cosine=False
-    )
-
-
-def _rare_part(count: int, weights: NDArray[np.float64], rng: np.random.Generator) -> Part:
-    features = rng.normal(size=(count, len(weights)))
-    # the bias at which the mean over scores of this spread is about 2 %
-    chance = 1 / (1 + np.exp(4.8 - 1.5 * features @ weights))
-    target = torch.from_numpy(rng.random(chance.shape) < chance).to(torch.uint8)
-    return Part(torch.from_numpy(features).float(), target)
-
-
-def _table_network() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)
-    )
 
 
 def streets(folder: Path, width: int = 80, height: int = 60, labels: int = STREET_LABELS) -> Task:

@@ -1,10 +1,10 @@
 """The pictures of the gallery and the one of README, from the built-in scenes.
 
-    python benchmarks/gallery.py
+    python -m benchmarks.pictures
 
-Three small networks are trained with one seed on the quick task of ``calibration.py``: with plain
-BCE, with the adaptive loss as it is built without arguments, and with a level per sample. The
-picture of the tutorial comes from the code of its page. A minute on one core.
+Two small networks are trained with one seed on the quick task of ``calibration.py``: with plain
+BCE and with the adaptive loss as it is built without arguments. The picture of the tutorial comes
+from the code of its page. Half a minute on one core.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tasks
 import torch
-from corruptions import STRENGTHS, corrupted, to_pixels
-from evaluation import histogram
-from rows import DEFAULT, PLAIN, ROWS
-from runs import train
-from tasks import Task
 from torch import Tensor, nn
 
+from benchmarks.data import tasks
+from benchmarks.data.corruptions import STRENGTHS, corrupted, to_pixels
+from benchmarks.data.tasks import Task
+from benchmarks.study.judge import histogram
+from benchmarks.study.rows import DEFAULT, PLAIN, ROWS
+from benchmarks.study.run import train
 from sc_bce import CalibrationHistogram, IsotonicCalibration, TemperatureScaling
 from sc_bce.plot import reliability_diagram
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 DOCS = Path(__file__).parents[1] / "docs"
 TUTORIAL = DOCS / "start.md"
-FOCUS = "adaptive-focus-2"
 SEED = 0
 SURE = 0.95  # a pixel is marked if the wrong label has at least this probability
 # Row, epoch and whether an isotonic repair is fitted on the validation images.
@@ -61,9 +60,7 @@ class Shown:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.trained = {
-            row: train(task, ROWS[row], SEED, lambda: None) for row in (PLAIN, DEFAULT, FOCUS)
-        }
+        self.trained = {row: train(task, ROWS[row], SEED, lambda: None) for row in (PLAIN, DEFAULT)}
         self.target = task.test.target.float()
         self.repairs = {
             name: IsotonicCalibration().fit(self.validation(name)) if repaired else nn.Identity()
@@ -184,7 +181,7 @@ def levels(shown: Shown) -> "Figure":
     """The training samples of the highest and of the lowest levels, with their masks."""
     figure = _figure(7.2, 5.2)
     rows = figure.subplots(4, 6)
-    samples, held = shown.task.train, shown.trained[FOCUS].levels
+    samples, held = shown.task.train, shown.trained[DEFAULT].levels
     assert held is not None
     order = held.argsort(descending=True, stable=True)
     for pair, chosen in ((rows[:2], order[:6]), (rows[2:], order[-6:])):
@@ -236,12 +233,17 @@ def tutorial(path: Path) -> None:
 
 
 FIGURES: "tuple[Callable[[Shown], Figure], ...]" = (
-    problem, maps, curves, repair, levels, corruption,
-)  # fmt: skip
+    problem,
+    maps,
+    curves,
+    repair,
+    levels,
+    corruption,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Train three networks and draw the gallery.")
+    parser = argparse.ArgumentParser(description="Train two networks and draw the gallery.")
     parser.add_argument("--epochs", type=int, help="default: those of the quick task")
     parser.add_argument("--out", type=Path, default=DOCS / "gallery", help="default: docs/gallery")
     args = parser.parse_args(argv)

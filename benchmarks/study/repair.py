@@ -1,6 +1,6 @@
 """How good is a repair that is fitted to a histogram, and what does it cost?
 
-    python benchmarks/repair.py
+    python -m benchmarks.study.repair
 
 Trains the small network of the digits task with plain BCE, on three seeds, and prints
 
@@ -20,21 +20,21 @@ import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rows import PLAIN, ROWS
-from runs import train
-from saliency import SmallUNet, digit_scenes
-from tasks import Task, part_of
+from numpy.typing import NDArray
 from torch import Tensor
 
-from sc_bce import CalibrationHistogram, IsotonicCalibration, TemperatureScaling, posthoc
-from sc_bce.measures import Blocks, Cells, isotonic
+from benchmarks.data.scenes import SmallUNet, digit_scenes
+from benchmarks.data.tasks import Task, part_of
+from benchmarks.report import versions
+from benchmarks.study.rows import PLAIN, ROWS
+from benchmarks.study.run import train
+from sc_bce import CalibrationHistogram, IsotonicCalibration, TemperatureScaling
 
 SEEDS = (0, 1, 2)
 SCALES = (1, 2, 4, 8, 32)
@@ -47,6 +47,7 @@ SIZE = 64  # of the scenes
 
 Map = Callable[[Tensor], Tensor]
 Pair = tuple[Tensor, Tensor]
+Array = NDArray[np.float64]
 
 
 def trained(seed: int) -> dict[str, Pair]:
@@ -120,9 +121,11 @@ def raw_temperature(z: Tensor, y: Tensor) -> float:
 
     x, label = z.double(), y.double()
     best = minimize_scalar(
-        lambda t: nll(x / np.exp(t), label), bounds=(-4, 6), method="bounded",
+        lambda t: nll(x / np.exp(t), label),
+        bounds=(-4, 6),
+        method="bounded",
         options={"xatol": 1e-7},
-    )  # fmt: skip
+    )
     return float(np.exp(best.x))
 
 
@@ -151,30 +154,56 @@ def bounds(seed: int, answers: dict[str, Pair]) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- choices
 
 
-def shares(blocks: Blocks, ends: str) -> Tensor:
-    n, k = (torch.tensor(part, dtype=torch.float64) for part in (blocks.count, blocks.positive))
-    if ends == "half a count":
-        return posthoc.shares(blocks)
-    if ends == "clip at 0.001":
-        return (k / n).clamp(1e-3, 1 - 1e-3)
+class Curve(NamedTuple):
+    """Isotonic regression on raw logits: its blocks, from the lowest logits on."""
+
+    first: Array  # the least logit
+    middle: Array  # the mean logit
+    size: Array
+    positive: Array
+
+
+def curve(z: Tensor, y: Tensor) -> Curve:
+    from sklearn.isotonic import isotonic_regression
+
+    place, owner, count = np.unique(z.double().numpy(), return_inverse=True, return_counts=True)
+    positive = np.bincount(owner.reshape(-1), y.flatten().numpy(), len(place))
+    fitted = isotonic_regression(positive / count, sample_weight=count)
+    starts = np.flatnonzero(np.diff(fitted, prepend=-1.0))
+    sums = (np.add.reduceat(each, starts) for each in (place * count, count, positive))
+    total, size, hits = sums
+    return Curve(place[starts], total / size, size, hits)
+
+
+def shares(blocks: Curve, ends: str) -> Array:
+    """The probability of each block; at either end, a block of one class must not be sure."""
+    n, k = blocks.size, blocks.positive
     share, last = k / n, len(n) - 1
+    if ends == "half a count":
+        return np.where(share == 0, 0.5 / (n + 1), np.where(share == 1, (n + 0.5) / (n + 1), share))
+    if ends == "clip at 0.001":
+        return share.clip(1e-3, 1 - 1e-3)
     if last and share[0] == 0:
         share[:2] = (k[0] + k[1]) / (n[0] + n[1])
     if last and share[last] == 1:
         share[last - 1 :] = (k[-1] + k[-2]) / (n[-1] + n[-2])
-    return share.clamp(1e-9, 1 - 1e-9)
+    return share.clip(1e-9, 1 - 1e-9)
 
 
-def lines(cells: Cells, blocks: Blocks, values: Tensor) -> Tensor:
-    """One value per cell: on straight lines between the blocks' mean places."""
-    place, count = np.arange(len(cells.count)), cells.count.numpy()
-    owner = np.searchsorted(blocks.first, place, side="right") - 1
-    total = np.bincount(owner.clip(0), count * place, minlength=len(values))
-    return torch.from_numpy(np.interp(place, total / blocks.count, values.numpy()))
+def steps(blocks: Curve, values: Array, z: Array) -> Array:
+    """One value for each block, from its least logit on."""
+    place = np.searchsorted(blocks.first, z, side="right") - 1
+    found: Array = values[place.clip(0)]
+    return found
+
+
+def lines(blocks: Curve, values: Array, z: Array) -> Array:
+    """On straight lines between the blocks' mean logits."""
+    return np.asarray(np.interp(z, blocks.middle, values))
 
 
 ENDS = ("half a count", "clip at 0.001", "end block pooled with its neighbour")
-FORMS = {"steps": posthoc.steps, "lines": lines}
+FORMS = {"steps": steps, "lines": lines}
 
 
 def choices(seed: int, answers: dict[str, Pair]) -> list[dict[str, Any]]:
@@ -188,15 +217,7 @@ def choices(seed: int, answers: dict[str, Pair]) -> list[dict[str, Any]]:
             chosen = torch.randperm(len(z), generator=generator)[:images]
             if not 0 < int(y[chosen].sum()) < y[chosen].numel():
                 continue
-            seen = histogram(z[chosen], y[chosen])
-            cells = seen.cells_by_label()[0]
-            blocks = isotonic(cells.count, cells.positive)
-            module = IsotonicCalibration()
-            tables = {
-                f"{form}, {ends}": curve(cells, blocks, torch.logit(shares(blocks, ends)))
-                for form, curve in FORMS.items()
-                for ends in ENDS
-            }
+            seen, blocks = histogram(z[chosen], y[chosen]), curve(z[chosen], y[chosen])
             maps: dict[str, Map] = {
                 "none": lambda z: z,
                 "temperature": TemperatureScaling().fit(seen),
@@ -204,9 +225,12 @@ def choices(seed: int, answers: dict[str, Pair]) -> list[dict[str, Any]]:
             }
             for name, repair in maps.items():
                 losses.setdefault(name, []).append(nll(repair(fresh), label))
-            for name, table in tables.items():
-                module.table.copy_(table)
-                losses.setdefault(name, []).append(nll(module(fresh), label))
+            for form, drawn in FORMS.items():
+                for ends in ENDS:
+                    share = shares(blocks, ends)
+                    repaired = drawn(blocks, np.log(share / (1 - share)), fresh.double().numpy())
+                    found = nll(torch.from_numpy(repaired), label)
+                    losses.setdefault(f"{form}, {ends}", []).append(found)
         rows.append(
             {
                 "seed": seed,
@@ -304,7 +328,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("bounds", "choices", "costs"), nargs="*")
     chosen = parser.parse_args().only or ["bounds", "choices", "costs"]
     torch.set_num_threads(1)
-    path = Path(__file__).parent / "results" / "repair.json"
+    path = Path(__file__).parents[1] / "results" / "repair.json"
     result: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
     parts = {"bounds": bounds, "choices": choices}
     if set(chosen) & set(parts):
@@ -317,7 +341,7 @@ def main() -> None:
     if "costs" in chosen:
         result["costs"] = costs()
         show_costs(result["costs"])
-    result["versions"] = {name: metadata.version(name) for name in ("torch", "scikit-learn")}
+    result["versions"] = versions("torch", "scikit-learn")
     result["threads"] = 1
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 

@@ -1,0 +1,1 @@
+"""The tasks: scenes, tables, and what makes them worse."""

@@ -1,0 +1,1 @@
+"""What helps: rows, their runs, and the page that tells."""

@@ -1,0 +1,86 @@
+"""The reduced loss on an accelerator, with its gradient found on the way.
+
+torch's BCE launches eleven kernels, and keeps the target in float32 until backward. Here the loss is
+softplus(x) - q x and the gradient sigma(x) - q, both while q is at hand: backward scales what the
+forward kept, which has the dtype of the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function, forward_ad
+
+from .._torch import transformed
+
+__all__ = ["applies", "reduced_loss"]
+
+_SURE = -1e4  # a logit whose softplus and sigmoid are 0: with a target of 0 it adds nothing
+
+
+def applies(*tensors: Tensor | None) -> bool:
+    """Whether this is eager code on an accelerator, and only the first tensor needs a gradient."""
+    x, *others = (value for value in tensors if value is not None)
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type != "cpu"
+        and type(x) in (Tensor, nn.Parameter)
+        and not transformed()
+        and not any(value.requires_grad for value in others)
+        and not any(forward_ad.unpack_dual(value).tangent is not None for value in (x, *others))  # type: ignore[no-untyped-call]
+    )
+
+
+def reduced_loss(
+    x: Tensor, q: Tensor, weight: Tensor | None, ignored: Tensor | None, mean: bool
+) -> Tensor:
+    """Sum or mean of weight BCE(x, q) over the elements that are not ignored, in float32.
+
+    ``q`` is a float tensor that nobody else holds: where elements are ignored it is overwritten.
+    """
+    count: float | Tensor = x.numel()
+    if ignored is not None:
+        q.masked_fill_(ignored, 0.0)
+        # If all elements are ignored, 0 / 1; an empty batch stays torch's 0 / 0.
+        count = (x.numel() - ignored.sum()).clamp(min=min(1, x.numel()))
+    return _Loss.apply(x, q, weight, ignored, count if mean else None)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Loss(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        q: Tensor,
+        weight: Tensor | None,
+        ignored: Tensor | None,
+        count: float | Tensor | None,
+    ) -> Tensor:
+        wide = x.to(q.dtype)
+        if ignored is not None:
+            wide = wide.masked_fill(ignored, _SURE)
+        loss = F.softplus(wide).addcmul_(wide, q, value=-1)
+        gradient = torch.sigmoid(wide).sub_(q) if ctx.needs_input_grad[0] else None
+        if weight is not None:
+            loss = loss.mul_(weight)
+            gradient = None if gradient is None else gradient.mul_(weight)
+        kept = None if gradient is None else gradient.to(x.dtype)
+        ctx.save_for_backward(x, kept, weight, ignored, count if isinstance(count, Tensor) else None)
+        ctx.count = count
+        if count is None:
+            return loss.sum()
+        return loss.sum() / count if isinstance(count, Tensor) else loss.mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, kept, weight, ignored, count = ctx.saved_tensors
+        count = ctx.count if count is None else count
+        scale = grad if count is None else grad / count
+        if torch.is_grad_enabled():  # to be differentiated again, by x as well
+            change = torch.sigmoid(x) - torch.sigmoid(x.detach())
+            change = change if weight is None else change * weight
+            kept = kept + (change if ignored is None else change.masked_fill(ignored, 0.0))
+        return (kept * scale).to(x.dtype), None, None, None, None
