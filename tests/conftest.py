@@ -9,8 +9,8 @@ from paths import fusing
 
 # What runs on any device; the rest is not collected there.
 SUITES = (
-    "test_adaptive", "test_dropin", "test_functional", "test_histogram", "test_levels", "test_loss",
-    "test_measures", "test_posthoc",
+    "test_adaptive", "test_draws", "test_dropin", "test_fixed", "test_functional", "test_histogram",
+    "test_levels", "test_measures", "test_posthoc",
 )  # fmt: skip
 
 # Not timed: a test must not fail because the machine is busy. Derandomised: nor by luck.

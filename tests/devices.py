@@ -134,6 +134,8 @@ class Moved(TorchFunctionMode):
         made = function in (torch.tensor, torch.as_tensor) and not isinstance(args[0], Far)
         if made and kwargs.get("device") == DEVICE:
             return function(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
+        if function is torch.Tensor.tolist and isinstance(args[0], Far):
+            return args[0].cpu().tolist()
         if function is torch.Tensor.new_tensor and isinstance(args[0], Far):
             return torch.tensor(args[1], dtype=args[0].dtype).to(DEVICE)
         return function(*args, **kwargs)

@@ -1,5 +1,6 @@
 """Which path a batch takes on a CPU: the sweep or torch's own calls."""
 
+import contextlib
 from unittest import mock
 
 from sc_bce.kernels import cpu
@@ -14,3 +15,17 @@ def fusing(block=8):
 def plain():
     """No batch takes the sweep."""
     return mock.patch.object(cpu, "MIN_PER_ROW", 1 << 60)
+
+
+@contextlib.contextmanager
+def watching():
+    """A list that tells of each batch whether the sweep took it."""
+    taken, sweep = [], cpu.sweep
+
+    def watched(*arguments):
+        swept = sweep(*arguments)
+        taken.append(swept is not None)
+        return swept
+
+    with mock.patch.object(cpu, "sweep", watched):
+        yield taken

@@ -79,6 +79,12 @@ class Batch(NamedTuple):
         """Mask of the elements that count; None if all do."""
         return valid_elements(self.target, self.void)
 
+    def ignored(self) -> Tensor | None:
+        """Mask of the other elements."""
+        if self.void is None:
+            return None
+        return self.target.isnan() if self.void != self.void else self.target == self.void
+
 
 class Wanted(NamedTuple):
     """What to look at in a batch beside its loss."""
@@ -114,7 +120,7 @@ def logits(input: object, name: str = "input") -> None:
     if not input.is_floating_point():
         remedy = f"pass the raw output of the network, or `{name}.float()`"
         refuse(name, "hold floating-point logits", input.dtype, remedy, TypeError)
-    _dense(name, input)
+    dense(name, input)
 
 
 def label(target: object) -> None:
@@ -123,10 +129,10 @@ def label(target: object) -> None:
     if target.is_complex():
         wanted = "be a bool, integer or floating-point Tensor"
         refuse("target", wanted, target.dtype, "pass `target.real`", TypeError)
-    _dense("target", target)
+    dense("target", target)
 
 
-def _dense(name: str, value: Tensor) -> None:
+def dense(name: str, value: Tensor) -> None:
     if value.layout is not torch.strided:
         refuse(name, "be dense", value.layout, f"pass `{name}.to_dense()`", TypeError)
     if value.dtype.itemsize == 1 and value.is_floating_point():  # torch computes nothing in float8
@@ -183,6 +189,8 @@ def check_labels(target: Tensor, void: float | None) -> bool:
     if target.dtype == torch.bool:
         return True
     floating = target.is_floating_point()
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return floating  # nothing waits
     if readable(target) and target.dtype not in UNREDUCIBLE:
         for part in _parts(target, void):
             low, high = part.aminmax()
@@ -190,8 +198,6 @@ def check_labels(target: Tensor, void: float | None) -> bool:
                 break
         else:
             return True
-    elif floating and (target.device.type != "cpu" or torch.compiler.is_compiling()):
-        return True  # to look would cost an accelerator a pass
     illegal = (target < 0) | (target > 1) if floating else _not_binary(target)
     valid = valid_elements(target, void)
     found = any_set(illegal if valid is None else illegal & valid)
@@ -241,9 +247,9 @@ def as_labels(target: Tensor, dtype: torch.dtype, void: float | None, legal: boo
     y = target.to(dtype)
     if legal:
         return y
-    illegal = _not_binary(target)
+    illegal = target > 1 if target.dtype == torch.uint8 else _not_binary(target)
     valid = valid_elements(target, void)
-    return torch.where(illegal if valid is None else illegal & valid, torch.nan, y)
+    return y.masked_fill_(illegal if valid is None else illegal & valid, torch.nan)
 
 
 def like_probabilities(input: Tensor) -> str:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_WITHOUT_FLOAT64 = ("mps",)
+WITHOUT_FLOAT64 = ("mps",)
 _OWN_KERNELS = ("cpu", "cuda", "meta")  # have every call; XLA lacks aminmax and views as bytes
 UNREDUCIBLE = (torch.uint16, torch.uint32, torch.uint64)  # torch has no min and max for them
 
@@ -45,11 +45,16 @@ def transformed() -> bool:
     only costs speed.
     """
     try:
-        return (
-            torch._C._get_tracing_state() is not None
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._len_torch_dispatch_stack() > 0
-        )
+        return functional_transform() or torch._C._len_torch_dispatch_stack() > 0
+    except AttributeError:
+        return True
+
+
+def functional_transform() -> bool:
+    """The same without the modes, which an autograd.Function does not mind."""
+    try:
+        tracing = torch._C._get_tracing_state() is not None
+        return tracing or torch._C._are_functorch_transforms_active()
     except AttributeError:
         return True
 
@@ -79,7 +84,7 @@ def ends(value: Tensor) -> tuple[Tensor, Tensor]:
 
 def float64_device(device: torch.device) -> torch.device:
     """The device itself if it has float64, otherwise the CPU."""
-    return torch.device("cpu") if device.type in _WITHOUT_FLOAT64 else device
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
 def on_backward(loss: Tensor, call: Callable[[], None]) -> Tensor:
@@ -95,6 +100,14 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
 
 def rank(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if world_size(group) > 1 else 0
+
+
+def served(group: dist.ProcessGroup | None, own: torch.device) -> torch.device:
+    """The device on which the group's backend accepts a tensor that is on ``own``."""
+    devices = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    if own.type in devices:
+        return own
+    return torch.device(devices[0], torch.accelerator.current_device_index())
 
 
 def reduced(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:

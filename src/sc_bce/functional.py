@@ -14,7 +14,7 @@ from . import _errors, _inputs
 from ._errors import refuse
 from ._inputs import NOTHING, Batch, Perturbation, Seen, Wanted
 from ._torch import UNREDUCIBLE, as_bytes, readable
-from .kernels import cpu
+from .kernels import cpu, one_pass
 
 __all__ = ["perturb_target", "sc_bce_with_logits"]
 
@@ -81,7 +81,7 @@ def perturb_target(
     if dtype is None:
         own = target.dtype if target.is_floating_point() else torch.get_default_dtype()
         dtype = torch.promote_types(own, torch.float32)
-    elif not dtype.is_floating_point:  # torch would cut the result to 0 and 1
+    elif not getattr(dtype, "is_floating_point", False):  # torch would cut the result to 0 and 1
         refuse("dtype", "be a floating-point torch.dtype", dtype, error=TypeError)
     void = _inputs.held(target, _errors.ignored(ignore_index))
     legal = _inputs.check_labels(target, void)
@@ -206,6 +206,9 @@ def bce_with_logits(
 ) -> Tensor:
     """Torch's own call, with its errors and its bits, for masks of any dtype."""
     if isinstance(target, Tensor) and not target.is_complex():
+        for name, value in (("input", input), ("target", target)):
+            if isinstance(value, Tensor):
+                _inputs.dense(name, value)
         legal = _inputs.check_labels(target, None)
         if not target.is_floating_point():
             _inputs.logits(input)
@@ -256,12 +259,18 @@ def _by_torch(
     pos_weight: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    valid, dtype, x = batch.valid(), batch.dtype(), batch.input
-    if given.nothing() and valid is None:  # torch's own call, in the dtypes that were passed
+    dtype, x = batch.dtype(), batch.input
+    if given.nothing() and batch.void is None:  # torch's own call, in the dtypes that were passed
         return F.binary_cross_entropy_with_logits(
             x, batch.labels(dtype), weight, pos_weight=pos_weight, reduction=reduction
         )
-    y = batch.labels(torch.promote_types(dtype, torch.float32))
+    wide = torch.promote_types(dtype, torch.float32)
+    if pos_weight is None and reduction != "none":
+        if one_pass.applies(x, batch.target, weight, *given.tensors):
+            # An ignored label may become nan here: its target is replaced.
+            q = towards_prior(_inputs.as_labels(batch.target, wide, None, batch.legal), given)
+            return one_pass.reduced_loss(x, q, weight, batch.ignored(), reduction == "mean")
+    y, valid = batch.labels(wide), batch.valid()
     if valid is not None and batch.void != batch.void:
         y = torch.where(valid, y, 0.0)  # nan times a weight of 0 is nan
     if x.dtype != torch.float32:
@@ -345,7 +354,7 @@ def _hits(batch: Batch, valid: Tensor | None) -> Tensor:
         hits = said.eq_(true) if readable(said) else said == true
     else:
         hits = (said > 0) == (true > 0)
-    return _sample_means(hits.float(), valid)
+    return _sample_means(hits, valid)
 
 
 def _at_least(value: Tensor, bound: float) -> Tensor:
@@ -361,10 +370,12 @@ def _at_least(value: Tensor, bound: float) -> Tensor:
 
 def _sample_means(value: Tensor, valid: Tensor | None) -> Tensor:
     """Mean over the valid elements of each sample, (N,) float32; nan for a sample without any."""
-    if valid is None:
-        return _by_sample(value).mean(1).float()
-    total = _by_sample(torch.where(valid, value, 0.0)).sum(1)
-    return (total / _by_sample(valid).sum(1)).float()
+    if valid is not None:
+        value = value & valid if value.dtype == torch.bool else torch.where(valid, value, 0.0)
+    value = _by_sample(value)
+    wide = torch.promote_types(value.dtype, torch.float32)
+    count: int | Tensor = value.shape[1] if valid is None else _by_sample(valid).sum(1)
+    return (value.sum(1, dtype=wide) / count).float()
 
 
 def _by_sample(value: Tensor) -> Tensor:
@@ -376,8 +387,10 @@ def _counts(
 ) -> tuple[float | Tensor, Tensor]:
     """Number of valid elements and sum of their labels, a column for each element of `shape`."""
     target = batch.target
-    if valid is not None:
-        target = torch.where(valid, target, 0)
+    if valid is not None and not target.is_floating_point():
+        target = target * valid
+    elif valid is not None:
+        target = torch.where(valid, target, 0.0)
     elif target.dtype == torch.bool:
         target = as_bytes(target)
     if target.dtype in UNREDUCIBLE or target.dtype in (torch.bfloat16, torch.float16):
@@ -392,7 +405,7 @@ def _counts(
 def _column_sums(value: Tensor, shape: tuple[int, ...], share: Tensor | None) -> Tensor:
     over = [place for place in range(value.dim()) if not shape or shape[place] == 1]
     if share is None:
-        return (value.sum(over) if over else value).reshape(-1).float()
+        return (value.sum(over) if over else value).reshape(-1)
     rest = [place for place in over if place > 0]
     each = (value.sum(rest) if rest else value).reshape(len(share), -1).float()
     return share @ each  # dimension 0 counts the samples, which no prior varies over

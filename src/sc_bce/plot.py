@@ -1,4 +1,4 @@
-"""The reliability diagram. Needs matplotlib: `pip install sc-bce[plot]`."""
+"""The reliability diagram. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from . import _checks
-from .measure import scores as measures
-from .measure.histogram import CalibrationHistogram
-from .measure.scores import Reliability
+from . import _errors
+from ._errors import refuse
+from .measure import CalibrationHistogram
+from .measure.scores import isotonic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,13 +69,21 @@ def reliability_diagram(
         'untrained'
     """
     named = histogram if isinstance(histogram, Mapping) else {"": histogram}
-    _check_histograms(named)
-    _checks.choice("kind", kind, ("top_label", "positive_class"))
-    figure_class, patch = _matplotlib()
+    _check_histograms(named, ax)
+    _errors.choice("kind", kind, ("top_label", "positive_class"))
     measured = "accuracy" if kind == "top_label" else "share of positives"
     if ax is not None:
-        return _into(ax, named, num_bins, kind, measured)
-    figure: Figure = figure_class(
+        _panel(ax, next(iter(named.values())), num_bins, kind)
+        ax.set(xlabel="confidence", ylabel=measured)
+        return cast("Figure", ax.get_figure(root=True))
+    return _figure(named, num_bins, kind, measured)
+
+
+def _figure(
+    named: Mapping[str, CalibrationHistogram], num_bins: int, kind: str, measured: str
+) -> Figure:
+    new_figure, patch = _matplotlib()
+    figure: Figure = new_figure(
         figsize=(0.6 + 2.9 * len(named), 4.2), dpi=150, layout="constrained"
     )
     axes = figure.subplots(
@@ -83,49 +91,36 @@ def reliability_diagram(
     )
     figure.get_layout_engine().set(wspace=0.08)  # type: ignore[union-attr,call-arg]
     for column, (name, one) in enumerate(named.items()):
-        _panel(axes[0, column], one, num_bins, kind)
-        _counts(axes[1, column], one, num_bins, kind)
+        _counts(axes[1, column], _panel(axes[0, column], one, num_bins, kind), num_bins)
         axes[0, column].set_title(textwrap.fill(name, 26))
         axes[1, column].set_xlabel("confidence")
     axes[0, 0].set_ylabel(measured)
     axes[1, 0].set_ylabel("elements")
     entries = {
-        measured: patch(**_BAR),
-        "confidence above it": patch(**_SHORT),
+        measured: patch(**_BAR), "confidence above it": patch(**_SHORT),
         "confidence below it": patch(**_OVER),
-    }
+    }  # fmt: skip
     if kind == "positive_class":
         entries["isotonic curve"] = patch(color=_CURVE)
-    columns = min(len(entries), 1 + len(named))
     figure.legend(
-        list(entries.values()), list(entries), loc="outside upper center", ncols=columns,
-        fontsize="small", frameon=False,
+        list(entries.values()), list(entries), loc="outside upper center",
+        ncols=min(len(entries), 1 + len(named)), fontsize="small", frameon=False,
     )  # fmt: skip
     return figure
 
 
-def _check_histograms(named: Mapping[str, object]) -> None:
-    if not named:
-        raise ValueError("Expected argument `histogram` to hold a histogram, but got none")
+def _check_histograms(named: Mapping[str, object], ax: Axes | None) -> None:
+    if not named or (ax is not None and len(named) > 1):
+        wanted = "hold one histogram" + (" for one `ax`" if named else " or more")
+        refuse("histogram", wanted, len(named) or "none", "call once for each axes" * bool(named))
     for one in named.values():
         if not isinstance(one, CalibrationHistogram):
-            raise TypeError(
-                _checks.sentence(
-                    "histogram",
-                    "be a CalibrationHistogram or a mapping of names to them",
-                    _checks.describe(one),
-                    "pass {name: histogram} for several",
-                )
-            )
+            wanted = "be a CalibrationHistogram or a mapping of names to them"
+            remedy = "pass {name: histogram} for several"
+            refuse("histogram", wanted, _errors.describe(one), remedy, TypeError)
         if one.num_labels is not None:
-            raise ValueError(
-                _checks.sentence(
-                    "histogram",
-                    "be of one label",
-                    f"num_labels={one.num_labels}",
-                    "pass {name: histogram.label(i)} for some, or `histogram.pooled()`",
-                )
-            )
+            remedy = "pass {name: histogram.label(i)} for some, or `histogram.pooled()`"
+            refuse("histogram", "be of one label", f"num_labels={one.num_labels}", remedy)
 
 
 def _matplotlib() -> tuple[Any, Any]:
@@ -133,75 +128,54 @@ def _matplotlib() -> tuple[Any, Any]:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
-        raise ImportError("reliability_diagram needs: pip install sc-bce[plot]") from error
+        message = "reliability_diagram needs matplotlib: pip install matplotlib"
+        raise ImportError(message) from error
     return Figure, Patch
 
 
-def _into(
-    ax: Axes, named: Mapping[str, CalibrationHistogram], num_bins: int, kind: str, measured: str
-) -> Figure:
-    if len(named) > 1:
-        raise ValueError(
-            _checks.sentence(
-                "histogram", "be one for one `ax`", f"{len(named)}", "call once for each axes"
-            )
-        )
-    for one in named.values():
-        _panel(ax, one, num_bins, kind)
-    ax.set(xlabel="confidence", ylabel=measured)
-    return cast("Figure", ax.get_figure(root=True))
-
-
-def _bars(table: Reliability) -> tuple[list[int], list[float]]:
-    """The bins that are not empty, and their left edges."""
-    filled = [m for m, count in enumerate(table.count.tolist()) if count > 0]
-    return filled, [float(table.edges[m]) for m in filled]
-
-
-def _panel(ax: Axes, histogram: CalibrationHistogram, num_bins: int, kind: str) -> None:
+def _panel(
+    ax: Axes, histogram: CalibrationHistogram, num_bins: int, kind: str
+) -> list[tuple[float, ...]]:
+    """Draw the bars; return left edge, count, confidence and accuracy of the bins with elements."""
     table = histogram.reliability(num_bins, kind)
-    filled, lefts = _bars(table)
-    accuracy = [float(table.accuracy[m]) for m in filled]
-    gap = [float(table.confidence[m]) - float(table.accuracy[m]) for m in filled]
+    rows = zip(table.edges.tolist(), *(part.tolist() for part in table[1:]), strict=False)
+    filled = [row for row in rows if row[1] > 0]
+    lefts, accuracy = [row[0] for row in filled], [row[3] for row in filled]
+    gaps = [row[2] - row[3] for row in filled]
     bars: dict[str, Any] = {"width": 1 / num_bins, "align": "edge", "linewidth": 0.6}
     ax.bar(lefts, accuracy, **_BAR, **bars)
-    ax.bar(lefts, [max(g, 0) for g in gap], bottom=accuracy, **_SHORT, **bars)
-    ax.bar(lefts, [min(g, 0) for g in gap], bottom=accuracy, **_OVER, **bars)
+    ax.bar(lefts, [max(gap, 0) for gap in gaps], bottom=accuracy, **_SHORT, **bars)
+    ax.bar(lefts, [min(gap, 0) for gap in gaps], bottom=accuracy, **_OVER, **bars)
     ax.plot([0, 1], [0, 1], linestyle="--", linewidth=1, color=_LINE)
     if kind == "positive_class" and filled:
         ax.plot(*_isotonic_curve(histogram), linewidth=1.4, color=_CURVE)
     ax.set(xlim=(0.5 if kind == "top_label" else 0.0, 1), ylim=(0, 1))
+    ece, oe = float(histogram.ece(num_bins, kind)), float(histogram.oe(num_bins, kind))
     ax.text(
-        0.97, 0.04,
-        f"ECE {float(histogram.ece(num_bins, kind)):.3f}\n"
-        f"OE {float(histogram.oe(num_bins, kind)):.3f}",
-        transform=ax.transAxes, ha="right", va="bottom",
+        0.97, 0.04, f"ECE {ece:.3f}\nOE {oe:.3f}", transform=ax.transAxes, ha="right", va="bottom",
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2},
     )  # fmt: skip
     ax.spines[["top", "right"]].set_visible(False)
+    return filled
 
 
 def _isotonic_curve(histogram: CalibrationHistogram) -> tuple[list[float], list[float]]:
     """Predicted probability and isotonic share of positives, for each cell with elements."""
-    (cells,) = histogram.cells_by_label()
-    blocks = measures.isotonic(cells.count, cells.positive)
+    (cells,) = histogram.cells()
+    first, count, positive = isotonic(cells.count, cells.positive)
     filled = torch.nonzero(cells.count > 0).flatten()
-    owner = torch.searchsorted(torch.tensor(blocks.first, device="cpu"), filled, right=True) - 1
-    shares = [k / n for k, n in zip(blocks.positive, blocks.count, strict=True)]
-    share = torch.tensor(shares, device="cpu")
-    return torch.sigmoid(cells.logit[filled]).tolist(), share[owner].tolist()
+    owner = torch.searchsorted(torch.tensor(first, device="cpu"), filled, right=True) - 1
+    shares = [k / n for k, n in zip(positive, count, strict=True)]
+    return torch.sigmoid(cells.logit[filled]).tolist(), [shares[block] for block in owner.tolist()]
 
 
-def _counts(ax: Axes, histogram: CalibrationHistogram, num_bins: int, kind: str) -> None:
-    table = histogram.reliability(num_bins, kind)
-    filled, lefts = _bars(table)
-    counts = table.count.tolist()
+def _counts(ax: Axes, filled: list[tuple[float, ...]], num_bins: int) -> None:
     ax.bar(
-        lefts, [counts[m] for m in filled], width=1 / num_bins, align="edge", linewidth=0.6,
-        color="#999999", edgecolor="white",
+        [row[0] for row in filled], [row[1] for row in filled], width=1 / num_bins, align="edge",
+        linewidth=0.6, color="#999999", edgecolor="white",
     )  # fmt: skip
     # Logarithmic: in dense prediction nearly all elements are in the last bin. From below one
     # element, so that a single one is visible, to twice the largest count.
     ax.set_yscale("log")
-    ax.set_ylim(0.7, max(ax.get_ylim()[1], 2 * max(counts)))
+    ax.set_ylim(0.7, max(ax.get_ylim()[1], *(2 * row[1] for row in filled), 0.8))
     ax.spines[["top", "right"]].set_visible(False)

@@ -31,8 +31,9 @@ def test_function_module_and_untouched_table_are_torchs_bce(
     reduction, weighted, pos_weighted, shape, dtype
 ):
     y = torch.rand(shape).to(dtype)
-    weight = torch.rand(shape[-1:]).to(dtype) if weighted else None
-    pos_weight = (torch.rand(shape[-1:]) * 3).to(dtype) if pos_weighted else None
+    labels = (*shape[1:2], *(1 for _ in shape[2:])) if len(shape) > 1 else shape
+    weight = torch.rand(labels).to(dtype) if weighted else None
+    pos_weight = (torch.rand(labels) * 3).to(dtype) if pos_weighted else None
     x0 = (torch.randn(shape) * 5).to(dtype)
     arguments = dict(weight=weight, pos_weight=pos_weight, reduction=reduction)
     samples = shape[0] if shape else 1

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from devices import array, refused, tensor
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import watching
 from strategies import FLOATS, MASKS, batches, betas, levels, pairs, seeds
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
@@ -296,6 +297,121 @@ def test_half_precision_means_over_many_elements_do_not_overflow():
     assert_close(sc_bce_with_logits(x, y, 0.1), torch.tensor(9.0, dtype=torch.float16))
 
 
+# --- nan as ignore_index ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [0.5, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("alpha", [0.0, 0.2, "per sample"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_missing_label_counts_nowhere(dtype, alpha, reduction, bad):
+    alpha = torch.tensor([0.1, 0.3]) if alpha == "per sample" else alpha
+    x = torch.tensor([[1.0, bad, -2.0], [bad, 3.0, bad]], dtype=dtype, requires_grad=True)
+    y = torch.tensor([[1.0, math.nan, 0.25], [math.nan, 0.0, math.nan]], dtype=dtype)
+    loss = sc_bce_with_logits(x, y, alpha, 1.0, ignore_index=math.nan, reduction=reduction)
+    loss.sum().backward()
+    kept = ~y.isnan()
+    level = array(alpha)[:, None] if isinstance(alpha, torch.Tensor) else alpha
+    want = ref.sc_bce(
+        array(x.double()), array(y.double()), level, 1.0, valid=array(kept), reduction=reduction
+    )
+    least = 4 * torch.finfo(dtype).eps
+    close(loss, want, rtol=max(least, 1e-6), atol=max(least, 1e-6))
+    assert x.grad[~kept].tolist() == [0.0, 0.0, 0.0]  # exactly
+    assert bool(x.grad[kept].ne(0).all())
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("bad", [0.5, math.inf])
+def test_missing_labels_reach_no_gradient_of_a_level(bad, reduction):
+    alpha = torch.tensor([0.1, 0.3], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor([[1.0, bad], [2.0, -3.0]], dtype=torch.float64)
+    y = torch.tensor([[1.0, math.nan], [0.0, 0.25]], dtype=torch.float64)
+    loss = sc_bce_with_logits(x, y, alpha, 1.0, ignore_index=math.nan, reduction=reduction)
+    (grad,) = torch.autograd.grad(loss.sum(), alpha)
+    want = np.array([0.5, -0.5 * 2 + 0.25 * 3])  # the slopes (y - 1/2) x of each sample
+    close(grad, want / 3 if reduction == "mean" else want)
+
+
+def test_missing_labels_of_a_target():
+    y = torch.tensor([0.0, math.nan, 1.0])
+    q = perturb_target(y, 0.2, 1.0, ignore_index=math.nan)
+    assert_close(q, torch.tensor([0.1, math.nan, 0.9]), equal_nan=True)
+    mask = torch.tensor([0, 1])  # none of whose labels can be missing
+    want = sc_bce_with_logits(torch.ones(2), mask, 0.1)
+    assert torch.equal(sc_bce_with_logits(torch.ones(2), mask, 0.1, ignore_index=math.nan), want)
+
+
+# --- the mask as a weight ---------------------------------------------------------------------
+
+
+@given(
+    batches(scale=3.0), pairs(), st.sampled_from(["mean", "sum"]), seeds,
+    st.sampled_from([None, "weight", "pos_weight", "both"]), st.sampled_from([0.0, 0.5, 1.0]),
+)  # fmt: skip
+def test_finite_and_non_finite_ignored_logits_give_one_loss(
+    batch, pair, reduction, seed, which, share
+):
+    """Torch's weight masks finite logits; for others each logit and loss is replaced."""
+    rng = np.random.default_rng(seed)
+    valid = np.asarray(rng.random(tuple(batch.input.shape)) < share)
+    weight = tensor(rng.random(tuple(batch.input.shape))) if which in ("weight", "both") else None
+    pos_weight = torch.tensor(3.0).double() if which in ("pos_weight", "both") else None
+    target = torch.where(tensor(valid), batch.target, 255.0)
+    ends = []
+    for put in (0.0, 1e4, math.inf, -math.inf, math.nan):
+        x = torch.where(tensor(valid), batch.input, put).requires_grad_()
+        loss = sc_bce_with_logits(
+            x, target, *pair, weight=weight, pos_weight=pos_weight, ignore_index=255,
+            reduction=reduction,
+        )  # fmt: skip
+        ends.append((loss.detach(), torch.autograd.grad(loss, x)[0]))
+    want = ref.sc_bce(
+        array(batch.input), array(batch.target), *pair,
+        1.0 if weight is None else array(weight), 1.0 if pos_weight is None else 3.0,
+        valid=valid, reduction=reduction,
+    )  # fmt: skip
+    close(ends[0][0], want)
+    for loss, grad in ends:
+        assert_close(loss, ends[0][0], rtol=1e-12, atol=1e-12)
+        assert_close(grad, ends[0][1], rtol=1e-12, atol=1e-12)
+        assert not bool(grad[tensor(~valid)].any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_masked_loss_of_low_precision_is_summed_in_float32(dtype, reduction):
+    x = torch.randn(40, 50).to(dtype).requires_grad_()
+    y = torch.randint(0, 2, (40, 50), dtype=torch.uint8)
+    y[:, ::3] = 255
+    weight = torch.rand(50).to(dtype)
+    loss = sc_bce_with_logits(x, y, 0.1, weight=weight, ignore_index=255, reduction=reduction)
+    want = ref.sc_bce(
+        array(x.double()), array(y) * 1.0, 0.1, 2.0, array(weight.double()),
+        valid=array(y) < 255, reduction=reduction,
+    )  # fmt: skip
+    assert loss.dtype == dtype
+    close(loss, want, rtol=torch.finfo(dtype).eps)
+    assert not bool(torch.autograd.grad(loss, x)[0][y == 255].any())
+
+
+# --- what torch does at alpha = 0 is kept -----------------------------------------------------
+
+
+def test_a_certain_hit_has_torchs_gradient_and_an_infinite_one_its_loss():
+    """Zero at logit 40 and label 1, and nan at logit inf, are torch's own."""
+    for value, label in ((40.0, 1.0), (math.inf, 1.0), (-math.inf, 0.0), (40.0, 0.0)):
+        ends = []
+        for loss in (F.binary_cross_entropy_with_logits, sc_bce_with_logits):
+            x = torch.tensor([value], requires_grad=True)
+            found = loss(x, torch.tensor([label]))
+            ends.append((found.detach(), torch.autograd.grad(found, x)[0]))
+        assert_close(ends[1], ends[0], rtol=0, atol=0, equal_nan=True)
+    hit, miss = torch.tensor([40.0], requires_grad=True), torch.tensor([math.inf])
+    assert torch.autograd.grad(sc_bce_with_logits(hit, torch.ones(1)), hit)[0].item() == 0
+    assert sc_bce_with_logits(miss, torch.ones(1)).isnan()
+
+
 # --- extreme logits ---------------------------------------------------------------------------
 
 
@@ -469,9 +585,9 @@ def test_without_torchs_private_names_the_result_is_the_same(name, mask, monkeyp
 
     want = run()
     monkeypatch.delattr(torch._C, name)
-    with mock.patch.object(cpu._Sweep, "apply", wraps=cpu._Sweep.apply) as taken:
+    with watching() as taken:
         got = run()
-    assert not taken.called
+    assert taken == [False]
     assert_close(got, want)
     if mask == torch.int64:
         loss = refused(
@@ -508,6 +624,105 @@ def test_illegal_integers_give_nan_where_they_cannot_be_read():
     for alpha in (0.0, 0.1):
         loss = compiled(x, y, alpha, reduction="none")
         assert loss.isnan().tolist() == [False, True, False]
+
+
+# --- on a CPU every label is looked at --------------------------------------------------------
+
+WRONG = {  # two labels, the dtypes that they come in, and which of them is named
+    "0/255": (0, 255, (torch.uint8, torch.uint16, torch.int16, torch.int64, *FLOATS), 255),
+    "-1/1": (1, -1, (torch.int8, torch.int64, *FLOATS), -1),
+    "1/2": (1, 2, (torch.uint8, torch.int64, torch.uint32, *FLOATS), 2),
+}
+MANY = (1 << 20) + 3  # above every size from which something is done another way
+looked_at = pytest.mark.cpu_only("an accelerator would wait for a look at the values")
+SETTINGS = [
+    dict(), dict(alpha=0), dict(alpha=0.1), dict(alpha=0.1, ignore_index=7),
+    dict(ignore_index=7), dict(alpha=0.1, reduction="none"), dict(alpha=0.1, ignore_index=math.nan),
+    dict(alpha=torch.tensor(0.1)),
+]  # fmt: skip
+
+
+def labelled(name, dtype, size):
+    """Legal labels, and the wrong one in the last place alone."""
+    right, wrong, _, named = WRONG[name]
+    y = torch.full((size,), right, dtype=torch.float32)
+    y[-1] = wrong
+    return y.to(dtype), f"got the value {named}; for a 0/255 mask pass `mask > 0`"
+
+
+@looked_at
+@pytest.mark.parametrize("setting", SETTINGS, ids=range(len(SETTINGS)))
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, dtype) for name, case in WRONG.items() for dtype in case[2]]
+)
+def test_a_wrong_label_is_refused_in_every_dtype(name, dtype, setting):
+    y, text = labelled(name, dtype, 60)
+    x = torch.zeros(60)
+    with pytest.raises(ValueError, match=text):
+        sc_bce_with_logits(x, y, **setting)
+    target = {key: value for key, value in setting.items() if key != "reduction"}
+    with pytest.raises(ValueError, match=text):
+        perturb_target(y, **target)
+
+
+@looked_at
+@pytest.mark.parametrize("setting", SETTINGS[:7], ids=range(7))
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("0/255", torch.uint8), ("-1/1", torch.int8), ("1/2", torch.float32)]
+)
+@pytest.mark.parametrize("size", [1, 4097, MANY])
+def test_a_wrong_label_is_refused_at_every_size(size, name, dtype, setting):
+    y, text = labelled(name, dtype, size)
+    with pytest.raises(ValueError, match=text):
+        sc_bce_with_logits(torch.zeros(size), y, **setting)
+
+
+@looked_at
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["inference", "every other", "transposed", "of a subclass"])
+def test_a_wrong_label_is_refused_in_a_tensor_of_any_kind(kind, alpha, dtype):
+    y, text = labelled("0/255", dtype, 64)
+    x = torch.zeros(64)
+    if kind == "inference":
+        with torch.inference_mode():
+            y = y.clone()
+        assert y.is_inference()
+    elif kind == "every other":
+        x, y = torch.zeros(32), y[1::2]
+        assert not y.is_contiguous()
+    elif kind == "transposed":
+        x, y = torch.zeros(8, 8), y.view(8, 8).T
+    else:
+        y = y.as_subclass(type("Mask", (torch.Tensor,), {}))
+    for ignored in (None, 7):
+        with pytest.raises(ValueError, match=text):
+            sc_bce_with_logits(x, y, alpha, ignore_index=ignored)
+        with pytest.raises(ValueError, match=text):
+            perturb_target(y, alpha, ignore_index=ignored)
+
+
+def test_where_a_look_would_wait_or_break_a_graph_there_is_none():
+    """The one exception: compile, vmap and devices; a float is then taken as it is."""
+    x, y = torch.zeros(3), torch.tensor([0.0, 255.0, 1.0])
+    want = F.binary_cross_entropy_with_logits(x, y, reduction="none")
+    assert_close(torch.func.vmap(sc_bce_with_logits)(x, y), want)
+    compiled = torch.compile(sc_bce_with_logits, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, y, reduction="none"), want)
+    for wrong in (y, y.long()):
+        assert sc_bce_with_logits(x.to("meta"), wrong.to("meta"), 0.1).is_meta
+
+
+@looked_at
+def test_an_advice_fits_the_value():
+    """A mask that was divided by 255 already is not told to do it; 1.0000000591 is not 1."""
+    y = torch.tensor([0.0, 1.0 + 5.91e-8], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"got the value 1.0000000591; name a void label") as wrong:
+        sc_bce_with_logits(torch.zeros(2), y, 0.1)
+    assert "255" not in str(wrong.value)
+    y[1] = 1 + 1 / 255
+    with pytest.raises(ValueError, match=r"got the value 1.00392; name a void label with"):
+        sc_bce_with_logits(torch.zeros(2), y)
 
 
 # --- errors -----------------------------------------------------------------------------------
@@ -558,7 +773,8 @@ ERRORS = [
     (dict(alpha=0.1, beta=torch.ones(3)), ValueError, r"`beta` .* but got shape \(3,\)"),
     (dict(alpha=0.1, reduction="avg"), ValueError, r"'none', 'mean', 'sum', but got 'avg'"),
     (dict(alpha=0.1, ignore_index="void"), TypeError, r"`ignore_index` to be an int or None"),
-    (dict(ignore_index=math.nan), ValueError, r"equals no target; mark ignored elements"),
+    (dict(ignore_index=math.inf), TypeError, r"int or None, or `math.nan`, but got inf"),
+    (dict(ignore_index=True), TypeError, r"int or None, or `math.nan`, but got True \(bool\)"),
     (dict(alpha=0.1, target=Y[:3]), ValueError, r"have the size of `input`.*reshape"),
     (dict(alpha=0.1, target=[1.0]), TypeError, r"`target` to be a Tensor, but got list"),
     (dict(alpha=0.1, target=Y.to(torch.complex64)), TypeError, r"got torch.complex64; pass"),
@@ -602,7 +818,7 @@ def test_perturb_target_refuses_the_same(wrong, kind, text):
 def test_perturb_target_refuses_an_integer_dtype():
     with pytest.raises(TypeError, match=r"floating-point torch.dtype, but got torch\.int64"):
         perturb_target(Y, 0.1, dtype=torch.int64)
-    with pytest.raises(TypeError, match=r"floating-point torch.dtype, but got 'float32'"):
+    with pytest.raises(TypeError, match=r"floating-point torch.dtype, but got float32"):
         perturb_target(Y, 0.1, dtype="float32")
 
 
@@ -628,13 +844,73 @@ def test_labels_that_are_nan_are_torchs_to_carry_through():
     assert_close(ignored, sc_bce_with_logits(torch.zeros(5), torch.ones(5), 0.1))
 
 
-def test_many_floats_are_not_looked_at_where_it_would_cost_a_pass():
-    """Without a reduction there is no sweep that looks; the modules look at their first batches."""
-    x, y = torch.zeros(5000), torch.full((5000,), 3.0)
-    assert sc_bce_with_logits(x, y, 0.1, reduction="none").isfinite().all()
-    few = x[:4096], y[:4096], 0.1
-    call = lambda: sc_bce_with_logits(*few, reduction="none")  # noqa: E731
-    refused(ValueError, "got the value 3", call)
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+@pytest.mark.parametrize(("size", "ones"), [((2, 5, 4, 5), ", 1, 1"), ((2, 5, 5), ", 1")])
+def test_a_weight_per_label_does_not_lie_along_the_last_dimension(size, ones, name, alpha):
+    """Where C = W torch takes it without a word."""
+    x, y, rates = torch.randn(size), torch.rand(size), torch.rand(5) + 0.5
+    text = (
+        rf"`{name}` to have one value per label, shape \(5{ones}\), but got shape \(5,\), which "
+        rf"would lie along the last dimension; pass `{name}.reshape\(-1{ones}\)`"
+    )
+    with pytest.raises(ValueError, match=text):
+        sc_bce_with_logits(x, y, alpha, **{name: rates})
+    along = rates.reshape(-1, *(1 for _ in size[2:]))
+    got = sc_bce_with_logits(x, y, alpha, **{name: along})
+    w = array(along.double())
+    weights = {"weight": w} if name == "weight" else {"pos_weight": w}
+    close(got, ref.sc_bce(array(x), array(y), alpha, 2.0, **weights), rtol=1e-6)
+    one = torch.tensor([2.0])  # of one value, and of (N, C), is no question
+    assert sc_bce_with_logits(x, y, alpha, **{name: one}).isfinite()
+    assert sc_bce_with_logits(x[:, :, 0], y[:, :, 0], alpha, **{name: one}).isfinite()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("input", "target", "text"),
+    [
+        ((4, 2, 3, 3), (4, 3, 3), r"softmax over two classes pass `input\[:, 1\] - input\[:, 0\]`"),
+        ((4, 2), (4,), r"`input\[:, 1\] - input\[:, 0\]`, which is the logit of class 1"),
+        ((4, 1, 3, 3), (4, 3, 3), r"pass `target.unsqueeze\(1\)`"),
+        ((4, 5, 3), (4, 3), r"measures 5 exclusive classes .*`num_labels=5`"),
+        ((4, 3), (3, 4), r"`target` to have the size of `input`, \(4, 3\), but got \(3, 4\); resh"),
+    ],
+)
+def test_sizes_that_differ_name_what_was_probably_meant(input, target, text, alpha):
+    x, y = torch.zeros(input), torch.ones(target)
+    if alpha == 0:  # torch's own
+        with pytest.raises(ValueError, match=r"must be the same as input size"):
+            sc_bce_with_logits(x, y)
+    else:
+        with pytest.raises(ValueError, match=text):
+            sc_bce_with_logits(x, y, alpha)
+    if "input[:, 1]" in text.replace("\\", ""):
+        z = torch.randn(input)
+        label = torch.randint(0, 2, target)
+        ours = sc_bce_with_logits(z[:, 1] - z[:, 0], label, alpha)
+        assert_close(ours, F.cross_entropy(z, label, label_smoothing=2 * alpha))
+
+
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.cpu_only("they are made of one")
+@pytest.mark.parametrize("alpha", [0.0, 0.1, torch.tensor(0.1)])
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_what_torch_computes_nothing_in_is_named(dtype, alpha):
+    text = rf"dtype of at least 16 bits, but got {dtype}; pass `{{}}.float\(\)`"
+    with pytest.raises(TypeError, match="`input` .*" + text.format("input")):
+        sc_bce_with_logits(X.to(dtype), Y, alpha)
+    with pytest.raises(TypeError, match="`target` .*" + text.format("target")):
+        sc_bce_with_logits(X, Y.to(dtype), alpha)
+    with pytest.raises(TypeError, match="`target` .*" + text.format("target")):
+        perturb_target(Y.to(dtype), alpha)
+    sparse = r"to be dense, but got torch.sparse_coo; pass `{}.to_dense\(\)`"
+    with pytest.raises(TypeError, match="`input` " + sparse.format("input")):
+        sc_bce_with_logits(X.to_sparse(), Y, alpha)
+    with pytest.raises(TypeError, match="`target` " + sparse.format("target")):
+        sc_bce_with_logits(X, Y.to_sparse(), alpha)
 
 
 def test_input_that_is_no_tensor_is_refused_at_alpha_zero_too():

@@ -363,14 +363,6 @@ def test_flip_rates_of_a_prior_per_label_are_one_per_label(shape):
     assert_close((up, down), (0.1 * prior, 0.1 * (1 - prior)))
 
 
-def test_one_flip_rate_is_that_of_one_half():
-    assert float(SCBCEWithLogitsLoss.hard_inversion(0.1).flip_rate) == pytest.approx(0.1)
-    assert float(SCBCEWithLogitsLoss.label_smoothing(0.1).flip_rate) == pytest.approx(0.05)
-    for prior in (0.02, torch.tensor([0.5])):
-        with pytest.raises(ValueError, match=r"`prior` to be 1/2.*; read `flip_rates`, a pair"):
-            SCBCEWithLogitsLoss.label_smoothing(0.1, prior=prior).flip_rate  # noqa: B018
-
-
 # --- one half is version 0.1 ------------------------------------------------------------------
 
 

@@ -11,8 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from sc_bce import CalibrationHistogram, measures
-from sc_bce.measures import Cells
+from sc_bce import CalibrationHistogram
+from sc_bce.measure import scores as measures
+from sc_bce.measure.scores import Cells
 
 
 def seen(z, y, **options):

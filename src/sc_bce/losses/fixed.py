@@ -275,7 +275,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         learns = self.training and torch.is_grad_enabled()
-        if learns and self._looks and not torch.compiler.is_compiling():
+        if learns and not torch.compiler.is_compiling() and self._looks:  # in this order: a guard
             self._looks -= 1
             mistakes.warn_of_probabilities(input)
         if self.alpha == 0 or not learns:
@@ -349,7 +349,7 @@ def _require_lessons(loss: SCBCEWithLogitsLoss, alpha: float) -> None:
     if bool((up + down > 1 - 1e-6).any()):
         got = f"alpha * beta = {float((up + down).max()):g}, which loses the order of the labels"
         refuse("alpha", "be below 1 / beta", got, "lower one of them")
-    odds = torch.ones(()) if weight is None else weight
+    odds = torch.ones((), device="cpu") if weight is None else weight
     negative, positive = odds * up / (1 - up), odds * (1 - down) / down
     for kind, other, wrong, answer in (
         ("negative", "positive", negative >= 1, negative.max()),

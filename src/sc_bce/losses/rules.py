@@ -134,9 +134,15 @@ class Climb:
 
         ``slope`` includes beta. One that is not finite moves nothing, nor does a cost of 0.
         """
-        over = accuracy - best if self.objective == "max_entropy" else 1 - accuracy - cost * alpha
-        new = alpha + self.lr * (slope + self.penalty * over.clamp(max=0))
-        moves = slope.isfinite()
+        if self.objective == "max_entropy":
+            over = accuracy - best
+        elif isinstance(cost, Tensor):
+            over = 1 - accuracy - cost * alpha
+        else:
+            over = torch.sub(1 - accuracy, alpha, alpha=cost)
+        gain = torch.add(slope, over.clamp(max=0), alpha=self.penalty)
+        new = torch.add(alpha, gain, alpha=self.lr)
+        moves = slope * 0 == 0  # finite, in two calls
         if isinstance(cost, Tensor):
             moves = moves & (cost > 0)
         return torch.where(moves, new, alpha)

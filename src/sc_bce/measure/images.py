@@ -1,4 +1,4 @@
-"""Confidence intervals of calibration measures: a bootstrap over images, not over pixels."""
+"""Measures image by image, and their confidence intervals: a bootstrap over images."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .. import _batch, _checks
-from . import cells as _tally
-from .histogram import CalibrationHistogram, holding, restored
+from .. import _errors
+from .._errors import refuse
+from .._inputs import Array
+from . import cells as _cells
+from .cells import Counted
+from .histogram import CalibrationHistogram, holding
 
 __all__ = ["ImageHistograms", "Interval"]
 
 Measure = Callable[[CalibrationHistogram], Tensor]
 
-_MEASURES = (
-    "nll", "brier", "ece", "oe", "mce", "adaptive_ece", "sweep_ece", "debiased_ece", "accuracy",
-    "confidence", "slope", "intercept", "refinement",
+_ERRORS = (
+    "nll", "brier", "ece", "oe", "mce", "average_error", "l2_error", "adaptive_ece", "sweep_ece",
+    "debiased_ece", "refinement",
 )  # fmt: skip
-_ERRORS = frozenset(_MEASURES) - {"accuracy", "confidence", "slope", "intercept"}  # 0 at best
+_MEASURES = (*_ERRORS, "accuracy", "confidence", "slope", "intercept")  # those are 0 at best
 _TOGETHER = 1 << 24  # numbers of resampled cells that are held at once
 
 
@@ -28,9 +31,6 @@ class Interval(NamedTuple):
     """A confidence interval of a calibration measure, returned by ``ImageHistograms.interval``.
 
     Example:
-        >>> import torch
-        >>> from sc_bce import ImageHistograms
-        >>> _ = torch.manual_seed(0)
         >>> images = ImageHistograms()
         >>> images.update(torch.randn(50, 16, 16), torch.rand(50, 16, 16) < 0.5)
         >>> value, low, high = images.interval("nll")
@@ -47,7 +47,7 @@ class Interval(NamedTuple):
 
 
 class ImageHistograms:
-    r"""Bootstrap confidence intervals over images for any calibration measure (ECE, NLL, ...).
+    r"""Calibration measures (ECE, NLL, ...) of each image, and bootstrap confidence intervals.
 
     Pixels of one image err together, so a standard error over pixels is far too small. The
     bootstrap draws the :math:`M` images with replacement, many times, and measures each draw
@@ -65,12 +65,13 @@ class ImageHistograms:
     that is never negative counts as an error; accuracy, confidence, slope and intercept do not.
 
     Args:
+        num_labels: number of labels in dimension 1, each measured separately. Default: None.
         num_cells: cells over [0, 1] of each image's histogram, an even number: equal-width bins
-            whose number divides it are exact. Default: 100 (3.3 kB per image).
+            whose number divides it are exact. Default: 100 (4.5 kB per image and label).
 
     Raises:
-        ValueError: ``num_cells`` is not even and positive.
-        TypeError: ``num_cells`` is not an int.
+        ValueError: ``num_cells`` is not even and positive; ``num_labels`` is not positive.
+        TypeError: one of them is not an int.
 
     Note:
         It needs some dozens of images; its coverage was measured with 100. To compare two
@@ -95,98 +96,116 @@ class ImageHistograms:
         True
     """
 
-    def __init__(self, *, num_cells: int = 100) -> None:
-        self.num_cells = CalibrationHistogram(num_cells=num_cells).num_cells
-        self._state = _tally.nothing(0, _tally.grid(self.num_cells).size)
-        self._only_logits = True  # so far; they may turn out to be probabilities
+    def __init__(self, num_labels: int | None = None, *, num_cells: int = 100) -> None:
+        like = CalibrationHistogram(num_labels, num_cells=num_cells)
+        self.num_labels, self.num_cells = like.num_labels, like.num_cells
+        self._grid, self._looked = _cells.grid(self.num_cells), True
+        self._state = _cells.nothing(0, self._grid)  # a row per image and label
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(
-        self,
-        input: Tensor | _tally.Array,
-        target: Tensor | _tally.Array,
-        *,
-        from_logits: bool = True,
-        ignore_index: int | None = None,
-    ) -> None:
+        self, input: Tensor | Array, target: Tensor | Array, *,
+        weight: Tensor | Array | None = None, from_logits: bool = True,
+        ignore_index: float | None = None,
+    ) -> None:  # fmt: skip
         """Add the predictions of a batch; dimension 0 holds its images.
 
         Args:
-            input: logits, or probabilities with ``from_logits=False``, (N, ...).
-            target: 0 and 1 in any dtype, of the same size.
-            from_logits: whether ``input`` holds logits. Default: True.
-            ignore_index: target value of elements to leave out. Default: None.
-
-        Raises:
-            ValueError: as ``CalibrationHistogram.update``, and if the input has no dimension.
-                Nothing is then added.
-            TypeError: an argument has the wrong type.
+            input: logits, or probabilities with ``from_logits=False``, (N, C, ...) or (N, H, W);
+                with ``num_labels``, dimension 1 holds the labels, as in (N, C). Without, one or
+                two dimensions are refused: (H, W) would be H images.
+            target, weight, from_logits, ignore_index: as for :class:`CalibrationHistogram`.
 
         Example:
-            >>> import torch
-            >>> from sc_bce import ImageHistograms
             >>> images = ImageHistograms()
             >>> images.update(torch.randn(8, 1, 4, 4), torch.rand(8, 1, 4, 4) < 0.5)
             >>> images
             ImageHistograms(num_cells=100, images=8)
         """
-        x, y = _tally.pair(input, target)
-        if x.dim() == 0:
-            raise ValueError(
-                _checks.sentence("input", "have its images in dimension 0", "no dimension")
-            )
-        ignore_index = _checks.ignore_index(ignore_index)
-        home = _batch.home(x.device)
-        new = _tally.count(self.num_cells, x.to(home), y.to(home), from_logits, ignore_index)
-        self._append(new)
-        self._only_logits = self._only_logits and from_logits
+        batch = _cells.batch(input, target, weight, from_logits, ignore_index)
+        if batch.input.dim() < (3 if self.num_labels is None else 2):
+            refuse(
+                "input", "be a batch of images, (N, C, H, W) or (N, H, W)",
+                f"shape {tuple(batch.input.shape)}",
+                "pass one image as `input[None]`, flattened ones as `input[:, None]`, and targets "
+                "likewise",
+            )  # fmt: skip
+        _cells.by_label(batch.input, self.num_labels)
+        new = _cells.count(self._grid, batch.rows(self._rows))
+        if len(batch.input):
+            self._append(new)
+        self._looked = False
 
+    def _rows(self, part: Tensor) -> Tensor:
+        return part if self.num_labels is None else part.flatten(0, 1)
+
+    @torch.inference_mode(False)
     def merge(self, other: ImageHistograms) -> ImageHistograms:
         """Append the images of another object, and return this one.
 
-        Raises:
-            ValueError: the other has a different number of cells.
-            TypeError: the other is not an ImageHistograms.
-
         Example:
-            >>> import torch
-            >>> from sc_bce import ImageHistograms
             >>> one, two = ImageHistograms(), ImageHistograms()
-            >>> one.update(torch.randn(8, 4), torch.rand(8, 4) < 0.5)
-            >>> two.update(torch.randn(3, 4), torch.rand(3, 4) < 0.5)
+            >>> one.update(torch.randn(8, 1, 4), torch.rand(8, 1, 4) < 0.5)
+            >>> two.update(torch.randn(3, 1, 4), torch.rand(3, 1, 4) < 0.5)
             >>> one.merge(two)
             ImageHistograms(num_cells=100, images=11)
         """
         self._check(other)
         self._append(other._state)
-        self._only_logits = self._only_logits and other._only_logits
+        self._looked = self._looked and other._looked
         return self
 
     def histogram(self) -> CalibrationHistogram:
         """Return the :class:`CalibrationHistogram` of all images together.
 
         Example:
-            >>> import torch
-            >>> from sc_bce import ImageHistograms
             >>> images = ImageHistograms()
-            >>> logits = torch.tensor([[2.0, -1.0], [0.5, 3.0]])
-            >>> images.update(logits, torch.tensor([[1, 0], [0, 1]]))
+            >>> images.update(torch.tensor([[[2.0, -1.0]], [[0.5, 3.0]]]), torch.ones(2, 1, 2))
             >>> images.histogram().accuracy()
             tensor(0.7500, dtype=torch.float64)
         """
-        weights = torch.ones(1, len(self), dtype=torch.float64, device="cpu")
-        state = self._drawn(weights, self._flat())
-        return holding(state, None, self.num_cells, only_logits=self._only_logits)
+        size = (len(self), self.num_labels or 1)
+        rows = (part.reshape(*size, *part.shape[1:]).sum(0) for part in self._state)
+        return holding(Counted(*rows), self.num_labels, self.num_cells, self._looked)
+
+    def label(self, index: int) -> ImageHistograms:
+        """Return the images of one label, without ``num_labels``.
+
+        Example:
+            >>> images = ImageHistograms(2)
+            >>> images.update(torch.randn(8, 2), torch.rand(8, 2) < 0.5)
+            >>> images.label(1)
+            ImageHistograms(num_cells=100, images=8)
+        """
+        labels, made = range(self.num_labels or 1), ImageHistograms(num_cells=self.num_cells)
+        made._state = Counted(*(part[labels[index] :: len(labels)] for part in self._state))
+        made._looked = self._looked
+        return made
+
+    def per_image(self) -> dict[str, Tensor]:
+        """Return every measure of ``CalibrationHistogram.to_dict`` for each image.
+
+        Returns:
+            Tensors of shape (images,), or (images, labels), in the order of the images. What an
+            image does not have is nan, such as the slope where one class is missing.
+
+        Example:
+            >>> images = ImageHistograms()
+            >>> images.update(torch.tensor([[[2.0, -1.0]], [[0.5, 3.0]]]), torch.ones(2, 1, 2))
+            >>> images.per_image()["accuracy"]
+            tensor([0.5000, 1.0000], dtype=torch.float64)
+        """
+        size = (len(self),) if self.num_labels is None else (len(self), self.num_labels)
+        if not len(self):
+            return {name: one.new_zeros(size) for name, one in self.histogram().measures().items()}
+        each = holding(self._state, len(self._state.counts), self.num_cells)
+        return {name: value.reshape(size) for name, value in each.measures().items()}
 
     def interval(
-        self,
-        measure: str | Measure = "nll",
-        *,
-        other: ImageHistograms | None = None,
-        level: float = 0.95,
-        resamples: int = 1000,
-        seed: int = 0,
-    ) -> Interval:
+        self, measure: str | Measure = "nll", *, other: ImageHistograms | None = None,
+        level: float = 0.95, resamples: int = 1000, seed: int = 0,
+    ) -> Interval:  # fmt: skip
         """Return a bootstrap confidence interval of a measure, or of its difference to a network.
 
         Args:
@@ -200,110 +219,73 @@ class ImageHistograms:
             seed: seed of the draws. Default: 0.
 
         Returns:
-            :class:`Interval`, of floats; its ends are nan if a draw has no value, such as the
-            slope of a draw without positives.
+            :class:`Interval`; its ends are nan if a draw has no value, such as a slope.
 
         Raises:
-            ValueError: there are fewer than two images; the other has a different number of
-                images or cells; the measure is unknown; ``level`` is outside (0, 1).
-            TypeError: an argument has the wrong type.
+            ValueError: there are fewer than two images; those of the other differ in number,
+                elements or positives; the measure is unknown; ``level`` is outside (0, 1).
 
         Example:
-            >>> import torch
-            >>> from sc_bce import ImageHistograms
             >>> _ = torch.manual_seed(0)
-            >>> truth = torch.randn(50, 16, 16)
-            >>> images = ImageHistograms()
+            >>> truth, images = torch.randn(50, 16, 16), ImageHistograms()
             >>> images.update(3 * truth, torch.rand(50, 16, 16) < torch.sigmoid(truth))
             >>> value, low, high = images.interval("slope")
             >>> low < value < high < 1  # over-confident beyond doubt
             True
         """
-        of = self._measure(measure)
-        _checks.number("level", level, 0.0, 1.0)
-        if level in (0, 1):
-            raise ValueError(_checks.sentence("level", "be inside (0, 1)", level))
-        _checks.positive_int("resamples", resamples)
+        if isinstance(measure, str):
+            _errors.choice("measure", measure, _MEASURES)
+        of = cast(Measure, getattr(CalibrationHistogram, str(measure), measure))
+        _errors.inside("level", level, 0.0, 1.0)
+        _errors.whole("resamples", resamples)
+        if self.num_labels is not None:
+            wanted, got = "have one label", f"num_labels={self.num_labels}"
+            refuse("self", wanted, got, "pass `images.label(i).interval(...)`")
         if len(self) < 2:
-            raise ValueError(
-                _checks.sentence("self", "hold two images or more", len(self), "update it first")
-            )
-        both = [self]
+            refuse("self", "hold two images or more", len(self), "update it first")
         if other is not None:
-            self._check(other)
-            if len(other) != len(self):
-                raise ValueError(
-                    _checks.sentence(
-                        "other", f"hold the same {len(self)} images", f"{len(other)} images"
-                    )
-                )
-            both.append(other)
+            self._check(other, alike=True)
+        both = [self] if other is None else [self, other]
         draws = [one._resampled(of, resamples, seed) for one in both]
         values = [float(of(one.histogram())) for one in both]
         if other is not None:
-            difference = draws[0] - draws[1]
-            return _interval(values[0] - values[1], difference, level)
+            return _interval(values[0] - values[1], draws[0] - draws[1], level)
         may_be_0 = measure in _ERRORS or not isinstance(measure, str)
         return _interval(values[0], draws[0], level, may_be_0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return copies of the counts and sums, one row per image, to be saved.
+        """Return copies of the counts and sums, one row per image and label, to be saved.
 
         Example:
-            >>> from sc_bce import ImageHistograms
             >>> sorted(ImageHistograms().state_dict())
-            ['counts', 'doubts', 'log_loss', 'squared_error']
+            ['counts', 'doubts', 'sizes', 'totals']
         """
         return {name: part.clone() for name, part in self._state._asdict().items()}
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Replace the content with a copy of a saved state, of any number of images.
 
-        Args:
-            state_dict: what :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: a key is missing or unexpected, or the number of cells differs.
-
         Example:
-            >>> import torch
-            >>> from sc_bce import ImageHistograms
-            >>> images, restored = ImageHistograms(), ImageHistograms()
-            >>> images.update(torch.randn(8, 4), torch.rand(8, 4) < 0.5)
-            >>> restored.load_state_dict(images.state_dict())
-            >>> restored
+            >>> one, other = ImageHistograms(), ImageHistograms()
+            >>> one.update(torch.randn(8, 1, 4), torch.rand(8, 1, 4) < 0.5)
+            >>> other.load_state_dict(one.state_dict())
+            >>> other
             ImageHistograms(num_cells=100, images=8)
         """
         counts = state_dict.get("counts")
-        images = len(counts) if isinstance(counts, Tensor) and counts.dim() else 0
-        self._state = restored(state_dict, _tally.nothing(images, _tally.grid(self.num_cells).size))
+        rows = len(counts) if isinstance(counts, Tensor) and counts.dim() else 0
+        rows -= rows % (self.num_labels or 1)
+        self._state = _cells.restored(state_dict, _cells.nothing(rows, self._grid))
+        self._looked = False
 
-    def _append(self, new: _tally.Counted) -> None:
+    def _append(self, new: Counted) -> None:
         parts = zip(self._state.to(new.counts.device), new, strict=True)
-        self._state = _tally.Counted(*(torch.cat(pair) for pair in parts))
-
-    def _flat(self) -> Tensor:
-        """All numbers of each image in one row, float64, on the CPU."""
-        return torch.cat([part.cpu().double().flatten(1) for part in self._columns()], 1)
-
-    def _columns(self) -> _tally.Counted:
-        state = self._state
-        return state._replace(
-            squared_error=state.squared_error[:, None], log_loss=state.log_loss[:, None]
-        )
-
-    def _drawn(self, weights: Tensor, flat: Tensor) -> _tally.Counted:
-        """The sums of all images, with one label for each row of weights over them."""
-        shapes = [part.shape[1:] for part in self._state]
-        sizes = [shape.numel() for shape in shapes]
-        parts = [
-            part.reshape(len(weights), *shape)
-            for part, shape in zip(torch.split(weights @ flat, sizes, 1), shapes, strict=True)
-        ]
-        return _tally.Counted(parts[0].round().to(torch.int64), *parts[1:])
+        self._state = Counted(*(torch.cat(pair) for pair in parts))
 
     def _resampled(self, of: Measure, resamples: int, seed: int) -> Tensor:
-        flat = self._flat()
+        shapes = [part.shape[1:] for part in self._state]
+        flat = torch.cat([part.cpu().flatten(1) for part in self._state], 1)
         # The same seed draws the same images for both networks.
         generator = torch.Generator("cpu").manual_seed(seed)
         images, values = len(self), []
@@ -313,51 +295,43 @@ class ImageHistograms:
             chosen = torch.randint(images, (rows, images), generator=generator, device="cpu")
             weights = torch.zeros(rows, images, dtype=torch.float64, device="cpu")
             weights.scatter_add_(1, chosen, torch.ones_like(weights))
-            drawn: object = of(holding(self._drawn(weights, flat), rows, self.num_cells))
+            parts = torch.split(weights @ flat, [shape.numel() for shape in shapes], 1)
+            sums = Counted(*(p.reshape(rows, *s) for p, s in zip(parts, shapes, strict=True)))
+            drawn: object = of(holding(sums, rows, self.num_cells))
             if not isinstance(drawn, Tensor) or drawn.shape != (rows,):
-                raise TypeError(
-                    _checks.sentence(
-                        "measure",
-                        f"return a Tensor of shape ({rows},) for a histogram of {rows} labels",
-                        _checks.describe(drawn),
-                        "leave out `float` and `item`",
-                    )
-                )
+                wanted = f"return a Tensor of shape ({rows},) for a histogram of {rows} labels"
+                remedy = "leave out `float` and `item`"
+                refuse("measure", wanted, _errors.describe(drawn), remedy, TypeError)
             values.append(drawn.double())
         return torch.cat(values)
 
-    def _check(self, other: object) -> None:
+    def _check(self, other: object, alike: bool = False) -> None:
+        """Refuse another kind of object, and if ``alike``, one of other images."""
         if not isinstance(other, ImageHistograms):
-            raise TypeError(
-                _checks.sentence("other", "be ImageHistograms", _checks.describe(other))
-            )
-        if other.num_cells != self.num_cells:
-            raise ValueError(
-                _checks.sentence(
-                    "other", f"have num_cells={self.num_cells}", f"num_cells={other.num_cells}"
-                )
-            )
-
-    @staticmethod
-    def _measure(measure: object) -> Measure:
-        if isinstance(measure, str):
-            _checks.choice("measure", measure, _MEASURES)
-            return cast(Measure, getattr(CalibrationHistogram, measure))
-        if not callable(measure):
-            raise TypeError(
-                _checks.sentence(
-                    "measure",
-                    "be a name, or a function of a histogram",
-                    _checks.describe(measure),
-                )
-            )
-        return cast(Measure, measure)
+            refuse("other", "be ImageHistograms", _errors.describe(other), error=TypeError)
+        for name in ("num_cells", "num_labels"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                refuse("other", f"have {name}={mine}", f"{name}={theirs}")
+        if not alike:
+            return
+        if len(other) != len(self):
+            refuse("other", f"hold the same {len(self)} images", f"{len(other)} images")
+        mine, theirs = (one._state.counts.sum((1, 3)).cpu() for one in (self, other))
+        differ = ((mine - theirs).abs() > 1e-6 * (1 + mine)).any(1)
+        if bool(differ.any()):
+            first = int(differ.nonzero()[0, 0])
+            refuse(
+                "other", "hold the same images in the same order",
+                f"other labels for image {first}", "don't shuffle the loader",
+            )  # fmt: skip
 
     def __len__(self) -> int:
-        return len(self._state.counts)
+        return len(self._state.counts) // (self.num_labels or 1)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(num_cells={self.num_cells}, images={len(self)})"
+        labels = "" if self.num_labels is None else f"num_labels={self.num_labels}, "
+        return f"{type(self).__name__}({labels}num_cells={self.num_cells}, images={len(self)})"
 
 
 def _interval(value: float, draws: Tensor, level: float, may_be_0: bool = False) -> Interval:

@@ -6,15 +6,23 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Cells", "Decomposition", "Reliability"]
+from .cells import Counted, Grid
+from .line import Cells, affine
 
-_ITERATIONS = 200  # at most, of Newton's method; it usually takes a dozen
-_CROWD = 0.01  # share of the elements in the outer tenth of the range: a crowd at an end
+__all__ = ["Cells", "Decomposition", "Reliability", "affine"]
+
+_SEEN = 1.2e-16  # share of the squared logits that rounding can leave, for each element summed
+_FROM = 50  # elements from which numbers that look like probabilities are not an accident
+_CROWD = 0.1  # share of the elements in the outer tenth of the range: a crowd at an end
+_SPREAD = 0.04  # share of the elements at either end of [0, 1]: spread over it
+_MANY = 1000  # elements from which the looks need be less striking
 _LEVEL = 0.01  # logits within less than this are all alike
-_TINY = 1e-15  # share of the mean loss: stop if a step promises a smaller gain
+_INSIDE = 0.99  # share of the elements in [0, 1] from which the labels are asked
+_NEAR = 0.1  # log-probabilities come as near to 0
+_NATS = 6.0  # by which the better reading must predict the labels better
+_MATTERS = 1e-4  # share of the logits' variance from which the spread inside the cells counts
 
 
 class Reliability(NamedTuple):
@@ -31,29 +39,18 @@ class Reliability(NamedTuple):
         >>> edges, count, confidence, accuracy = histogram.reliability(num_bins=2)
         >>> edges
         tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
-        >>> count, confidence[1], accuracy[1]
-        (tensor([ 0, 10]), tensor(0.9000, dtype=torch.float64), tensor(0.8000, dtype=torch.float64))
+        >>> count, round(float(confidence[1]), 4), round(float(accuracy[1]), 4)
+        (tensor([ 0., 10.], dtype=torch.float64), 0.9, 0.8)
     """
 
     edges: Tensor
-    """(num_bins + 1,) edges of the confidence bins"""
+    """(num_bins + 1,) edges of the bins; those of equal mass have a row per label"""
     count: Tensor  # type: ignore[assignment]
-    """(num_bins,) elements in each bin, int64"""
+    """(num_bins,) elements in each bin, or their weight, float64"""
     confidence: Tensor
     """(num_bins,) mean confidence in each bin"""
     accuracy: Tensor
     """(num_bins,) accuracy (top label) or share of positives (positive class) in each bin"""
-
-
-class Cells(NamedTuple):
-    """The data that a repair is fitted to: all cells, in order of their logit."""
-
-    logit: Tensor
-    """(cells,) the logit that represents each cell, float64"""
-    count: Tensor  # type: ignore[assignment]
-    """(cells,) elements in each cell, float64"""
-    positive: Tensor
-    """(cells,) positives in each cell, float64"""
 
 
 class Decomposition(NamedTuple):
@@ -92,6 +89,107 @@ class Bins(NamedTuple):
         return self.count.sum(-1)
 
 
+# --- reading the counts ---------------------------------------------------------------------------
+
+
+def cells_of(state: Counted, grid: Grid) -> list[Cells]:
+    """Mean logit, elements and positives of each cell, label by label; the state is on the CPU."""
+    count, positive = state.counts.sum(2), state.counts[:, :, 1]
+    low, middle = grid.logits()
+    seen = count[..., :-1]
+    # Rounding must not move a cell's mean across its neighbour's.
+    size = (state.sizes[..., :-1] / seen).maximum(low - 1e-3 * (1 + low))
+    size = torch.where(seen > 0, size, middle)
+    # From the surest negative to the surest positive.
+    signed = torch.stack((-size[:, 0], size[:, 1]), 1)
+    columns = (signed, count[..., :-1], positive[..., :-1])
+    rows = zip(*(torch.cat((part[:, 0].flip(-1), part[:, 1]), -1) for part in columns), strict=True)
+    cells = [Cells(*row) for row in rows]
+    for label in (count[..., -1].sum(-1) > 0).nonzero()[:, 0].tolist():
+        sure = (count[label, :, -1], positive[label, :, -1], state.sizes[label, :, -1])
+        _place_sure(cells[label], low, *sure)
+    return cells
+
+
+def _place_sure(cells: Cells, low: Tensor, count: Tensor, positive: Tensor, bytes: Tensor) -> None:
+    """Count the probabilities of 0 and 1 where the logits for which they stand lie.
+
+    The next probability seen, or 8 bits, says how they were rounded: 1 stands for whatever is
+    nearer to 1 than to that. Among the logits beyond this edge it is the one at which the line
+    through all others predicts the share of positives: so they have no say in the slope, unless
+    too many are wrong. Without such a line it is the mean logit, if all of [1 - h, 1] are alike
+    likely: the entropy of h over h.
+    """
+    z, n, k = (part[cells.count > 0].clone() for part in cells)
+    slope, bias = affine(Cells(z, n, k))
+    for side, sign in enumerate((-1, 1)):
+        if not count[side] > 0:
+            continue
+        nearest = float((sign * z).max()) if len(z) else -math.inf
+        half = 0.5 / (1 + math.exp(min(nearest, 700.0)))
+        if bytes[side] > 0:
+            half = min(half, 0.5 / 255)
+        size = max(math.log((1 - half) / half), nearest)
+        share = (float(positive[side]) + 0.5) / (float(count[side]) + 1)
+        if 0 < slope < math.inf:
+            size = max(size, sign * (math.log(share / (1 - share)) - bias) / slope)
+        else:
+            size -= math.log1p(-half) / half
+        place = len(low) - 1 + sign * int((low <= size).sum()) + (side == 0)
+        total = cells.count[place] + count[side]
+        mean = (cells.count[place] * cells.logit[place] + count[side] * sign * size) / total
+        cells.logit[place], cells.count[place] = mean, total
+        cells.positive[place] += positive[side]
+
+
+def spread_out(cells: Cells, state: Counted, grid: Grid, label: int) -> Cells:
+    """Three points in place of each cell, if logits differ inside the cells and it matters.
+
+    The sums of z^2 and of z y over all elements tell how much of both is inside the cells. It is
+    shared out by the squares of the cells' widths, as points at the mean and at sqrt(3) standard
+    deviations from it, of weights 1, 4 and 1, which have the moments of a normal distribution.
+    """
+    count, sizes = state.counts[label].sum(1)[:, :-1], state.sizes[label, :, :-1]
+    positive = state.counts[label, :, 1, :-1]
+    squares, products = float(state.totals[label, 2]), float(state.totals[label, 3])
+    mean = torch.where(count > 0, sizes / count, 0.0)
+    sign = mean.new_tensor([[-1.0], [1.0]])
+    inside = squares - float((mean * sizes).sum())
+    along = products - float((sign * mean * positive).sum())
+    variance = squares - float((sign * sizes).sum()) ** 2 / max(float(count.sum()), 1e-300)
+    if not inside > max(_SEEN * (1e4 + float(count.sum())) * squares, _MATTERS * variance):
+        return cells
+    low, _ = grid.logits()
+    width = torch.cat((low.diff(), low.new_zeros(1))).expand(2, -1).clone()
+    width[:, -1] = (mean[:, -1] - low[-1]).clamp(min=float(width[0, -2])) * 2  # it has no end
+    width = torch.cat((width[0].flip(0), width[1]))
+    z, n, k = cells
+    share = inside / float((n * width**2).sum())
+    step = width * math.sqrt(3 * min(share, 0.25))
+    rate = k / n
+    tilt = (step * along / inside).abs().minimum(rate).minimum(1 - rate) * math.copysign(1, along)
+    return Cells(
+        torch.cat((z - step, z, z + step)), torch.cat((n, 4 * n, n)) / 6,
+        torch.cat((n * (rate - tilt), 4 * k, n * (rate + tilt))).nan_to_num(0) / 6,
+    )  # fmt: skip
+
+
+def bins_of(state: Counted, kind: str) -> Bins:
+    """Count, outcomes and summed confidence of each cell, in order of confidence."""
+    counts, doubts = state.counts, state.doubts
+    count, positive = counts.sum(2), counts[:, :, 1]
+    if kind == "top_label":
+        right, total = counts[:, 0, 0] + counts[:, 1, 1], count.sum(1)
+        return Bins(total, right, total - doubts.sum(1))
+    # Below 1/2 the probability is the doubt, so the order of the cells is reversed.
+    columns = (
+        (count[:, 0], count[:, 1]),
+        (positive[:, 0], positive[:, 1]),
+        (doubts[:, 0], count[:, 1] - doubts[:, 1]),
+    )
+    return Bins(*(torch.cat((low.flip(-1), high), -1) for low, high in columns))
+
+
 # --- bins -----------------------------------------------------------------------------------------
 
 
@@ -106,13 +204,41 @@ def into_bins(cells: Bins, index: Tensor, num_bins: int) -> Bins:
     )
 
 
-def equal_mass(cells: Bins, num_bins: int) -> Bins:
-    count = cells.count
-    # A cell goes to the bin of its middle element. In float64, since the product of a count and
-    # num_bins can overflow int64.
-    middle = (count.cumsum(-1) - count).double() + (count - 1).double() / 2
+def mass_index(cells: Bins, num_bins: int) -> Tensor:
+    """The bin of equal mass to which each cell goes: that of its middle element."""
+    middle = cells.count.cumsum(-1) - (cells.count + cells.count.clamp(max=1)) / 2
     index = (middle * num_bins / cells.total[..., None]).floor().nan_to_num(0)
-    return into_bins(cells, index.clamp(0, num_bins - 1).to(torch.int64), num_bins)
+    return index.clamp(0, num_bins - 1).to(torch.int64)
+
+
+def equal_mass(cells: Bins, num_bins: int) -> Bins:
+    return into_bins(cells, mass_index(cells, num_bins), num_bins)
+
+
+def equal_mass_table(cells: Bins, places: Tensor, num_bins: int) -> tuple[Tensor, Bins]:
+    """Bins of equal mass, and the edges of the cells where they meet, with a row per label."""
+    index = mass_index(cells, num_bins)
+    first = index[:, None] < torch.arange(num_bins + 1, device=index.device)[:, None]
+    return places.to(cells.count)[first.sum(-1)], into_bins(cells, index, num_bins)
+
+
+def between(cells: Bins, places: Tensor, edges: Tensor) -> Bins:
+    """Bins between these edges; ``places`` are those of the cells, which go where their centre is.
+
+    The last bin has both its edges.
+    """
+    places, num_bins = places.to(cells.count), len(edges) - 1
+    centre = (places[1:] + places[:-1]) / 2
+    index = torch.bucketize(centre, edges[1:-1].contiguous(), right=True)
+    outside = (centre < edges[0]) | (centre > edges[-1])
+    bins = into_bins(cells, index.masked_fill(outside, num_bins), num_bins + 1)
+    return Bins(*(part[..., :-1] for part in bins))
+
+
+def gaps(bins: Bins) -> Tensor:
+    """|accuracy - confidence| of each bin, 0 in empty ones."""
+    gap = (bins.outcome - bins.confidence).abs() / bins.count
+    return torch.where(bins.count == 0, 0.0, gap)
 
 
 def ece(bins: Bins) -> Tensor:
@@ -121,14 +247,20 @@ def ece(bins: Bins) -> Tensor:
 
 def oe(bins: Bins) -> Tensor:
     over = (bins.confidence - bins.outcome).clamp(min=0)
-    weighted = torch.where(bins.count > 0, bins.confidence / bins.count * over, 0.0)
+    weighted = torch.where(bins.count == 0, 0.0, bins.confidence / bins.count * over)
     return weighted.sum(-1) / bins.total
 
 
 def mce(bins: Bins) -> Tensor:
-    gap = (bins.outcome - bins.confidence).abs() / bins.count
-    gap = torch.where(bins.count > 0, gap, 0.0).amax(-1)
-    return torch.where(bins.total > 0, gap, torch.nan)
+    return torch.where(bins.total == 0, torch.nan, gaps(bins).amax(-1))
+
+
+def average(bins: Bins) -> Tensor:
+    return gaps(bins).sum(-1) / (bins.count != 0).sum(-1)
+
+
+def l2(bins: Bins) -> Tensor:
+    return ((bins.count * gaps(bins) ** 2).sum(-1) / bins.total).sqrt()
 
 
 def debiased(bins: Bins) -> Tensor:
@@ -151,124 +283,6 @@ def sweep(cells: Bins) -> Tensor:
             break
         best = ece(bins)
     return best
-
-
-# --- a line through the logits --------------------------------------------------------------------
-
-
-def affine(
-    cells: Cells, *, slope: float | None = None, bias: bool = True,
-    limits: tuple[float, float] = (-math.inf, math.inf),
-) -> tuple[float, float]:  # fmt: skip
-    """The (a, b) that minimise the mean loss of a z + b; ``slope`` fixes a, ``bias=False`` b = 0.
-
-    nan if the cells determine no line: no element, only one class, or, for a slope, only one
-    logit. If a threshold separates the classes, the slope is infinite, or the end of ``limits``.
-    """
-    z, n, k = (part[cells.count > 0] for part in cells)
-    total, positive = float(n.sum()), float(k.sum())
-    if not 0 < positive < total:  # nan comes here too
-        return (math.nan if slope is None else slope), math.nan
-    if slope is not None:
-        return slope, (_shift(slope * z, n, k) if bias else 0.0)
-    # Compared, since the rounded mean of equal logits need not be equal to them.
-    alike = not bool((z != (z[0] if bias else 0.0)).any())
-    scale = 0.0 if alike else _spread(z, n, bias)
-    if scale == 0:
-        return math.nan, (math.nan if bias else 0.0)
-    a, b = _apart(z, n, k, bias), 0.0
-    if not a:
-        a, b = _newton(z / scale, n, k, bias)
-        a /= scale
-    low, high = limits
-    if low <= a <= high:
-        return a, (b if math.isfinite(a) else math.nan)
-    # The loss is convex, so that within the limits it is least at the nearer end.
-    end = min(max(a, low), high)
-    return end, (_shift(end * z, n, k) if bias else 0.0)
-
-
-def _apart(z: Tensor, n: Tensor, k: Tensor, bias: bool) -> float:
-    """An infinite slope if some logit (without a bias: 0) separates the classes, otherwise 0."""
-    negative, positive = (z[part].aminmax() for part in (n > k, k > 0))
-    for low, high, end in ((negative, positive, math.inf), (positive, negative, -math.inf)):
-        between = low.max <= high.min if bias else low.max <= 0 <= high.min
-        if bool(between):
-            return end
-    return 0.0
-
-
-def _spread(z: Tensor, n: Tensor, centred: bool) -> float:
-    mean = (n * z).sum() / n.sum() if centred else 0.0
-    return float(((n * (z - mean) ** 2).sum() / n.sum()).sqrt())
-
-
-def _shift(z: Tensor, n: Tensor, k: Tensor) -> float:
-    """The b that minimises the mean loss of z + b, at which the mean probability is the base rate.
-
-    By bisection, since Newton's method gets nowhere from where all probabilities are 0 or 1.
-    """
-    n, k = n / n.sum(), k / n.sum()
-    rate = float(k.sum())
-    middle = math.log(rate / (1 - rate))
-    low, high = middle - float(z.max()), middle - float(z.min())
-    while True:
-        b = (low + high) / 2
-        # Each class alone: a difference would lose the digits of what is sure and right.
-        over = float(((n - k) * torch.sigmoid(z + b)).sum())
-        under = float((k * torch.sigmoid(-z - b)).sum())
-        done = not low < b < high or high - low < 1e-12 * max(1.0, abs(b))
-        if done or over == under:
-            return b
-        low, high = (b, high) if over < under else (low, b)
-
-
-def _newton(z: Tensor, n: Tensor, k: Tensor, fit_bias: bool) -> tuple[float, float]:
-    """Newton's method with steps halved until the loss falls, which is safe for a convex loss."""
-    n, k = n / n.sum(), k / n.sum()
-    rate = float(k.sum())
-    a, b = 0.0, (math.log(rate / (1 - rate)) if fit_bias else 0.0)
-
-    def loss(a: float, b: float) -> float:
-        line = a * z + b
-        # Each class alone: a difference would lose the digits of what is sure and right.
-        return float(((n - k) * F.softplus(line) + k * F.softplus(-line)).sum())
-
-    value = loss(a, b)
-    for _ in range(_ITERATIONS):
-        p = torch.sigmoid(a * z + b)
-        miss, weight = n * p - k, n * p * (1 - p)
-        g_a, g_b = float((miss * z).sum()), float(miss.sum())
-        h_aa, h_ab, h_bb = (float((weight * z**i).sum()) for i in (2, 1, 0))
-        step_a, step_b = _step((g_a, g_b), (h_aa, h_ab, h_bb), fit_bias)
-        promise = g_a * step_a + g_b * step_b
-        if not promise > _TINY * max(value, 1e-300):
-            break
-        size = 1.0
-        while size > 1e-10:
-            new = loss(a - size * step_a, b - size * step_b)
-            if new <= value - 1e-4 * size * promise:
-                break
-            size /= 2
-        else:
-            break
-        a, b, value = a - size * step_a, b - size * step_b, new
-    return a, b
-
-
-def _step(
-    gradient: tuple[float, float], hessian: tuple[float, float, float], fit_bias: bool
-) -> tuple[float, float]:
-    """Solve H s = g, a little added to the diagonal in case H is flat; 0 for a fixed bias."""
-    (g_a, g_b), (h_aa, h_ab, h_bb) = gradient, hessian
-    little = 1e-300 + 1e-14 * (h_aa + h_bb * fit_bias)
-    h_aa, h_bb = h_aa + little, h_bb + little
-    if not fit_bias:
-        return g_a / h_aa, 0.0
-    determinant = h_aa * h_bb - h_ab * h_ab
-    if not determinant > 0:
-        return g_a / h_aa, g_b / h_bb
-    return (g_a * h_bb - g_b * h_ab) / determinant, (g_b * h_aa - g_a * h_ab) / determinant
 
 
 # --- isotonic regression --------------------------------------------------------------------------
@@ -306,18 +320,40 @@ def isotonic(count: Tensor, positive: Tensor) -> Blocks:
 # --- probabilities passed as logits ---------------------------------------------------------------
 
 
-def like_probabilities(logit: Tensor, count: Tensor) -> Tensor:
-    """Whether all logits are in [0, 1], spread over it or crowded at one end; a 0-d tensor.
+def like_probabilities(cells: Cells) -> str:
+    """Whether the logits of one label look like "probabilities" or "log-probabilities", or "".
 
-    The logits of an untrained network can be in [0, 1] too, but in a heap clear of both ends.
+    Probabilities are all in [0, 1], spread over it or crowded at one end; the logits of an
+    untrained network can be in [0, 1] too, but in a heap clear of both ends. Or the labels say so,
+    and a few may lie outside ("nearly"): read as probabilities, the numbers predict them far
+    better than as logits, and than the base rate does. Log-probabilities reach up to 0 but not
+    beyond, and are told by the labels alone.
     """
-    seen = count > 0  # not amin and amax: without a dimension XLA reduces nothing
-    low = torch.where(seen, logit, torch.inf).min()
-    high = torch.where(seen, logit, -torch.inf).max()
-    ends = (logit <= high / 10, 1 - logit <= (1 - low) / 10)
-    crowd = torch.stack([torch.where(end, count, 0).sum() for end in ends]).max()
-    spread = (low <= 0.25) & (high >= 0.75) | (crowd >= _CROWD * count.sum())
-    return (low >= 0) & (high <= 1) & (high - low >= _LEVEL) & spread
+    z, n, k = (part[cells.count > 0] for part in cells)
+    total = float(n.sum())
+    if not total >= _FROM:
+        return ""
+    low, high = float(z.min()), float(z.max())
+    if low >= 0 and high <= 1 and high - low >= _LEVEL:
+        crowd = max(float(n[z <= high / 10].sum()), float(n[1 - z <= (1 - low) / 10].sum()))
+        # Few that are all in [0, 1] could be a heap around 1/2, many could not.
+        end, share = (0.25, 0.2 * _CROWD) if total >= _MANY else (0.1, _CROWD)
+        spread = min(float(n[z <= end].sum()), float(n[z >= 1 - end].sum())) >= _SPREAD * total
+        if spread or crowd >= share * total:
+            return "probabilities"
+    rate = k.sum() / total
+    rivals = (_loss(torch.sigmoid(z), n, k), _loss(rate.expand_as(z), n, k))
+    inside, near = (float(n[part].sum()) for part in ((z >= 0) & (z <= 1), z > -_NEAR))
+    if inside >= _INSIDE * total and _loss(z, n, k) < min(rivals) - _NATS:
+        return "nearly"
+    if high <= 0 and near >= 0.1 * _CROWD * total and _loss(z.exp(), n, k) < min(rivals) - _NATS:
+        return "log-probabilities"
+    return ""
+
+
+def _loss(p: Tensor, n: Tensor, k: Tensor) -> float:
+    p = p.clamp(1e-4, 1 - 1e-4)
+    return float(-(k * torch.log(p) + (n - k) * torch.log1p(-p)).sum())
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -335,11 +371,9 @@ def least_score(count: Tensor, positive: Tensor, score: str) -> Tensor:
     return (count * each).sum(-1) / count.sum(-1)
 
 
-def refinement(cells: Cells, score: str) -> Tensor:
-    """The mean score of one label after the best monotone repair."""
-    if not bool(cells.count.sum() > 0):
-        return cells.count.new_full((), math.nan)
-    blocks = isotonic(cells.count, cells.positive)
-    return least_score(
-        cells.count.new_tensor(blocks.count), cells.count.new_tensor(blocks.positive), score
-    )
+def refined(blocks: Blocks, score: str) -> float:
+    """The mean score of one label if each block of the isotonic curve predicts its own share."""
+    if not blocks.count:
+        return math.nan
+    count, positive = (torch.tensor(one, device="cpu").double() for one in blocks[1:])
+    return float(least_score(count, positive, score))

@@ -1,8 +1,8 @@
-"""The reduced loss on an accelerator, with its gradient found on the way.
+"""Loss and gradient in one pass, on accelerators and in half precision.
 
-torch's BCE launches eleven kernels, and keeps the target in float32 until backward. Here the loss is
-softplus(x) - q x and the gradient sigma(x) - q, both while q is at hand: backward scales what the
-forward kept, which has the dtype of the logits.
+torch's BCE launches eleven kernels on an accelerator, and keeps q in float32 until backward. Here
+the loss is softplus(x) - q x and the gradient sigma(x) - q, both while q is at hand: backward
+scales what the forward kept, which has the dtype of the logits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
-from .._torch import transformed
+from .._torch import functional_transform
 
 __all__ = ["applies", "reduced_loss"]
 
@@ -22,13 +22,13 @@ _SURE = -1e4  # a logit whose softplus and sigmoid are 0: with a target of 0 it 
 
 
 def applies(*tensors: Tensor | None) -> bool:
-    """Whether this is eager code on an accelerator, and only the first tensor needs a gradient."""
+    """Whether this is eager code for which it pays, and only the first tensor needs a gradient."""
     x, *others = (value for value in tensors if value is not None)
     return (
         not torch.compiler.is_compiling()
-        and x.device.type != "cpu"
+        and (x.device.type != "cpu" or x.dtype.itemsize < 4)
         and type(x) in (Tensor, nn.Parameter)
-        and not transformed()
+        and not functional_transform()
         and not any(value.requires_grad for value in others)
         and not any(forward_ad.unpack_dual(value).tangent is not None for value in (x, *others))  # type: ignore[no-untyped-call]
     )
