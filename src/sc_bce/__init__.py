@@ -15,7 +15,7 @@ from .measure import (
 )
 from .repair import IsotonicCalibration, TemperatureScaling
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "AdaptivePerturbation",
