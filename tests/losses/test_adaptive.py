@@ -12,17 +12,7 @@ from devices import array, random, refused, rng_state, seeded, tensor
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import MASKS, seeds
-from tables import (
-    Measured,
-    assert_same,
-    build,
-    climbing,
-    moving,
-    published,
-    put,
-    saved,
-    trained,
-)
+from tables import Measured, assert_same, build, climbing, moving, published, put, saved, trained
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close

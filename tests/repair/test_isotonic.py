@@ -12,10 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from sc_bce import (
-    CalibrationHistogram,
-    IsotonicCalibration,
-)
+from sc_bce import CalibrationHistogram, IsotonicCalibration
 from sc_bce.measure.cells import grid
 from sc_bce.repair.isotonic import place
 

@@ -160,16 +160,8 @@ FIT = [
     ((Z, Y[:1]), ValueError, "size of `input`"),
     ((Z, torch.ones(2)), ValueError, "both classes, but got only 1; fit to validation data"),
     ((Z, torch.zeros(2)), ValueError, "both classes, but got only 0"),
-    (
-        (Z * math.inf, Y),
-        ValueError,
-        "`input` to hold finite logits, but got an infinite one",
-    ),
-    (
-        (Z, Y * 255),
-        ValueError,
-        "hold only 0 and 1, but got the value 255; .*`mask > 0`",
-    ),
+    ((Z * math.inf, Y), ValueError, "`input` to hold finite logits, but got an infinite one"),
+    ((Z, Y * 255), ValueError, "hold only 0 and 1, but got the value 255; .*`mask > 0`"),
     ((Z[:0], Y[:0]), ValueError, "an element to fit to, but got none"),
     ((Z.long(), Y), TypeError, "floating-point logits"),
     (([1.0], Y), TypeError, "`input` to be a CalibrationHistogram, or a Tensor .* but got list"),
@@ -467,8 +459,7 @@ def test_fits_tell_what_they_gained_and_warn_of_what_they_lost():
     assert after == pytest.approx(ref.bce(array(scaling(z)), array(y)).mean(), rel=1e-6)
     assert repr(scaling).endswith(f"nll={before:.4f} -> {after:.4f})")
     with pytest.warns(
-        UserWarning,
-        match=r"raises the NLL of the data .* \(see `nll`\): is its flip rate",
+        UserWarning, match=r"raises the NLL of the data .* \(see `nll`\): is its flip rate"
     ) as seen:
         TemperatureScaling(0.4).fit(z / 3, y)
     assert seen[0].filename == __file__
@@ -570,19 +561,11 @@ BAD = [
     ((filled(Z, [1, 1]),), ValueError, "`histogram` to hold both classes, but got only 1"),
     ((spoilt(),), ValueError, "finite counts and sums, but got nan"),
     ((CalibrationHistogram(2),), ValueError, "num_labels=None, but got num_labels=2; build both"),
-    (
-        (filled(Z, Y), Y),
-        TypeError,
-        "`target` to be None, like `weight`, beside a Cal",
-    ),
+    ((filled(Z, Y), Y), TypeError, "`target` to be None, like `weight`, beside a Cal"),
     ((Z,), TypeError, r"`target` to be the labels of the input, but got None; pass `fit\(input"),
     (([Z],), TypeError, "`input` to be a CalibrationHistogram, .* but got list; update a hist"),
     ((Z, Y.float() * 0.5 + 300), ValueError, r"`target` to be in \[0, 1\], but got the value 300"),
-    (
-        (Z * math.nan, Y),
-        ValueError,
-        "`input` to hold no nan, but got nan; the model has",
-    ),
+    ((Z * math.nan, Y), ValueError, "`input` to hold no nan, but got nan; the model has"),
 ]
 
 
