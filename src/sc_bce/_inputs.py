@@ -301,7 +301,6 @@ class Perturbation(NamedTuple):
         """Whether no label is perturbed, as the host knows."""
         return not isinstance(self.alpha, Tensor) and self.alpha == 0
 
-    @property
     def tensors(self) -> list[Tensor]:
         return [value for value in self if isinstance(value, Tensor)]
 

@@ -265,11 +265,11 @@ def _by_torch(
             x, batch.labels(dtype), weight, pos_weight=pos_weight, reduction=reduction
         )
     wide = torch.promote_types(dtype, torch.float32)
-    if pos_weight is None and reduction != "none":
-        if one_pass.applies(x, batch.target, weight, *given.tensors):
-            # An ignored label may become nan here: its target is replaced.
-            q = towards_prior(_inputs.as_labels(batch.target, wide, None, batch.legal), given)
-            return one_pass.reduced_loss(x, q, weight, batch.ignored(), reduction == "mean")
+    whole = pos_weight is None and reduction != "none"
+    if whole and one_pass.applies(x, batch.target, weight, *given.tensors()):
+        # An ignored label may become nan here: its target is replaced.
+        q = towards_prior(_inputs.as_labels(batch.target, wide, None, batch.legal), given)
+        return one_pass.reduced_loss(x, q, weight, batch.ignored(), reduction == "mean")
     y, valid = batch.labels(wide), batch.valid()
     if valid is not None and batch.void != batch.void:
         y = torch.where(valid, y, 0.0)  # nan times a weight of 0 is nan
