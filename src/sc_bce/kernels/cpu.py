@@ -62,7 +62,7 @@ def sweep(
         given = given._replace(alpha=1.0)
     # A row is the elements that share a strength, a prior and a weight: all trailing dimensions
     # along which none of them varies. Only what is wanted of samples keeps them apart.
-    lead = max(int(by_sample), 0, *(_varying(value) for value in given.tensors))
+    lead = max(int(by_sample), 0, *(_varying(value) for value in given.tensors()))
     if weight is not None:
         weight = weight.reshape((1,) * (x.dim() - weight.dim()) + tuple(weight.shape))
         lead = lead if weight.shape == x.shape else max(lead, _varying(weight))
@@ -107,7 +107,7 @@ def _takes(batch: Batch, given: Perturbation, weight: Tensor | None, by_sample: 
     return all(
         not value.requires_grad and torch.promote_types(value.dtype, wide) == wide
         for value in constants
-    ) and all(readable(value) and not _is_dual(value) for value in (x, *constants, *given.tensors))
+    ) and all(readable(value) and not _is_dual(value) for value in (x, *constants, *given.tensors()))
 
 
 def _is_dual(value: Tensor) -> bool:
