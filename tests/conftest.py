@@ -10,7 +10,7 @@ from paths import fusing
 # What runs on any device; the rest is not collected there.
 SUITES = (
     "test_adaptive", "test_draws", "test_dropin", "test_fixed", "test_functional", "test_histogram",
-    "test_levels", "test_measures", "test_posthoc",
+    "test_isotonic", "test_mistakes", "test_rules", "test_scores", "test_table", "test_temperature",
 )  # fmt: skip
 
 # Not timed: a test must not fail because the machine is busy. Derandomised: nor by luck.
@@ -52,8 +52,6 @@ def pytest_configure(config):
         torch.set_default_device(_device(name))
         if name == "xla":  # it compiles anew for each size
             hypothesis.settings.load_profile("few")
-    # Tables of many tests have one and are stepped with numbers; pytest.warns sees it all the same.
-    config.addinivalue_line("filterwarnings", "ignore:pos_weight shifts every probability")
 
 
 def _device(name):

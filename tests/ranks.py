@@ -23,7 +23,6 @@ def connect(rank, world, store):
     warnings.simplefilter("error")
     # Older torch, of itself.
     warnings.filterwarnings("ignore", "TypedStorage is deprecated", module=r"torch\.distributed")
-    warnings.filterwarnings("ignore", "pos_weight shifts")  # which several tables have
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world,
         timeout=timedelta(seconds=60),

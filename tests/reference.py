@@ -4,7 +4,6 @@ from itertools import pairwise
 from math import prod
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 
 def sigmoid(x):
@@ -80,35 +79,43 @@ def hits(x, y, valid=None):
 
 
 class Table:
-    """The adaptive table, one row and one element at a time.
+    """The adaptive table by either rule, one row and one element at a time; labels are kept.
 
-    Labels are kept, not counted; the proximal step is searched for, not solved.
+    With an ``objective`` it is the paper's rule, otherwise the slope's.
     """
 
     def __init__(
-        self, rows, beta=2.0, prior=0.5, objective="calibration", lr=0.002, penalty=2000.0,
-        warmup=5, solver="proximal", focus=0.0, reference_accuracy=None, num_labels=None,
+        self, rows, level=0.2, focus=2.0, beta=1.0, prior="observed", warmup=1, num_labels=None,
+        objective=None, lr=0.002, penalty=2000.0,
     ):  # fmt: skip
-        self.alpha = np.zeros(rows)
-        self.recent = np.full(rows, 0.5)
+        self.alpha, self.recent = np.zeros(rows), np.full(rows, 0.5)
         self.since, self.ever = set(), set()
-        self.beta, self.objective, self.lr, self.penalty = beta, objective, lr, penalty
-        self.warmup, self.solver, self.focus = max(warmup, 1), solver, focus
-        self.reference, self.labels = reference_accuracy, num_labels
-        self.observed = isinstance(prior, str)
-        self.prior = np.full(num_labels or 1, 0.5) if self.observed else np.asarray(prior, float)
-        self.old, self.new = [], []  # (place in prior, label) until the last step, and since
-        self.accuracy = self.best = self.budget = 0.0
-        self.difficulty = 0.5**focus
+        self.level, self.focus, self.beta, self.warmup = level, focus, beta, max(warmup, 1)
+        self.objective, self.lr, self.penalty, self.labels = objective, lr, penalty, num_labels
+        self.counted = prior if isinstance(prior, str) else None
+        self.prior = np.full(num_labels or 1, 0.5) if self.counted else np.asarray(prior, float)
+        self.old, self.new = (
+            [],
+            [],
+        )  # (place in prior, label, weight) until the last step, and since
+        self.mean = self.accuracy = self.best = 0.0
         self.steps = 0
 
     @property
+    def moving(self):
+        return self.steps >= self.warmup
+
+    @property
+    def weighted(self):
+        return self.counted == "level_weighted" and self.objective is None and self.focus > 0
+
+    @property
     def kappa(self):
-        """what a level of 1 costs in confidence, label by label"""
-        if not self.observed and self.prior.ndim == 0 and self.prior == 0.5:
+        """what a level of 1 costs in confidence"""
+        if not self.counted and self.prior.ndim == 0 and self.prior == 0.5:
             return self.beta / 2
         priors = self.prior.ravel()
-        costs = [1 - priors[place] if y >= 0.5 else priors[place] for place, y in self.old]
+        costs = [y * (1 - priors[place]) + (1 - y) * priors[place] for place, y, _ in self.old]
         return self.beta * sum(costs) / max(len(costs), 1)
 
     @property
@@ -117,106 +124,104 @@ class Table:
         return min(1.0, 1 / (2 * farther * self.beta) - 0.01)
 
     def places(self, shape):
-        """the place in the flat prior of each element, and its value"""
+        """the place in the flat prior of each element"""
         number = np.arange(self.prior.size)
-        if self.observed and self.labels is not None:
+        if self.counted and self.labels is not None:
             number = number.reshape(1, -1, *(1 for _ in shape[2:]))
         else:
-            number = number.reshape(self.prior.shape if not self.observed else ())
+            number = number.reshape(() if self.counted else self.prior.shape)
         return np.broadcast_to(number, shape)
 
     def observe(self, index, x, y, valid=None, weight=1.0):
-        """One training batch: each row takes one step with the mean of its slopes."""
+        """One training batch: a row that occurs more than once takes the mean of its changes."""
         valid = np.ones(x.shape, dtype=bool) if valid is None else valid
         place, weight = self.places(x.shape), np.broadcast_to(weight, x.shape)
         c = self.prior.ravel()[place]
-        if self.steps < self.warmup and self.focus == 0:
-            self.since |= set(index.tolist())  # on sight: nothing is measured yet
+        alpha, recent = self.alpha.copy(), self.recent.copy()
         met = {}
         for sample, row in enumerate(index.tolist()):
+            own = 1.0
+            if self.weighted:
+                own = alpha[row] if self.moving else (1 - recent[row]) ** self.focus
             slopes, right = [], []
             for element in np.ndindex(x.shape[1:]):
                 at = (sample, *element)
                 if valid[at]:
                     slopes.append(weight[at] * (y[at] - c[at]) * x[at])
                     right.append((x[at] >= 0) == (y[at] >= 0.5))
-                    self.new.append((place[at], y[at]))
-            if slopes and np.isfinite(sum(slopes)):
-                met.setdefault(row, []).append((np.mean(slopes), np.mean(right)))
-        for row, pairs in met.items():
-            slope, share = np.mean(pairs, axis=0)
-            self.since.add(row)
-            self.recent[row] = 0.9 * self.recent[row] + 0.1 * share
-            if self.steps >= self.warmup and self.kappa > 0:
-                self.alpha[row] = self.climbed(row, self.beta * slope)
+                    self.new.append((place[at], y[at], own))
+            step = self.climb(alpha[row], self.beta * np.mean(slopes)) if slopes else 0.0
+            share = np.mean(right) if right else recent[row]
+            met.setdefault(row, []).append((step, 0.1 * (share - recent[row])))
+        for row, changes in met.items():
+            step, change = np.mean(changes, axis=0)
+            self.recent[row] += change
+            if self.objective and self.moving:
+                self.alpha[row] = min(max(alpha[row] + step, 0.0), self.cap)
+        self.since |= met.keys()
 
-    def climbed(self, row, gain):
-        alpha, kappa, budget = self.alpha[row], self.kappa, self.budget
-        if self.focus > 0 and self.difficulty > 0:
-            share = (1 - self.recent[row]) ** self.focus / self.difficulty
-            budget = min(budget * share, 0.45)
-        elif self.focus > 0:
-            budget = min(budget, 0.45)
-        reference = self.best if self.reference is None else self.reference
-        lost = min(self.accuracy - reference, 0.0)
-        if self.solver == "explicit":
-            over = min(budget - kappa * alpha, 0.0)
-            pull = lost if self.objective == "max_entropy" else over
-            new = alpha + self.lr * (gain + self.penalty * pull)
-            return min(max(new, 0.0), self.cap)
-
-        def worse(doubt):
-            near = (doubt - kappa * alpha) ** 2 / (2 * self.lr)
-            if self.objective == "max_entropy":
-                return near - (gain + self.penalty * lost) / kappa * doubt
-            over = self.penalty / (2 * kappa) * max(doubt - budget, 0.0) ** 2
-            return near - gain / kappa * doubt + over
-
-        high = kappa * self.cap
-        found = minimize_scalar(worse, bounds=(0, high), method="bounded", options={"xatol": 1e-10})
-        return min([0.0, high, found.x], key=worse) / kappa
+    def climb(self, alpha, slope):
+        if not np.isfinite(slope) or self.kappa == 0:
+            return 0.0
+        over = 1 - self.accuracy - self.kappa * alpha
+        if self.objective == "max_entropy":
+            over = self.accuracy - self.best
+        return self.lr * (slope + self.penalty * min(over, 0.0))
 
     @property
     def shown(self):
         """the prior as the module shows it"""
-        alone = self.observed and self.labels is None
-        return self.prior.reshape(()) if alone else self.prior
-
-    def mean_level(self, rows):
-        return sum(self.alpha[row] for row in rows) / max(len(rows), 1)
+        return self.prior.reshape(()) if self.counted and self.labels is None else self.prior
 
     @property
-    def doubt(self):
-        return self.kappa * self.mean_level(self.ever | self.since)
+    def mean_level(self):
+        rows = sorted(self.ever | self.since) or range(len(self.alpha))
+        return np.mean(self.alpha[rows])
 
-    def step(self, accuracy, confidence=None):
-        together([self], accuracy, confidence)
+    def step(self, accuracy, slope=None):
+        together([self], accuracy, slope)
 
-    def end(self, accuracy, confidence, moved):
-        """the end of an epoch, the tables of all ranks merged; `moved`: rows, on any of them"""
-        self.steps += 1
-        if self.observed:
+    def count(self, fresh):
+        """the labels of an epoch, on any rank"""
+        if not self.weighted:
+            self.old = self.old + fresh
+        else:
+            hard = (1 - self.recent) ** self.focus
+            unit = np.mean(self.alpha if self.moving else hard)
+            fresh = [(place, y, own / unit) for place, y, own in fresh] if unit else []
+            sums = [sum(own for at, _, own in fresh if at == p) for p in range(self.prior.size)]
+            self.old = fresh if min(sums) > 0 else self.old
+        if self.counted:
             for place in range(self.prior.size):
-                own = [y for where, y in self.old if where == place]
-                self.prior[place] = (sum(own) + 0.5) / (len(own) + 1)
-        self.alpha = np.minimum(self.alpha, self.cap)
+                own = [(y, share) for at, y, share in self.old if at == place]
+                positive = sum(y * share for y, share in own)
+                self.prior[place] = (positive + 0.5) / (sum(share for _, share in own) + 1)
+
+    def end(self, accuracy, slope, fresh, moved):
+        """the end of an epoch, the tables of all ranks merged; `moved`: rows, on any of them"""
+        self.count(fresh)
+        self.steps += 1
         self.ever |= moved
         self.since = set()
-        self.accuracy, self.best = accuracy, max(self.best, accuracy)
-        if self.objective == "calibration":
-            self.budget = 1 - accuracy
-        elif self.objective == "feedback" and self.steps >= self.warmup and moved:
-            used = min(max(self.budget, 0.0), self.kappa * self.mean_level(moved))
-            high = min(0.45, self.kappa * self.cap)
-            self.budget = min(max(used + 0.5 * (confidence - accuracy), -0.45), high)
-        if self.focus > 0 and self.ever:
-            seen = [(1 - self.recent[row]) ** self.focus for row in self.ever]
-            self.difficulty = sum(seen) / len(seen)
+        if self.objective:
+            self.accuracy, self.best = accuracy, max(self.best, accuracy)
+            self.alpha = np.minimum(self.alpha, self.cap)
+        elif self.moving:
+            mean = self.level if self.steps == self.warmup else self.mean
+            mean += 0.1 / self.beta * (0 if np.isnan(slope) else min(max(1 - slope, -1), 1))
+            self.mean = min(max(mean, 0.0), self.cap)
+            hard = (1 - self.recent) ** self.focus
+            usual = np.mean(hard[sorted(self.ever)])
+            for row in range(len(self.alpha)):
+                share = hard[row] / usual if row in self.ever and usual > 0 else 1.0
+                self.alpha[row] = min(self.mean * share, self.cap)
 
 
-def together(tables, accuracy, confidence=None):
-    """A step of several ranks: a row becomes its mean over those that moved it."""
+def together(tables, accuracy, slope=None):
+    """A step of several ranks: a row becomes its mean over those that trained it."""
     moved = set().union(*(table.since for table in tables))
+    if not moved:
+        return
     fresh = [label for table in tables for label in table.new]
     for row in moved:
         movers = [table for table in tables if row in table.since]
@@ -225,8 +230,8 @@ def together(tables, accuracy, confidence=None):
             for table in tables:
                 getattr(table, name)[row] = mean
     for table in tables:
-        table.old, table.new = table.old + fresh, []
-        table.end(accuracy, confidence, moved)
+        table.new = []
+        table.end(accuracy, slope, fresh, moved)
 
 
 def readings(p, y, kind):

@@ -6,13 +6,7 @@ from typing import Any as _Any
 from .data import IndexedDataset
 from .functional import perturb_target, sc_bce_with_logits
 from .losses import AdaptivePerturbation, SCBCEWithLogitsLoss
-from .measure import (
-    CalibrationHistogram,
-    Decomposition,
-    ImageHistograms,
-    Interval,
-    Reliability,
-)
+from .measure import CalibrationHistogram, Decomposition, ImageHistograms, Interval, Reliability
 from .repair import IsotonicCalibration, TemperatureScaling
 
 __version__ = "0.3.0"

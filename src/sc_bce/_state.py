@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ._errors import sentence
 from ._torch import rank, reduced, world_size
 
 __all__ = ["Stateful", "reseed"]
@@ -41,6 +42,12 @@ class Stateful(nn.Module):
         """Why a saved state does not fit this module, in a sentence; None if it does."""
         return None
 
+    def __getattr__(self, name: str) -> Any:
+        # torch.distributed.checkpoint asks for each key of a state as an attribute.
+        if name[:1] != "_" and name in (held := self.held()):
+            return held[name]
+        return super().__getattr__(name)
+
     def _apply(self: Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = {}
@@ -60,7 +67,7 @@ class Stateful(nn.Module):
                 yield f"{prefix}.{name}" if prefix else name, tensor
 
     def _travelling(self) -> dict[str, Tensor]:
-        held = self.held()
+        held = dict(self.held())
         if self.generator is not None:
             held["generator"] = _packed(self.generator).to(next(iter(held.values())).device)
         return held
@@ -86,18 +93,20 @@ class Stateful(nn.Module):
     ) -> None:
         lists = (missing_keys, unexpected_keys, error_msgs)
         known = [list(each) for each in lists]
-        buffers = {k: v.clone() for k, v in self._buffers.items() if v is not None}
+        held = self._travelling()
+        buffers = {name: (v, v.clone()) for name, v in self._buffers.items() if v is not None}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         mine = (item for item in state_dict.items() if item[0].startswith(prefix))
         saved = {key[len(prefix) :]: value for key, value in mine}
-        problem = self.refusal(saved)
+        problem = self.refusal(saved) or _misfit(held, saved)
+        if problem is None and len(error_msgs) > len(known[2]):
+            problem = error_msgs[-1]  # torch's, of a buffer
         if problem is not None:  # as if nothing had been loaded, in one sentence
-            self._buffers.update(buffers)
+            self._buffers.update((name, v.copy_(copy)) for name, (v, copy) in buffers.items())
             for each, before in zip(lists, known, strict=True):
                 each[:] = before
             error_msgs.append(problem)
             return
-        held = self._travelling()
         names = {prefix + name for name in held}
         unexpected_keys[:] = [key for key in unexpected_keys if key not in names]
         if strict:
@@ -120,6 +129,17 @@ class Stateful(nn.Module):
         )
         if self.generator is not None and generator is not None:
             _unpack(generator.cpu(), self.generator)
+
+
+def _misfit(held: Mapping[str, Tensor], saved: Mapping[str, Any]) -> str | None:
+    """What is wrong with the shape of a saved tensor, in a sentence."""
+    for name, tensor in held.items():
+        got = getattr(saved.get(name), "shape", tensor.shape)
+        if got != tensor.shape:
+            wanted = f"be of shape {tuple(tensor.shape)} in the saved state"
+            remedy = "save and load with the same arguments, on the same type of device"
+            return sentence(name, wanted, f"of shape {tuple(got)}", remedy)
+    return None
 
 
 def reseed(

@@ -405,7 +405,8 @@ def _counts(
 def _column_sums(value: Tensor, shape: tuple[int, ...], share: Tensor | None) -> Tensor:
     over = [place for place in range(value.dim()) if not shape or shape[place] == 1]
     if share is None:
-        return (value.sum(over) if over else value).reshape(-1)
+        total = value.sum(over) if over else value
+        return total if total.dim() < 2 else total.reshape(-1)
     rest = [place for place in over if place > 0]
-    each = (value.sum(rest) if rest else value).reshape(len(share), -1).float()
+    each = _by_sample(value.sum(rest) if rest else value).float()
     return share @ each  # dimension 0 counts the samples, which no prior varies over

@@ -552,11 +552,7 @@ ERRORS = [
     (lambda: LOSS.disturb_label(-0.1), ValueError, r"`rate` to be in \[0, 1\], but got -0.1"),
     (lambda: LOSS.hard_inversion(0.6), ValueError, r"0.6 \* 2.0 > 1"),
     # What teaches nothing.
-    (
-        lambda: LOSS.label_smoothing(1.0),
-        ValueError,
-        r"below 1 / beta, but got alpha \* beta = 1",
-    ),
+    (lambda: LOSS.label_smoothing(1.0), ValueError, r"below 1 / beta, but got alpha \* beta = 1"),
     (lambda: LOSS.hard_inversion(0.5), ValueError, r"= 1, which loses the order of the labels; lo"),
     (lambda: LOSS.disturb_label(1.0), ValueError, r"alpha \* beta = 1, which loses"),
     (lambda: LOSS.moderation(1.0), ValueError, r"alpha \* beta = 1, which loses"),

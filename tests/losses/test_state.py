@@ -5,7 +5,6 @@ import io
 import math
 import pickle
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from devices import lacks
 from ranks import run
-from tables import assert_same, build, moving, saved, trained
+from tables import Measured, assert_same, build, moving, published, put, saved, trained
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,46 +25,64 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
-# Everything that a state can hold.
-WHOLE = dict(
-    focus=1.0, beta=1.0, prior="observed", num_labels=3, lr=0.05, penalty=20.0, warmup=1,
-    objective="feedback", sampling="element",
+# Everything that a state can hold, by either rule.
+WHOLE = dict(focus=1.0, num_labels=3, sampling="element")
+CLIMBS = dict(
+    objective="max_entropy", beta=1.0, prior="observed", num_labels=3, lr=0.05, penalty=20.0,
+    warmup=1, sampling="element",
 )  # fmt: skip
+both = pytest.mark.parametrize("rule", ["slope", "published"])
 
 
 def generator(seed=7):
     return torch.Generator().manual_seed(seed)
 
 
-def whole(rows=6, **options):
+def made(rows=6, rule="slope", **options):
+    if rule == "slope":
+        return build(rows, **{**WHOLE, **options})
+    return published(rows, **{**CLIMBS, **options})
+
+
+def whole(rows=6, rule="slope", **options):
     """A table within its third epoch, all of whose state has moved."""
-    criterion = build(rows, generator=generator(), **{**WHOLE, **options})
+    criterion = made(rows, rule, **{"generator": generator(), **options})
     for accuracy in (0.7, 0.8):
-        trained(criterion).step(accuracy, 0.95)
+        trained(criterion).step(Measured(accuracy, accuracy))
     return trained(criterion, seed=1)
 
 
-def fresh(rows=6, **options):
-    return build(rows, generator=generator(0), **{**WHOLE, **options})
+def fresh(rows=6, rule="slope", **options):
+    return made(rows, rule, **{"generator": generator(0), **options})
 
 
-# --- casts and moves --------------------------------------------------------------------------
+# -- casts and moves
 
 
-def test_casting_moves_weights_and_spares_the_table():
-    criterion = whole(pos_weight=torch.ones(1))
-    before = saved(criterion)
+@both
+def test_casting_moves_weights_and_spares_the_table(rule):
+    criterion = whole(rule=rule, pos_weight=torch.ones(1))
+    twin, before = whole(rule=rule, pos_weight=torch.ones(1)), saved(criterion)
     casts = (criterion.half, criterion.double, lambda: criterion.to(torch.bfloat16),
              lambda: criterion.type(torch.float64), criterion.bfloat16)  # fmt: skip
     for cast in casts:
         cast()
-        assert criterion.alpha.dtype == criterion.sample_accuracy.dtype == torch.float32
-        assert criterion.visited.dtype == torch.uint8
+        assert criterion.alpha.dtype == torch.float32
         assert_same(criterion, before, but=["pos_weight"])
-        assert float(criterion._cap) == pytest.approx(float(whole()._cap))
+        assert criterion.prior.dtype == torch.float32
     assert criterion.pos_weight.dtype == torch.bfloat16
+    for one in (criterion, twin):  # and it goes on as if nothing had been
+        trained(one, seed=2).step(Measured())
+    assert_same(criterion, saved(twin), but=["pos_weight"])
     assert criterion.to("meta").alpha.is_meta
     assert "mean_alpha" not in repr(criterion)
+
+
+def test_a_cast_spares_a_prior_that_is_a_tensor():
+    prior = torch.tensor([0.1, 0.2, 0.3])
+    criterion = made(num_labels=None, prior=prior).bfloat16()
+    assert torch.equal(criterion.prior, prior)
+    assert list(criterion.state_dict()) == list(made(num_labels=None, prior=0.5).state_dict())
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.float16])
@@ -74,17 +91,18 @@ def test_the_table_is_float32_whatever_torchs_default(default):
     try:
         criterion = moving(6, focus=1.0, ignore_index=255)
         x, y = torch.ones(2, 3, dtype=torch.float32), torch.ones(2, 3, dtype=torch.uint8)
-        criterion(x, y, torch.tensor([1, 2]))
+        criterion(x.requires_grad_(), y, torch.tensor([1, 2]))
+        criterion.step(Measured())
     finally:
         torch.set_default_dtype(torch.float32)
     floats = {k: v for k, v in criterion.state_dict().items() if v.is_floating_point()}
-    names = "alpha sample_accuracy setting accuracy best_accuracy budget difficulty"
+    names = "alpha sample_accuracy setting mean_level counts elements positives"
     assert sorted(floats) == sorted(names.split())
     assert all(value.dtype == torch.float32 for value in floats.values())
-    assert criterion.alpha[1] > 0
+    assert criterion.prior.dtype == torch.float32
 
 
-# --- copies -----------------------------------------------------------------------------------
+# -- copies
 
 
 def through_pickle(criterion):
@@ -98,18 +116,22 @@ def through_torch(criterion):
     return torch.load(file, weights_only=False)
 
 
+def empty_like(criterion):
+    return fresh(rule="slope" if "mean_level" in criterion.state_dict() else "published")
+
+
 def through_its_state(criterion):
     file = io.BytesIO()
     torch.save(criterion.state_dict(), file)
     file.seek(0)
-    other = fresh()
+    other = empty_like(criterion)
     other.load_state_dict(torch.load(file, weights_only=True))
     return other
 
 
 def through_safetensors(criterion):
     safetensors = pytest.importorskip("safetensors.torch")
-    other = fresh()
+    other = empty_like(criterion)
     state = safetensors.load(safetensors.save(criterion.state_dict()))
     other.load_state_dict(state)
     return other
@@ -118,16 +140,17 @@ def through_safetensors(criterion):
 COPIES = [copy.deepcopy, through_pickle, through_torch, through_its_state, through_safetensors]
 
 
+@both
 @pytest.mark.parametrize("copied", COPIES)
-def test_a_copy_is_the_same_goes_on_alike_and_is_independent(copied):
-    criterion = whole()
+def test_a_copy_is_the_same_goes_on_alike_and_is_independent(copied, rule):
+    criterion = whole(rule=rule)
     before = saved(criterion)
     twin = copied(criterion)
     assert_same(twin, before)
-    trained(twin, seed=2).step(0.9, 0.95)
+    trained(twin, seed=2).step(Measured())
     trained(twin, seed=3)
     assert_same(criterion, before)
-    trained(criterion, seed=2).step(0.9, 0.95)
+    trained(criterion, seed=2).step(Measured())
     trained(criterion, seed=3)
     assert_same(twin, saved(criterion))
     assert not torch.equal(twin.alpha, before["alpha"])
@@ -142,7 +165,7 @@ def test_a_state_dict_is_a_copy_either_way():
     for assign in (False, True):
         other = fresh()
         other.load_state_dict(state, assign=assign)
-        trained(other, seed=2).step(0.8, 0.9)
+        trained(other, seed=2).step(Measured())
         assert_same(state, before)
 
 
@@ -176,7 +199,7 @@ def test_an_averaged_model_keeps_a_whole_table(buffers):
     assert_same(averaged.module["criterion"], before)
 
 
-# --- loading ----------------------------------------------------------------------------------
+# -- loading
 
 
 def test_every_key_of_the_state_is_found_by_name():
@@ -190,15 +213,16 @@ def test_every_key_of_the_state_is_found_by_name():
     assert [name for name, _ in model["criterion"].named_buffers()] == ["pos_weight"]
 
 
+@both
 @pytest.mark.parametrize("assign", [False, True])
-def test_loading_keeps_dtypes(assign):
-    source = whole()
+def test_loading_keeps_dtypes(assign, rule):
+    source = whole(rule=rule)
     state = {k: v if k == "generator" else v.double() for k, v in saved(source).items()}
-    other = fresh()
+    other = fresh(rule=rule)
     other.load_state_dict(state, assign=assign)
     assert_same(other, saved(source))
     assert torch.equal(other.prior, source.prior)
-    assert other.epoch.steps.dtype == other.counts.dtype == torch.int64
+    assert other.state_dict()["steps"].dtype == torch.int64
 
 
 def test_loading_follows_the_state_at_once():
@@ -207,8 +231,8 @@ def test_loading_follows_the_state_at_once():
     other.load_state_dict(source.state_dict())
     assert "warming up" not in repr(other)
     assert torch.equal(other.prior, source.prior)
-    assert torch.equal(other.doubt, source.doubt)
-    assert other.doubt > 0
+    assert torch.equal(torch.stack(other.flip_rates), torch.stack(source.flip_rates))
+    assert other.flip_rates[0].min() > 0
 
 
 def test_loading_reports_missing_and_unexpected_keys():
@@ -216,18 +240,17 @@ def test_loading_reports_missing_and_unexpected_keys():
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"generator"'):
         build(3).load_state_dict(state)
     build(3).load_state_dict(state, strict=False)
-    del state["budget"]
-    with pytest.raises(RuntimeError, match=r'Missing key.*"budget"'):
+    del state["mean_level"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"mean_level"'):
         build(3, generator=torch.Generator()).load_state_dict(state)
     result = build(3).load_state_dict(state, strict=False)
-    assert (result.missing_keys, result.unexpected_keys) == (["budget"], ["generator"])
+    assert (result.missing_keys, result.unexpected_keys) == (["mean_level"], ["generator"])
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"level"'):
         moving(3).load_state_dict(moving(3).state_dict() | {"level": torch.zeros(3)})
 
 
 def test_a_hook_may_rename_keys_while_loading():
-    source = moving(3)
-    source.alpha.fill_(0.2)
+    source = put(moving(3), alpha=0.3)
     state = source.state_dict()
     state["levels"] = state.pop("alpha")
     criterion = build(3)
@@ -246,201 +269,139 @@ def spoilt(**changed):
     return lambda: whole().state_dict() | changed
 
 
+def without(*names):
+    return lambda: {k: v for k, v in whole().state_dict().items() if k not in names}
+
+
 half = dict(beta=1.0, prior=0.5, num_labels=None)
+LEVELS = "Expected the saved levels to "
 REFUSED = {
     "rows": (dict(rows=6), lambda: whole(9).state_dict(),
-             "num_samples=6, but got 9 levels; build the criterion with that number, load, then "
+             LEVELS + "have 6 levels, but got 9; build the criterion with that number, load, then "
              "`resize`"),
     "no focus": (dict(focus=0.0), lambda: whole().state_dict(),
-                 "focus=0, but got focus above 0; build the criterion with that focus"),
-    "focus": (dict(), lambda: whole(focus=0.0).state_dict(),
-              "focus=1, but got focus=0; build the criterion with that focus"),
-    "other focus": (dict(), lambda: whole(focus=2.5).state_dict(),
-                    "focus=1, but got focus=2.5; build the criterion with that focus"),
-    "objective": (dict(objective="calibration"), lambda: whole().state_dict(),
-                  "objective='calibration', but got objective='feedback'; build the criterion "
-                  "with that objective"),
+                 LEVELS + "be of the rule FollowSlope(level=0.2, focus=0.0), but got one of the "
+                 "default rule with focus=1; build the criterion with that rule"),
+    "focus": (dict(), lambda: whole(focus=0.0).state_dict(), "the default rule with focus=0; "),
+    "other focus": (dict(), lambda: whole(focus=2.5).state_dict(), "rule with focus=2.5; build"),
+    "rule": (dict(), lambda: whole(rule="published").state_dict(),
+             "focus=1.0), but got one of the published rule for max_entropy; build"),
+    "other rule": (dict(rule="published"), lambda: whole().state_dict(),
+                   "Climb(objective='max_entropy', lr=0.05, penalty=20.0), but got one of the "
+                   "default rule with focus=1; build"),
+    "objective": (dict(rule="published", objective="calibration"),
+                  lambda: whole(rule="published").state_dict(),
+                  "but got one of the published rule for max_entropy; build the criterion with"),
+    "version 0.1": (dict(), without("setting"),
+                    LEVELS + "be of version 0.3 or later, but got one of another version; train "
+                    "anew"),
+    "version 0.2": (dict(), spoilt(climbs=torch.tensor(True)), "be of version 0.3 or later, but"),
     "labels": (dict(num_labels=None), lambda: whole().state_dict(),
-               "`counts` of shape (3, 1), but got shape (3, 3); build both criteria with the same "
-               "arguments"),
+               "Expected argument `counts` to be of shape (2, 1) in the saved state, but got of "
+               "shape (2, 3); save and load with the same arguments"),
     "strength": (dict(half, beta=2.0),
-                 lambda: whole(**half).state_dict() | {"alpha": torch.full((6,), 0.8)},
-                 "levels in [0, 0.49], the cap at beta=2, but got a level of 0.8; build the "
-                 "criterion with the beta and prior that it was trained with"),
-    "prior": (dict(half, prior=0.1),
-              lambda: whole(**half).state_dict() | {"alpha": torch.full((6,), 0.6)},
-              "levels in [0, 0.5456], the cap at beta=1, but got a level of 0.6; "),
+                 lambda: put(whole(**half), alpha=0.8).state_dict(),
+                 LEVELS + "hold levels in [0, 0.49], the cap at beta=2, but got one of 0.8; build "
+                 "the criterion with the beta and prior that it was trained with"),
+    "prior": (dict(half, prior=0.1), lambda: put(whole(**half), alpha=0.6).state_dict(),
+              "levels in [0, 0.5456], the cap at beta=1, but got one of 0.6; "),
     "observed prior": (dict(), spoilt(alpha=torch.full((6,), 0.97), counts=torch.tensor(
-        [[9, 9, 9], [0, 4 << 20, 0], [0, 4, 0]])),
-        "levels in [0, 0.5163], the cap at beta=1, but got a level of 0.97; "),
-    "negative": (dict(), spoilt(alpha=torch.full((6,), -0.1)), "levels in [0, "),
-    "nan": (dict(), spoilt(alpha=torch.full((6,), math.nan)), "but got a level of nan; "),
-    "scalar": (dict(), spoilt(accuracy=torch.zeros(3)),
-               "`accuracy` of shape (), but got shape (3,); "),
+        [[9.0, 9, 9], [0, 4, 0]])),
+        "levels in [0, 0.5163], the cap at beta=1, but got one of 0.97; "),
+    "negative": (dict(), spoilt(alpha=torch.tensor([0.1, -0.1, 0, 0, 0, 0])), "got one of -0.1"),
+    "nan": (dict(), spoilt(alpha=torch.full((6,), math.nan)), "but got one of nan; "),
+    "scalar": (dict(), spoilt(mean_level=torch.zeros(3)),
+               "`mean_level` to be of shape () in the saved state, but got of shape (3,); "),
     "rows of visits": (dict(), spoilt(visited=torch.zeros(1, dtype=torch.uint8)),
-                       "`visited` of shape (6,), but got shape (1,); "),
-    "weights": (dict(pos_weight=torch.ones(2)),
-                lambda: whole(pos_weight=torch.full((3,), 2.0)).state_dict(),
-                "`pos_weight` of shape (2,), but got shape (3,); "),
+                       "`visited` to be of shape (6,) in the saved state, but got of shape (1,); "),
+    "weights": (dict(pos_weight=torch.ones(3)),
+                lambda: whole(pos_weight=torch.full((1,), 2.0)).state_dict(),
+                "size mismatch for pos_weight"),
+    "rows and weights": (dict(pos_weight=torch.ones(3)),
+                         lambda: whole(9, pos_weight=torch.full((3,), 2.0)).state_dict(),
+                         LEVELS + "have 6 levels, but got 9; "),
     "generator": (dict(), spoilt(generator=torch.zeros(16, dtype=torch.uint8)),
-                  "a generator on cpu, but got the state of one on another device; "),
+                  "`generator` to be of shape (5072,) in the saved state, but got of shape (16,); "
+                  "save and load with the same arguments, on the same type of device"),
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_state_of_another_table_is_refused_whole(name, strict):
+def test_a_state_of_another_table_is_refused_whole(name, strict, assign):
     options, source, text = REFUSED[name]
     criterion = fresh(**options)
-    before = saved(criterion)
+    before, weights = saved(criterion), criterion.pos_weight
     state = source()
-    for assign in (False, True):
-        with pytest.raises(RuntimeError, match=r"Error\(s\) in loading state_dict") as caught:
-            criterion.load_state_dict(state, strict=strict, assign=assign)
-        assert f"Expected the saved table to have {text}" in str(caught.value) or text in str(
-            caught.value
-        )
-        assert str(caught.value).count("\n\t") == 1  # one sentence
-        assert_same(criterion, before)
-        assert torch.equal(criterion.generator.get_state(), generator(0).get_state())
+    with pytest.raises(RuntimeError, match=r"Error\(s\) in loading state_dict") as caught:
+        criterion.load_state_dict(state, strict=strict, assign=assign)
+    assert text in str(caught.value)
+    assert str(caught.value).count("\n\t") == 1  # one sentence
+    assert_same(criterion, before)
+    assert criterion.pos_weight is weights  # which may be another module's too
+    assert torch.equal(criterion.generator.get_state(), generator(0).get_state())
+    trained(criterion).step(Measured())
 
 
 def test_a_refusal_names_the_module_within_a_model_and_spares_the_table():
     model = nn.ModuleDict({"net": nn.Linear(2, 2), "criterion": fresh()})
     other = nn.ModuleDict({"net": nn.Linear(2, 2), "criterion": whole(9)})
     before = saved(model["criterion"])
-    with pytest.raises(RuntimeError, match="num_samples=6, but got 9 levels"):
+    with pytest.raises(RuntimeError, match="have 6 levels, but got 9; build"):
         model.load_state_dict(other.state_dict())
     assert_same(model["criterion"], before)
 
 
 def test_levels_at_the_cap_load():
-    for options in (dict(beta=2.0, prior=0.5), dict(beta=1.3, prior=0.3),
+    for options in (dict(beta=2.0, prior=0.5), dict(beta=1.3, prior=0.3), dict(num_labels=3),
                     dict(beta=1.0, prior=torch.tensor([0.02, 0.3, 0.7]))):  # fmt: skip
-        options = {**WHOLE, "num_labels": None, **options}
+        options = {**WHOLE, "num_labels": None, "level": 1.0, **options}
         source = build(4, **options)
-        trained(source, labels=3).step(0.9, 0.95)
-        source.alpha.fill_(float(source._cap))
-        build(4, **options).load_state_dict(source.state_dict())
+        trained(source, labels=3).step(Measured())
+        assert (source.alpha == source.alpha.max()).sum() > 1  # some are
+        other = build(4, **options)
+        other.load_state_dict(source.state_dict())
+        assert torch.equal(other.alpha, source.alpha)
 
 
-# --- version 0.1 ------------------------------------------------------------------------------
-
-# Made by version 0.1.0: the table below after its second step, one batch later, and what it did
-# in the four batches and the step that followed.
-V01 = Path(__file__).parent / "data" / "v0.1.0.pt"
+# -- the meta device
 
 
-def of_v01(rows=6, **options):
-    setting = dict(
-        beta=2.0, objective="feedback", lr=0.02, penalty=20.0, warmup=1, focus=1.0,
-        sampling="element", pos_weight=torch.tensor([1.0, 2.0]),
-    )  # fmt: skip
-    return build(rows, **{**setting, **options})
-
-
-def batches_of_v01(start, stop):
-    source = torch.Generator().manual_seed(5)
-    for number in range(stop):
-        x, index = 4 * torch.randn(3, 2, generator=source), torch.arange(3) + 3 * (number % 2)
-        y = (x + 4 * torch.randn(3, 2, generator=source) > 0).float()
-        if number >= start:
-            yield x, y, index
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_checkpoint_of_version_0_1_goes_on_as_version_0_1_did(assign):
-    file = torch.load(V01, weights_only=True)
-    for name, seen_before in (("after a step", 4), ("within an epoch", 5)):
-        source = torch.Generator()
-        criterion = of_v01(generator=source)
-        criterion.load_state_dict(file[name], assign=assign)
-        assert torch.equal(source.get_state(), file[name]["generator"].reshape(-1))
-        want = torch.where(file[name]["moved"], 2, torch.where(file[name]["seen"], 1, 0))
-        assert torch.equal(criterion.visited, want.to(torch.uint8))
-        losses = [float(criterion(*batch)) for batch in batches_of_v01(seen_before, 6)]
-        criterion.step(0.8, 0.95)
-        losses += [float(criterion(*batch)) for batch in batches_of_v01(6, 9)]
-        assert losses[-4:] == file["losses"].tolist()
-        for key, value in file["end"].items():
-            if key not in ("moved", "seen"):
-                assert torch.equal(criterion.state_dict()[key], value), key
-
-
-def test_a_checkpoint_of_version_0_1_is_judged_as_any_other():
-    state = torch.load(V01, weights_only=True)["after a step"]
-    cases = [
-        (of_v01(5, generator=generator()), "num_samples=5, but got 6 levels"),
-        (of_v01(focus=0.0, generator=generator()), "focus=0, but got focus above 0"),
-        (of_v01(beta=2.0, prior=0.5), 'Unexpected key.*"generator"'),
-    ]
-    for criterion, text in cases:
-        with pytest.raises(RuntimeError, match=text):
-            criterion.load_state_dict(state)
-        if "Unexpected" not in text:
-            assert (criterion.alpha == 0).all()
-    high = state | {"alpha": torch.full((6,), 0.7)}  # of beta 1
-    with pytest.raises(RuntimeError, match=r"levels in \[0, 0.49\], .* but got a level of 0.7"):
-        of_v01(generator=generator()).load_state_dict(high)
-
-
-def test_a_checkpoint_of_version_0_1_without_focus():
-    state = torch.load(V01, weights_only=True)["within an epoch"]
-    del state["sample_accuracy"], state["seen"], state["generator"]
-    criterion = of_v01(focus=0.0)
-    criterion.load_state_dict(state)
-    levels = state["alpha"]
-    want = [2 if moved else int(level > 0) for moved, level in zip(state["moved"], levels)]  # noqa: B905
-    assert criterion.visited.tolist() == want
-    assert torch.equal(criterion.alpha, levels)
-
-
-def test_a_checkpoint_of_several_ranks_of_version_0_1_serves_one_process():
-    state = torch.load(V01, weights_only=True)["after a step"]
-    criterion = of_v01(generator=torch.Generator())
-    state["generator"] = torch.stack([generator(seed).get_state() for seed in (3, 4)])
-    criterion.load_state_dict(state)
-    assert torch.equal(criterion.generator.get_state(), generator(3).get_state())
-    assert criterion.state_dict()["generator"].dim() == 1
-
-
-# --- the meta device --------------------------------------------------------------------------
-
-
-def built_on_meta():
+def built_on_meta(rule="slope"):
     with torch.device("meta"):
-        criterion = build(6, **WHOLE)
+        criterion = made(6, rule)
     assert criterion.alpha.is_meta
     return criterion
 
 
+@both
 @pytest.mark.parametrize("emptied", [False, True])
 @pytest.mark.parametrize("assign", [False, True])
-def test_built_on_meta_and_loaded(emptied, assign):
-    source = whole()
+def test_built_on_meta_and_loaded(emptied, assign, rule):
+    source = whole(rule=rule)
     state = {name: value for name, value in saved(source).items() if name != "generator"}
-    criterion = built_on_meta()
+    criterion = built_on_meta(rule)
     if emptied:
         criterion.to_empty(device="cpu")
     criterion.load_state_dict(state, assign=assign)
     criterion.generator = copy.deepcopy(source.generator)
     assert_same(criterion, saved(source))
-    trained(criterion, seed=2).step(0.8, 0.9)
-    trained(source, seed=2).step(0.8, 0.9)
+    trained(criterion, seed=2).step(Measured())
+    trained(source, seed=2).step(Measured())
     assert_same(criterion, saved(source))
 
 
 def test_built_on_meta_emptied_and_reset():
     criterion = built_on_meta().to_empty(device="cpu")
     criterion.alpha.fill_(math.nan)  # whatever lay in memory
-    criterion.epoch.steps.fill_(99)
     criterion.reset_parameters()
-    assert_same(criterion, saved(build(6, **WHOLE)))
+    assert_same(criterion, saved(made()))
     assert ", warming up 0/1)" in repr(criterion)
-    twin = build(6, **WHOLE)
+    twin = made()
     for one in (criterion, twin):
         torch.manual_seed(1)
-        trained(one).step(0.8, 0.9)
+        trained(one).step(Measured())
         trained(one)
     assert_same(criterion, saved(twin))
 
@@ -449,19 +410,19 @@ def test_reset_starts_again():
     criterion = whole(prior=0.3)
     criterion.reset_parameters()
     assert_same(criterion, saved(fresh(prior=0.3)), but=["generator"])
-    assert criterion._past_warmup is False
+    assert ", warming up 0/1)" in repr(criterion)
 
 
-# --- exact resume -----------------------------------------------------------------------------
+# -- exact resume
 
 
 class Training:
     """A small network and its loss, batch by batch."""
 
-    def __init__(self, rank=0, model_seed=0, **options):
+    def __init__(self, rank=0, model_seed=0, rule="slope", **options):
         torch.manual_seed(model_seed)
         self.net = nn.Linear(4, 3)
-        self.criterion = build(10, generator=generator(7 + rank), **{**WHOLE, **options})
+        self.criterion = made(10, rule, generator=generator(7 + rank), **options)
         self.model = nn.ModuleDict({"net": self.net, "criterion": self.criterion})
         self.losses = []
 
@@ -479,14 +440,14 @@ class Training:
         self.losses.append(loss.item())
 
     def end(self, epoch):
-        self.criterion.step(0.7 + 0.01 * epoch, 0.95)
+        self.criterion.step(Measured(0.7 + 0.01 * epoch, 0.6 + 0.05 * epoch))
 
     def result(self):
         return self.losses[-6:], {k: v.clone() for k, v in self.model.state_dict().items()}
 
 
-def alone(rank, world, mode, path, objective, stop):
-    training = Training(objective=objective, model_seed=int(mode == "resume"))
+def alone(rank, world, mode, path, options, stop):
+    training = Training(model_seed=int(mode == "resume"), **options)
     start = 0
     if mode == "resume":
         training.model.load_state_dict(torch.load(path, weights_only=True))
@@ -501,15 +462,20 @@ def alone(rank, world, mode, path, objective, stop):
     return training.result()
 
 
+PAPER = dict(rule="published")
+
+
 @pytest.mark.parametrize(
-    ("objective", "stop"),
-    [("calibration", 13), ("max_entropy", 17), ("feedback", 2), ("feedback", 13)],
-)
-def test_resume_in_another_process_is_exact(tmp_path, objective, stop):
+    ("options", "stop"),
+    [(dict(), 2), (dict(), 15), (dict(prior="level_weighted"), 13), (dict(warmup=3), 13),
+     (PAPER, 17), (PAPER | dict(objective="calibration"), 15)],
+)  # fmt: skip
+def test_resume_in_another_process_is_exact(tmp_path, options, stop):
+    """Within an epoch, after a step, and in the warm-up."""
     path = str(tmp_path / "c.pt")
-    alone(0, 1, "stop", path, objective, stop)
-    (straight,) = run(1, alone, "straight", path, objective, stop)
-    (resumed,) = run(1, alone, "resume", path, objective, stop)
+    alone(0, 1, "stop", path, options, stop)
+    (straight,) = run(1, alone, "straight", path, options, stop)
+    (resumed,) = run(1, alone, "resume", path, options, stop)
     assert resumed[0] == straight[0]
     assert_same(resumed[1], straight[1])
     assert (straight[1]["criterion.alpha"] > 0).any()
@@ -559,7 +525,7 @@ def test_resume_in_two_processes_is_exact(tmp_path, tool, when):
     assert (ranks[0][0][1]["criterion.alpha"] > 0).any()
 
 
-# --- torch.distributed.checkpoint -------------------------------------------------------------
+# -- torch.distributed.checkpoint
 
 
 ROWS = 32
@@ -570,7 +536,7 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-        self.criterion = build(ROWS, **{**WHOLE, "pos_weight": torch.ones(3), **options})
+        self.criterion = made(ROWS, **{"pos_weight": torch.ones(3), **options})
 
     def forward(self, x, y, index):
         return self.criterion(self.net(x), y, index)
@@ -586,10 +552,10 @@ def run_model(model, rank, step):
     for number in range(2):
         model(*batch(10 * rank + number)).backward()
     criterion = getattr(model, "module", model).criterion
-    criterion.step(0.8, 0.95)
+    criterion.step(Measured())
     model(*batch(10 * rank + 2)).backward()
     if step:
-        criterion.step(0.8, 0.95)
+        criterion.step(Measured())
     return model
 
 
@@ -613,7 +579,7 @@ def dcp_load(rank, world, path, drawn):
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["global draws", "own draws"])
 @pytest.mark.parametrize("step", [False, True], ids=["within an epoch", "after a step"])
-@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (1, 2)])
 def test_distributed_checkpoints_load_at_any_number_of_processes(
     tmp_path, before, after, step, drawn
 ):
@@ -629,11 +595,11 @@ def test_distributed_checkpoints_load_at_any_number_of_processes(
 
 
 def dcp_refused(rank, world, path):
-    model = Model(beta=2.0, prior=0.5, num_labels=None)
+    model = Model()
     dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=path)
     messages = []
-    for options in (dict(objective="calibration"), dict(focus=2.0)):
-        other = Model(beta=2.0, prior=0.5, num_labels=None, **options)
+    for focus in (2.0, 3.0):
+        other = Model(focus=focus)
         before = saved(other.criterion)
         state = {"model": get_model_state_dict(other)}
         dcp.load(state, checkpoint_id=path)
@@ -646,21 +612,15 @@ def dcp_refused(rank, world, path):
 
 
 def test_a_distributed_checkpoint_of_another_table_is_refused(tmp_path):
-    start = "Expected the saved table to have"
-    assert (
-        run(2, dcp_refused, str(tmp_path))
-        == [
-            [
-                f"{start} objective='calibration', but got objective='feedback'; build the "
-                "criterion with that objective",
-                f"{start} focus=2, but got focus=1; build the criterion with that focus",
-            ]
-        ]
-        * 2
+    text = (
+        "Expected the saved levels to be of the rule FollowSlope(level=0.2, focus={}), but got one "
+        "of the default rule with focus=1; build the criterion with that rule"
     )
+    texts = [text.format(focus) for focus in (2.0, 3.0)]
+    assert run(2, dcp_refused, str(tmp_path)) == [texts] * 2
 
 
-# --- FSDP2 ------------------------------------------------------------------------------------
+# -- FSDP2
 
 
 def sharded(model):
@@ -725,12 +685,12 @@ def test_fsdp2_trains_saves_and_loads_with_the_loss_inside_the_model(tmp_path):
     assert_same(ranks[0][1], ranks[1][1], but=["generator"])
 
 
-# --- DistributedDataParallel ------------------------------------------------------------------
+# -- DistributedDataParallel
 
 
-def ddp(rank, world, inside):
+def ddp(rank, world, inside, rule):
     """Two batches per step of the network, the first without synchronisation."""
-    model = Model(sampling="expected")
+    model = Model(sampling="expected", rule=rule)
     criterion = model.criterion
     if inside:
         wrapped = DistributedDataParallel(model)
@@ -745,28 +705,30 @@ def ddp(rank, world, inside):
     with wrapped.no_sync():
         loss(*batch(10 * rank)).backward()
     loss(*batch(10 * rank + 1)).backward()
-    criterion.step(0.8, 0.95)
+    criterion.step(Measured())
     with wrapped.no_sync():
         loss(*batch(10 * rank + 2)).backward()
     loss(*batch(10 * rank + 3)).backward()
     within = saved(criterion)
-    criterion.step(0.8, 0.95)
+    criterion.step(Measured())
     return within, saved(criterion)
 
 
+@both
 @pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
-def test_ddp_with_default_options_and_no_sync_leaves_each_ranks_table_alone(inside):
-    (first, one), (second, two) = run(2, ddp, inside)
+def test_ddp_with_default_options_and_no_sync_leaves_each_ranks_table_alone(inside, rule):
+    (first, one), (second, two) = run(2, ddp, inside, rule)
+    column = "sample_accuracy" if rule == "slope" else "alpha"
     assert_same(one, two)
     rows = [set(torch.cat([batch(10 * r + n)[2] for n in (2, 3)]).tolist()) for r in (0, 1)]
     for state, own in zip((first, second), rows, strict=True):
         assert set((state["visited"] == 2).nonzero().flatten().tolist()) == own
-    assert not torch.equal(first["alpha"], second["alpha"])
-    assert first["fresh"].sum() > 0
-    assert one["fresh"].sum() == 0
+    assert not torch.equal(first[column], second[column])
+    assert first["elements"].sum() > 0
+    assert one["elements"].sum() == 0
     for row in range(ROWS):
         movers = [
-            s["alpha"][row] for s, own in zip((first, second), rows, strict=True) if row in own
+            s[column][row] for s, own in zip((first, second), rows, strict=True) if row in own
         ]
         if movers:
-            assert_close(one["alpha"][row], sum(movers) / len(movers))
+            assert_close(one[column][row], sum(movers) / len(movers))

@@ -12,9 +12,7 @@ from ..measure import CalibrationHistogram
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise ImportError(
-        "AdaptivePerturbationCallback needs: pip install lightning"
-    ) from error
+    raise ImportError("AdaptivePerturbationCallback needs: pip install lightning") from error
 
 _LOSSES = (AdaptivePerturbation, SCBCEWithLogitsLoss)
 

@@ -68,7 +68,9 @@ class _Loss(Function):
             loss = loss.mul_(weight)
             gradient = None if gradient is None else gradient.mul_(weight)
         kept = None if gradient is None else gradient.to(x.dtype)
-        ctx.save_for_backward(x, kept, weight, ignored, count if isinstance(count, Tensor) else None)
+        ctx.save_for_backward(
+            x, kept, weight, ignored, count if isinstance(count, Tensor) else None
+        )
         ctx.count = count
         if count is None:
             return loss.sum()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _errors, _inputs
 from .._errors import refuse
-from .._inputs import Batch, Perturbation, Wanted
+from .._inputs import Batch, Perturbation, Seen, Wanted
 from .._state import Stateful, reseed
 from .._torch import on_backward
 from ..functional import look, perturbed_loss, sc_bce_with_logits
@@ -28,7 +28,7 @@ Criterion = TypeVar("Criterion", bound="AdaptivePerturbation")
 
 
 class AdaptivePerturbation(Stateful):
-    r"""Binary cross entropy whose label smoothing is set by measured calibration (adaptive, ASLP).
+    r"""Binary cross entropy whose label smoothing follows measured calibration (adaptive, ASLP).
 
     .. math::
         \ell(x_i, y_i) = \mathrm{BCE}\big(x_i,\; y_i + \alpha_i\beta\,(c - y_i)\big)
@@ -37,7 +37,7 @@ class AdaptivePerturbation(Stateful):
     :math:`\alpha_i` its level (the probability that its labels are perturbed), :math:`\beta` the
     strength and :math:`c` the prior that perturbed labels move towards. After each epoch,
     ``step(histogram)`` moves the mean level :math:`a` with the calibration slope :math:`b` of the
-    validation logits, and shares it out by difficulty:
+    validation logits (below 1: over-confident), and shares it out by difficulty:
 
     .. math::
         a \leftarrow \mathrm{clip}\big(a + \tfrac{0.1}{\beta}\,\mathrm{clip}(1 - b, -1, 1),\,
@@ -47,82 +47,61 @@ class AdaptivePerturbation(Stateful):
 
     with :math:`\bar A_i` the running mean of the accuracy on sample :math:`i` in training,
     :math:`k` the ``focus`` and :math:`\mathrm{cap} = \min(1,\, 1/(2\max(c, 1-c)\,\beta) - 0.01)`,
-    below which both labels stay on their side of 1/2. A slope below 1 (over-confident) raises the
-    levels, one above 1 lowers them. Nothing else moves a level.
+    below which both labels stay on their side of 1/2. Nothing else moves a level.
 
-    Special cases: ``focus=0`` and ``num_samples=None`` have one level for all samples.
     :meth:`published` is the paper's rule. During the warm-up, and under ``eval()`` or ``no_grad``
-    at any time, the loss is :func:`torch.nn.functional.binary_cross_entropy_with_logits`, bit for
-    bit.
+    at any time, the loss is :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
 
     Args:
-        num_samples: number M of training samples, or None for one shared level, which needs no
-            index (for streams, or if the index can't be passed).
+        num_samples: number M of training samples, or None for one shared level without an index.
         level: mean level right after the warm-up, in [0, 1]; the cap bounds it. Default: 0.2.
         focus: exponent k, not negative: how much of the mean level goes to samples that the
             network gets wrong. 0 shares it out equally. Default: 2.
         beta: perturbation strength, in (0, 1 / max(prior, 1 - prior)]. None takes the largest if
-            ``prior`` is a number, and 1 otherwise: the label is replaced by the prior. Default:
-            None.
-        prior: what perturbed labels move towards: a number between 0 and 1; a tensor that
-            broadcasts to ``input`` from the last dimension, as ``pos_weight`` does;
-            ``"observed"``, the base rate :math:`(N_+ + \tfrac12)/(N + 1)` of the valid training
-            labels, counted in each forward and used from the next :meth:`step` on; or
-            ``"level_weighted"``, the base rate of the last epoch with each sample weighted by its
-            level, which keeps the mean probability under levels that differ. A number or tensor
-            is read once: build a new module for another. Default: ``"observed"``.
+            ``prior`` is a number, and 1 otherwise. Default: None.
+        prior: a number between 0 and 1; a tensor that broadcasts to ``input`` from the last
+            dimension, as ``pos_weight`` does; ``"observed"``, the base rate
+            :math:`(N_+ + \tfrac12)/(N + 1)` of the valid training labels up to the last step; or
+            ``"level_weighted"``, that of the last epoch with each sample weighted by its level,
+            which keeps the mean probability. Default: ``"observed"``.
         warmup: number of epochs (calls of :meth:`step`) before the levels start; 0 is treated as
             1. Default: 1.
-        sampling: ``"sample"`` draws once per sample, ``"element"`` once per element,
-            ``"expected"`` uses the mean. Default: ``"sample"``.
-        num_labels: with a prior that is counted, the number C of labels in dimension 1, each of
-            which gets its own; None pools them. Default: None.
-        weight: as in torch. Default: None.
-        pos_weight: as in torch. Default: None.
-        ignore_index: elements whose target has this value, an int or ``math.nan``, are left out
-            of the loss and of all that is counted. Default: None.
+        sampling: ``"sample"``, ``"element"`` or ``"expected"``, as in
+            :class:`SCBCEWithLogitsLoss`. Default: ``"sample"``.
+        num_labels: number of labels in dimension 1, each with a counted prior of its own; None
+            pools them. Default: None.
+        weight, pos_weight: as in torch. Default: None.
+        ignore_index: target value that is left out of the loss and of all that is counted, an
+            int or ``math.nan``. Default: None.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``. Default: ``"mean"``.
-        generator: source of the draws, on the device of the input; its state is part of
-            ``state_dict``. None is torch's global one. Default: None.
+        generator: source of the draws, on the input's device, saved in ``state_dict``; None is
+            torch's global one. Default: None.
 
     Attributes:
-        alpha: the levels, (M,), float32, read-only: :meth:`step` moves them.
-        prior: a number or a tensor; if it is counted, 0-d, or (C,) with ``num_labels``.
-        flip_rates: the pair (g0, g1) of mean flip rates, for :class:`TemperatureScaling`.
+        alpha: the levels, (M,), float32, read-only.
+        prior: a number or a tensor; if counted, 0-d, or (C,) with ``num_labels``.
 
     Shape:
         - input: :math:`(N, *)`, floating point.
         - target: the same; bool, integer (0 and 1) or floating point in [0, 1].
-        - index: :math:`(N,)`, integer, each in [0, M).
+        - index: :math:`(N,)`, integer in [0, M).
         - Returns: scalar, or the shape of ``input`` for ``reduction="none"``.
 
     Raises:
-        ValueError: at construction, an argument is out of its range or a name is unknown; in use,
-            the index is missing or has another length, and as :func:`sc_bce_with_logits`.
-        TypeError: an argument has the wrong type.
-        IndexError: an index on the CPU is negative or out of range.
+        ValueError, TypeError: as :func:`sc_bce_with_logits`; in training, without an index.
+        IndexError: an index on the CPU is out of range.
 
     Note:
-        Pass the index of each sample in training: :class:`IndexedDataset` yields it. A forward
-        with ``update=False`` notes nothing; :meth:`update` notes without a loss. The cost is
-        O(batch), independent of M, and nothing waits for an accelerator, where an index is not
-        checked: one out of range fails in the kernel.
+        :class:`IndexedDataset` yields the index. A forward with ``update=False`` notes nothing.
+        Nothing waits for an accelerator, where an index is not checked. Keep the module with the
+        model: it moves with ``to(device)``, and its ``state_dict`` resumes exactly.
 
-        Keep the module with the model: move it with ``to(device)`` and save its ``state_dict``
-        for an exact resume. In several processes :meth:`step` merges what they noted.
-
-        A prior other than 1/2 moves the decision threshold: P(y = 1) >= 1/2 becomes
-        ``sigmoid(x) >= (1 - s) / 2 + s * c`` with s the mean of alpha times beta. A repair after
-        training brings it back to 1/2.
-
-        Likely mistakes give a warning: training without :meth:`step`, a :meth:`step` without
-        training or after every batch, the position in the batch as index, probabilities as
-        ``input``, levels at which ``pos_weight`` makes every prediction positive, and a backward
-        pass through a loss that was computed in evaluation mode.
+        A prior other than 1/2 moves the decision threshold, as in :func:`sc_bce_with_logits`.
+        Likely mistakes give a warning, such as a forgotten :meth:`step`.
 
     References:
-        Liu et al., ICCV 2023, arXiv 2307.13539 (a level per sample). Cox, Biometrika 1958 (the
-        calibration slope).
+        Liu et al., ICCV 2023, arXiv 2307.13539 (a level per sample).
+        Cox, Biometrika 1958 (the calibration slope).
 
     Example:
         >>> import torch
@@ -132,12 +111,11 @@ class AdaptivePerturbation(Stateful):
         >>> target = torch.tensor([[1], [0], [0], [0]])
         >>> criterion(logits, target, index=torch.arange(4)).backward()  # in training
         >>> validation = torch.tensor([3.0] * 100 + [-3.0] * 100)  # confidence 0.95
-        >>> labels = (validation > 0) == (torch.arange(200) % 100 < 80)  # accuracy 0.8
         >>> histogram = CalibrationHistogram()
-        >>> histogram.update(validation, labels)
+        >>> histogram.update(validation, (validation > 0) == (torch.arange(200) % 100 < 80))
         >>> criterion.step(histogram)  # after each epoch
         >>> criterion.alpha  # over-confident, so more than 0.2 on average; most for what was wrong
-        tensor([0.2243, 0.2243, 0.3350, 0.2243])
+        tensor([0.2259, 0.2259, 0.3375, 0.2259])
     """
 
     prior: float | Tensor
@@ -168,18 +146,16 @@ class AdaptivePerturbation(Stateful):
             num_labels = _errors.whole("num_labels", num_labels)
         _errors.choice("sampling", sampling, ("expected", "sample", "element"))
         _errors.choice("reduction", reduction, ("none", "mean", "sum"))
-        _errors.tensor_or_none("weight", weight)
-        _errors.tensor_or_none("pos_weight", pos_weight)
-        self.rule: Rule = FollowSlope(level, focus)
-        if num_samples is None:  # samples that share a level have no difficulties to tell apart
-            self.rule = FollowSlope(level, 0.0)
+        for name, value in (("weight", weight), ("pos_weight", pos_weight)):
+            _errors.tensor_or_none(name, value)
+            self.register_buffer(name, value)
+        # Samples that share a level have no difficulties to tell apart.
+        self.rule: Rule = FollowSlope(level, 0.0 if num_samples is None else focus)
         self.beta = strength_of(beta, prior, num_labels)
         self.num_samples, self.num_labels = num_samples, num_labels
         self.warmup = _errors.whole("warmup", warmup, 0)
         self.sampling, self.reduction, self.generator = sampling, reduction, generator
         self.ignore_index = _errors.ignored(ignore_index)
-        self.register_buffer("weight", weight)
-        self.register_buffer("pos_weight", pos_weight)
         self._prior = _inputs.prior_buffer(prior) if isinstance(prior, Tensor) else prior
         if isinstance(self._prior, Tensor):
             self.register_buffer("prior", self._prior.clone(), persistent=False)
@@ -202,37 +178,22 @@ class AdaptivePerturbation(Stateful):
             \lambda R_i),\, 0,\, \mathrm{cap}\big), \qquad
             \bar s_i = \mathrm{mean}\,[\beta\,(y_i - c)\, x_i]
 
-        :meth:`step` then takes the validation accuracy :math:`A`, as a number or from a
-        histogram. A sample that occurs in a batch more than once takes the mean of its steps.
+        with :math:`A` the accuracy that :meth:`step` was given. A sample that occurs in a batch
+        more than once takes the mean of its steps.
 
         Args:
             num_samples: as in the constructor.
-            objective: ``"calibration"`` (the paper's MC), :math:`R_i = \min(1 - A -
-                \kappa\alpha_i, 0)` with :math:`\kappa` the confidence that a level of 1 costs,
-                or ``"max_entropy"`` (MEI), :math:`R = \min(A - A_\mathrm{best}, 0)`. Default:
-                ``"calibration"``.
-            lr: the step size :math:`\eta`, positive. Default: 0.002.
-            penalty: the weight :math:`\lambda` of the constraint, not negative. Default: 2000.
-            **kwargs: other arguments of the constructor but ``level`` and ``focus``. Their
-                defaults are ``beta=2``, ``prior=0.5`` and ``warmup=5``.
-
-        References:
-            Liu et al., ICCV 2023, arXiv 2307.13539; ``lr``, ``penalty`` and the warm-up of its
-            official code.
+            objective: ``"calibration"`` (MC), :math:`R_i = \min(1 - A - \kappa\alpha_i, 0)` with
+                :math:`\kappa` the confidence that a level of 1 costs, or ``"max_entropy"`` (MEI),
+                :math:`R = \min(A - A_\mathrm{best}, 0)`. Default: ``"calibration"``.
+            lr: the step size :math:`\eta`, positive. Default: 0.002, as in the official code.
+            penalty: the weight :math:`\lambda`, not negative. Default: 2000, likewise.
+            **kwargs: the constructor's; ``beta=2``, ``prior=0.5``, ``warmup=5`` by default.
 
         Example:
-            >>> import torch
             >>> from sc_bce import AdaptivePerturbation
-            >>> setting = {"warmup": 1, "sampling": "expected"}
-            >>> criterion = AdaptivePerturbation.published(num_samples=4, **setting)
-            >>> logits = torch.tensor([[4.0], [-2.0]], requires_grad=True)
-            >>> target, index = torch.tensor([[1], [0]]), torch.tensor([0, 3])
-            >>> criterion(logits, target, index).detach()  # the warm-up is plain BCE
-            tensor(0.0725)
-            >>> criterion.step(0.9)  # after each epoch
-            >>> _ = criterion(logits, target, index)
-            >>> criterion.alpha  # the forward moved the levels of its batch
-            tensor([0.0080, 0.0000, 0.0000, 0.0040])
+            >>> AdaptivePerturbation.published(num_samples=4).rule
+            Climb(objective='calibration', lr=0.002, penalty=2000.0)
         """
         for name in ("level", "focus"):
             if name in kwargs:
@@ -248,19 +209,14 @@ class AdaptivePerturbation(Stateful):
 
     @alpha.setter
     def alpha(self, value: object) -> None:
-        raise AttributeError(
-            "`alpha` is read-only: `step` moves the levels; set where they start with `level`, or "
-            "load a state_dict"
-        )
+        way = "set where they start with `level`, or load a state_dict"
+        raise AttributeError(f"`alpha` is read-only: `step` moves the levels; {way}")
 
     @property
     def flip_rates(self) -> tuple[Tensor, Tensor]:
         """Mean flip rates (g0, g1) over the rows trained so far: 0-d, or (C,), one per label.
 
-        Pass it to :class:`TemperatureScaling` to remove the flip after training.
-
         Example:
-            >>> from sc_bce import AdaptivePerturbation
             >>> AdaptivePerturbation(num_samples=4).flip_rates  # before any training
             (tensor(0.), tensor(0.))
         """
@@ -268,14 +224,11 @@ class AdaptivePerturbation(Stateful):
         prior = _inputs.flat_prior(self.prior).to(strength.device)
         return strength * prior, strength * (1 - prior)
 
-    # -- a batch
-
     def forward(
         self, input: Tensor, target: Tensor, index: Tensor | None = None, *, update: bool = True
     ) -> Tensor:
-        weights: dict[str, Any] = dict(
-            weight=self.weight, pos_weight=self.pos_weight, reduction=self.reduction
-        )
+        weights: dict[str, Any] = {"weight": self.weight, "pos_weight": self.pos_weight}
+        weights["reduction"] = self.reduction
         if not (self.training and torch.is_grad_enabled()):
             if not torch.compiler.is_compiling():
                 self._history.evaluated += 1 if self.training else 2
@@ -286,32 +239,26 @@ class AdaptivePerturbation(Stateful):
         given = Perturbation(0.0, self.beta, prior)
         if levels.past_warmup:
             given = given._replace(alpha=self._drawn(rows, input))
-        wanted = levels.wanted(rows, _shape(prior)) if update else Wanted()
+        wanted = levels.wanted(rows, prior) if update else Wanted()
         loss, seen = perturbed_loss(batch, given, wanted=wanted, **weights)
         if update:
-            levels.note(rows, seen, batch.void is not None)
+            self._note(rows, seen, batch)
         return loss
 
     @torch.no_grad()
     def update(self, input: Tensor, target: Tensor, index: Tensor | None = None) -> None:
-        """Note a batch without computing a loss.
+        """Note a batch without a loss, in any mode; for what computes several losses per batch.
 
-        For a loss that is computed more than once per batch (several heads, checkpointing): call
-        the criterion with ``update=False``, and this method once per batch, in any mode. Arguments
-        and errors are those of the forward; for several heads pass the mean of their logits.
+        Call the criterion with ``update=False`` (several heads, checkpointing), and this once.
 
         Example:
-            >>> import torch
-            >>> from sc_bce import AdaptivePerturbation
             >>> criterion = AdaptivePerturbation(num_samples=4)
             >>> criterion.update(torch.tensor([[4.0]]), torch.tensor([[1.0]]), torch.tensor([2]))
-            >>> criterion.prior  # of the labels up to the last step
-            tensor(0.5000)
         """
         rows, batch = self._prepare(input, target, index)
         prior = self._prior_of(input)
-        seen = look(batch, prior, self.weight, self._levels.wanted(rows, _shape(prior)))
-        self._levels.note(rows, seen, batch.void is not None)
+        seen = look(batch, prior, self.weight, self._levels.wanted(rows, prior))
+        self._note(rows, seen, batch)
 
     def _prepare(self, input: Tensor, target: Tensor, index: Tensor | None) -> tuple[Tensor, Batch]:
         """Check a batch; return the row of each sample, on the table's device, and the batch."""
@@ -324,15 +271,17 @@ class AdaptivePerturbation(Stateful):
         if self.num_labels is not None and input.shape[1:2] != (self.num_labels,):
             wanted = f"have num_labels={self.num_labels} along dimension 1"
             refuse("input", wanted, f"shape {tuple(input.shape)}")
-        if not torch.compiler.is_compiling():
-            self._history.batch(input, self._levels, shared)
         return rows, batch
+
+    def _note(self, rows: Tensor, seen: Seen, batch: Batch) -> None:
+        self._levels.note(rows, seen, batch.void is not None or not batch.input.numel())
+        if not torch.compiler.is_compiling():  # last, since a warning can be turned into an error
+            self._history.batch(batch.input, self._levels, self.num_samples is None)
 
     def _drawn(self, rows: Tensor, input: Tensor) -> Tensor:
         """The level of each sample, or zeros and ones drawn with it."""
         alpha = self._levels.table.look_up("alpha", rows)
-        if not input.dim():
-            alpha = alpha.reshape(())
+        alpha = alpha if input.dim() else alpha.reshape(())
         if self.sampling != "expected":
             alpha = bernoulli(alpha, input, self.sampling, self.generator)
         if torch.compiler.is_compiling():
@@ -346,18 +295,14 @@ class AdaptivePerturbation(Stateful):
             return _inputs.prior_of(prior, input.size()) if isinstance(prior, Tensor) else prior
         return prior.reshape(1, -1, *(1 for _ in input.shape[2:])) if prior.dim() else prior
 
-    # -- an epoch
-
     @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, measured: Any, *, group: dist.ProcessGroup | None = None) -> None:
         """Report the measured calibration of the validation data, once per epoch.
 
-        Ends an epoch of the warm-up or moves the levels. In several processes it first merges the
-        tables: each row becomes the mean of its values over the ranks that trained it. The call is
-        then collective: every rank of ``group`` must call it with the same, already reduced
-        values. If a rank never calls it, the group times out. Without a training batch since the
-        last step it moves nothing.
+        Without a training batch since the last step it changes nothing. In several processes each
+        row first becomes its mean over the ranks that trained it. The call is then collective:
+        every rank of ``group`` makes it, with the same, already reduced values.
 
         Args:
             measured: a :class:`CalibrationHistogram` of the validation data, whose labels are
@@ -366,23 +311,13 @@ class AdaptivePerturbation(Stateful):
             group: the processes that train together. Default: all.
 
         Raises:
-            ValueError: a value is nan or outside [0, 1] on any rank; the ranks' values differ;
-                the histogram is empty. Nothing is changed then.
-            TypeError: ``measured`` has the wrong type.
+            ValueError, TypeError: ``measured`` is empty, nan, outside [0, 1] or of the wrong type
+                on any rank, or differs between them. Nothing is changed then.
 
         Example:
-            >>> import torch
-            >>> from sc_bce import AdaptivePerturbation, CalibrationHistogram
-            >>> _ = torch.manual_seed(0)
-            >>> logits = torch.randn(1000, requires_grad=True)
-            >>> target = torch.rand(1000) < torch.sigmoid(logits)
-            >>> criterion = AdaptivePerturbation(None)
-            >>> criterion(logits, target).backward()
-            >>> histogram = CalibrationHistogram()
-            >>> histogram.update(3 * logits.detach(), target)  # over-confident: slope 1/3
-            >>> criterion.step(histogram)
-            >>> round(float(criterion.alpha), 2)
-            0.27
+            >>> criterion = AdaptivePerturbation.published(None)
+            >>> criterion.update(torch.tensor([4.0]), torch.tensor([1.0]))
+            >>> criterion.step(0.9)
         """
         history, levels = self._history, self._levels
         own = read(measured, isinstance(self.rule, FollowSlope))._replace(
@@ -404,15 +339,9 @@ class AdaptivePerturbation(Stateful):
     def resize(self, num_samples: int) -> None:
         """Grow the table to ``num_samples`` rows for new training data; they start as untrained.
 
-        Raises:
-            ValueError: fewer rows than before, or a module with one shared level.
-
         Example:
-            >>> from sc_bce import AdaptivePerturbation
             >>> criterion = AdaptivePerturbation(num_samples=2)
             >>> criterion.resize(3)
-            >>> criterion.alpha
-            tensor([0., 0., 0.])
         """
         _errors.whole("num_samples", num_samples)
         if self.num_samples is None or num_samples < self.num_samples:
@@ -426,21 +355,14 @@ class AdaptivePerturbation(Stateful):
         """Start again, as after construction.
 
         Example:
-            >>> from sc_bce import AdaptivePerturbation
-            >>> criterion = AdaptivePerturbation(num_samples=2)
-            >>> criterion.reset_parameters()
-            >>> criterion.alpha
-            tensor([0., 0.])
+            >>> AdaptivePerturbation(num_samples=2).reset_parameters()
         """
         prior, device = self._prior, self.alpha.device if hasattr(self, "_levels") else None
         labels = prior.numel() if isinstance(prior, Tensor) else self.num_labels or 1
-        self._levels = Levels(
-            self.rule, self.num_samples or 1, self.beta, prior, labels, self.warmup, device
-        )
+        rows = self.num_samples or 1
+        self._levels = Levels(self.rule, rows, self.beta, prior, labels, self.warmup, device)
         self._history = mistakes.History()
         self._refresh()
-
-    # -- state
 
     def held(self) -> dict[str, Tensor]:
         return self._levels.tensors()
@@ -463,19 +385,14 @@ class AdaptivePerturbation(Stateful):
             self.prior = rate if self.num_labels is not None else rate.reshape(())  # type: ignore[union-attr]
 
     def extra_repr(self) -> str:
-        prior = tuple(self.prior.shape) if isinstance(self._prior, Tensor) else self._prior
+        prior = tuple(self._prior.shape) if isinstance(self._prior, Tensor) else self._prior
         shown = [f"num_samples={self.num_samples}, {self.rule}, beta={self.beta}, prior={prior!r}"]
         shown.append(f"warmup={self.warmup}, sampling={self.sampling!r}")
-        for name in ("num_labels", "ignore_index"):
-            if getattr(self, name) is not None:
-                shown.append(f"{name}={getattr(self, name)}")
+        options = ((name, getattr(self, name)) for name in ("num_labels", "ignore_index"))
+        shown.extend(f"{name}={value}" for name, value in options if value is not None)
         shown.append(f"reduction={self.reduction!r}")
         if not self.alpha.is_meta:
             shown.append(f"mean_alpha={float(self._levels.mean()):.4g}")
             if not self._levels.past_warmup:
                 shown.append(f"warming up {self._levels.steps}/{max(self.warmup, 1)}")
         return ", ".join(shown)
-
-
-def _shape(prior: float | Tensor) -> tuple[int, ...]:
-    return tuple(prior.shape) if isinstance(prior, Tensor) else ()

@@ -50,9 +50,10 @@ class Levels:
         scalars = ("mean_level",) if slopes else ("accuracy", "best_accuracy")
         self.values = {
             "steps": torch.zeros((), dtype=torch.int64, device=device),
-            # Numbers of elements and of positives: up to the last step, and since in this process.
+            # Numbers of elements and positives up to the last step; since then, in this process.
             "counts": torch.zeros(2, labels, **single),
-            "fresh": torch.zeros(2, labels, **single),
+            "elements": torch.zeros(labels, **single),
+            "positives": torch.zeros(labels, **single),
             "setting": torch.tensor(self.setting, **single),
             **{name: torch.zeros((), **single) for name in scalars},
         }
@@ -97,6 +98,9 @@ class Levels:
         self.past_warmup = self.steps >= self.warmup
         if isinstance(self.rule, Climb):
             self.cost = self.rule.cost(self.beta, self.prior, *counts)
+            # Tensors, since numbers that change would compile a graph anew.
+            zero = torch.zeros_like(self.values["accuracy"])
+            self.limits = zero, zero + self.cap
 
     def mean(self) -> Tensor:
         """Mean level of the rows trained so far; of all rows if there are none."""
@@ -105,24 +109,25 @@ class Levels:
 
     # -- a batch
 
-    def wanted(self, rows: Tensor, shape: tuple[int, ...]) -> Wanted:
-        """What to look at in a batch; `shape` is the prior's, which broadcasts to it."""
+    def wanted(self, rows: Tensor, prior: float | Tensor) -> Wanted:
+        """What to look at in a batch, to which the prior broadcasts."""
         climbs, share = isinstance(self.rule, Climb), None
         if self.weighted and isinstance(self.rule, FollowSlope):
             share = self.table.look_up("alpha" if self.past_warmup else "sample_accuracy", rows)
             share = share if self.past_warmup else self.rule.hardness(share)
         # At 1/2 nothing depends on the labels.
         half = not isinstance(self.prior, Tensor) and self.prior == 0.5
+        shape = tuple(prior.shape) if isinstance(prior, Tensor) else ()
         labels = shape if self.counted is not None or (climbs and not half) else None
         return Wanted(climbs and self.past_warmup, self.remembers, labels, share)
 
     @torch.no_grad()
     def note(self, rows: Tensor, seen: Seen, partial: bool) -> None:
-        """Count the labels of a batch, and write what it shows; `partial`: some are ignored."""
+        """Count a batch's labels, write what it shows; `partial`: a sample may have no element."""
         table, values = self.table, self.values
         if seen.counts is not None:
-            for mine, more in zip(values["fresh"].unbind(), seen.counts, strict=True):
-                mine.add_(more)
+            values["elements"].add_(seen.counts[0])
+            values["positives"].add_(seen.counts[1])
         if seen.hits is not None and isinstance(self.rule, FollowSlope):
             old = table.look_up("sample_accuracy", rows)
             new = self.rule.remembered(old, seen.hits)
@@ -133,7 +138,7 @@ class Levels:
             old, slopes = table.look_up("alpha", rows), self.beta * seen.slopes
             reached = values["accuracy"], values["best_accuracy"]
             new = self.rule.climbed(old, slopes, self.cost, *reached)
-            table.write("alpha", rows, new, (0.0, self.cap))
+            table.write("alpha", rows, new, self.limits)
         table.mark(rows)
 
     # -- an epoch
@@ -149,15 +154,15 @@ class Levels:
         climbs = isinstance(self.rule, Climb)
         names = [name for name in self.table.columns if name != "alpha" or climbs]
         moved = self.table.merge(names, group)
-        fresh = reduced(self.values["fresh"], group)
+        fresh = reduced(torch.stack((self.values["elements"], self.values["positives"])), group)
         counts = self.values["counts"]
         if not self.weighted:
             counts = counts + fresh
         elif bool((fresh[0] > 0).all()):
             # Of the last epoch alone, as many as there are elements at the mean weight.
             counts = fresh / self._mean_weight()
-        steps = self.values["steps"] + 1
-        self.hold({"counts": counts, "fresh": torch.zeros_like(fresh), "steps": steps})
+        none = {name: torch.zeros_like(self.values[name]) for name in ("elements", "positives")}
+        self.hold({"counts": counts, "steps": self.values["steps"] + 1, **none})
         self.hold(self._climbed(reading) if isinstance(self.rule, Climb) else self._shared(reading))
         return moved
 
@@ -195,7 +200,7 @@ class Levels:
 
     def refusal(self, saved: Mapping[str, Any]) -> str | None:
         """Why a saved state does not fit, in a sentence; None if it does."""
-        alpha, setting, own = saved.get("alpha"), saved.get("setting"), self.tensors()
+        alpha, setting = saved.get("alpha"), saved.get("setting")
         if not isinstance(alpha, Tensor):
             return None  # torch says what is missing
         if not isinstance(setting, Tensor) or "climbs" in saved:
@@ -203,16 +208,12 @@ class Levels:
         if alpha.shape != self.alpha.shape:
             remedy = "build the criterion with that number, load, then `resize`"
             return _expected(f"have {len(self.alpha)} levels", f"{alpha.numel()}", remedy)
-        if not setting.is_meta and setting.tolist() != own["setting"].tolist():
+        mine = torch.tensor(self.setting, dtype=torch.float32, device="cpu").tolist()
+        if not setting.is_meta and setting.float().tolist() != mine:
             return _expected(
                 f"be of the rule {self.rule}",
                 "one of " + _rule_of(setting.tolist()), "build the criterion with that rule",
             )  # fmt: skip
-        for name, tensor in own.items():
-            value = saved.get(name)
-            if isinstance(value, Tensor) and value.shape != tensor.shape:
-                have, got = (f"`{name}` of shape {tuple(part.shape)}" for part in (tensor, value))
-                return _expected(f"have {have}", got, "build both with the same arguments")
         return self._too_high(alpha, saved.get("counts"))
 
     def _too_high(self, alpha: Tensor, counts: Any) -> str | None:
@@ -221,11 +222,12 @@ class Levels:
         high = self.cap
         if self.counted is not None and isinstance(counts, Tensor):
             high = cap(self.beta, base_rate(*counts))
-        if float(alpha.max()) <= high + 1e-6 and float(alpha.min()) >= 0:
+        low, most = float(alpha.min()), float(alpha.max())
+        if most <= high + 1e-6 and low >= 0:
             return None
         return _expected(
             f"hold levels in [0, {high:.4g}], the cap at beta={self.beta:g}",
-            f"one of {float(alpha.max()):.4g}",
+            f"one of {low if low < 0 else most:.4g}",
             "build the criterion with the beta and prior that it was trained with",
         )
 

@@ -64,9 +64,9 @@ def agreed(own: Reading, group: dist.ProcessGroup | None) -> Reading:
         return own
     readings: list[Any] = [None] * world_size(group)
     dist.all_gather_object(readings, _portable(own), group=group)
-    for reading in (own, *readings):
+    for reading in readings:  # of several errors the same one on each rank
         if reading.error is not None:
-            raise reading.error
+            raise reading.error from own.error
     for name in ("accuracy", "slope"):
         values = [getattr(reading, name) for reading in readings]
         if max(values) - min(values) > _EQUAL or len({value != value for value in values}) > 1:

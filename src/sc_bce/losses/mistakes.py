@@ -21,6 +21,7 @@ __all__ = [
 
 LOOKS = 4  # training batches whose logits are looked at, in case they are probabilities
 PATIENCE = 10_000  # batches without a step before the warning, if no epoch can be counted
+_COPIES = 3  # times that a sampler may repeat each sample in an epoch
 _OFTEN = 10  # a step that follows one batch, so many times in a row, is one per batch
 
 
@@ -47,7 +48,8 @@ class History:
         self.elements, self.largest = self.elements + input.numel(), max(self.largest, count)
         if levels.steps or self.steps:
             return
-        share = levels.warmup * -(-len(levels.table) // world_size())  # rounded up, as samplers pad
+        # Rounded up, as samplers pad.
+        share = _COPIES * levels.warmup * -(-len(levels.table) // world_size())
         late = self.epochs > levels.warmup or self.batches > PATIENCE
         if late if shared else before <= share < self.samples:
             _errors.warn(

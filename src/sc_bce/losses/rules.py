@@ -132,7 +132,7 @@ class Climb:
     ) -> Tensor:
         """The levels after a batch, before they are clipped to [0, cap].
 
-        ``slope`` includes beta. One that is not finite moves nothing, nor does a cost of 0.
+        ``slope`` includes beta. A step that is not finite moves nothing, nor does a cost of 0.
         """
         if self.objective == "max_entropy":
             over = accuracy - best
@@ -142,7 +142,7 @@ class Climb:
             over = torch.sub(1 - accuracy, alpha, alpha=cost)
         gain = torch.add(slope, over.clamp(max=0), alpha=self.penalty)
         new = torch.add(alpha, gain, alpha=self.lr)
-        moves = slope * 0 == 0  # finite, in two calls
+        moves = new * 0 == 0  # finite, in two calls
         if isinstance(cost, Tensor):
             moves = moves & (cost > 0)
         return torch.where(moves, new, alpha)

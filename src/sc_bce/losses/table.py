@@ -16,8 +16,8 @@ __all__ = ["SINCE", "Table", "mean_by_row", "merged", "rows_of"]
 
 NEVER, BEFORE, SINCE = 0, 1, 2  # when a row was last trained, relative to the last step
 
-_SET = 1 << 9  # rows up to which it pays to look for duplicates
-_CHUNK = 1 << 24  # rows that are merged at a time: bounds the extra memory
+FEW = 1 << 9  # rows up to which it pays to look for duplicates
+CHUNK = 1 << 24  # rows that are merged at a time: bounds the extra memory
 
 
 class Table:
@@ -53,11 +53,11 @@ class Table:
         return self.columns[name].index_select(0, rows)
 
     def write(
-        self, name: str, rows: Tensor, values: Tensor, limits: tuple[float, float] | None = None
+        self, name: str, rows: Tensor, values: Tensor, limits: tuple[Tensor, Tensor] | None = None
     ) -> None:
         """Write a column; a row that occurs more than once gets the mean of its values."""
         column = self.columns[name]
-        if readable(rows) and len(rows) <= _SET and len(set(rows.tolist())) == len(rows):
+        if readable(rows) and len(rows) <= FEW and len(set(rows.tolist())) == len(rows):
             column.scatter_(0, rows, values if limits is None else values.clamp(*limits))
             return  # half the time of index_copy_
         if column.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
@@ -103,8 +103,8 @@ def merged(
     """
     new = {name: column.clone() for name, column in columns.items()}
     anywhere = moved.clone()
-    for start in range(0, len(moved), _CHUNK):
-        rows = slice(start, start + _CHUNK)
+    for start in range(0, len(moved), CHUNK):
+        rows = slice(start, start + CHUNK)
         own = moved[rows].float()
         movers = own.clone()
         all_reduce(movers)

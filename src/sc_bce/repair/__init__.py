@@ -1,5 +1,6 @@
 """Repairing a trained network's confidence: maps of its answers, fitted to validation data."""
 
-from .posthoc import IsotonicCalibration, TemperatureScaling
+from .isotonic import IsotonicCalibration
+from .temperature import TemperatureScaling
 
 __all__ = ["IsotonicCalibration", "TemperatureScaling"]

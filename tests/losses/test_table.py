@@ -1,0 +1,237 @@
+"""The table: look up, write, mean by row, grow, merge; and the rows of a batch."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from devices import array, tensor
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import seeds
+
+from sc_bce.losses import table as module
+from sc_bce.losses.table import SINCE, Table, mean_by_row, merged, rows_of
+
+FEWEST = int(torch.get_default_device().type == "xla")  # which has no cumulative sum of nothing
+
+
+LIMITS = torch.zeros(()), torch.tensor(0.4)
+
+
+def made(rows=5, **start):
+    return Table(rows, start or {"alpha": 0.25}, torch.get_default_device())
+
+
+def test_a_new_table_holds_where_its_columns_start():
+    table = made(3, alpha=0.0, accuracy=0.5)
+    assert len(table) == 3
+    assert table.columns["alpha"].tolist() == [0.0] * 3
+    assert table.columns["accuracy"].tolist() == [0.5] * 3
+    assert not table.trained.any()
+    assert list(table.tensors()) == ["alpha", "accuracy", "visited"]
+    assert [value.dtype for value in table.tensors().values()] == [torch.float32] * 2 + [
+        torch.uint8
+    ]
+
+
+@given(seeds, st.integers(FEWEST, 9), st.integers(1, 6), st.booleans(), st.booleans())
+def test_a_row_that_occurs_more_than_once_gets_the_mean_and_is_clipped_after_it(
+    seed, places, rows, limited, big
+):
+    rng = np.random.default_rng(seed)
+    index, values = rng.integers(0, rows, places), rng.normal(0, 2, places).astype(np.float32)
+    want = np.full(rows, 0.25)
+    for row in set(index.tolist()):
+        want[row] = values[index == row].mean()
+        want[row] = np.clip(want[row], 0.0, 0.4) if limited else want[row]
+    with pytest.MonkeyPatch.context() as patch:
+        if big:  # where tensors look for duplicates
+            patch.setattr(module, "FEW", 0)
+        table = made(rows)
+        table.write("alpha", tensor(index), tensor(values), LIMITS if limited else None)
+    np.testing.assert_allclose(array(table.columns["alpha"]), want, rtol=1e-5, atol=1e-6)
+    assert table.look_up("alpha", tensor(index)).tolist() == pytest.approx(
+        want[index].tolist(), abs=1e-6
+    )
+
+
+def test_rows_that_cannot_be_read_are_written_alike():
+    rows, values = torch.tensor([2, 0, 2, 2, 1]), torch.tensor([0.1, 0.2, 9.0, -9.4, 0.3])
+    table, other = made(), made()
+    table.write("alpha", rows, values, LIMITS)
+    table.mark(rows)
+    with torch.inference_mode():
+        unreadable = rows.clone()
+    with torch.no_grad():
+        other.write("alpha", unreadable, values, LIMITS)
+        other.mark(unreadable)
+    assert other.columns["alpha"].tolist() == table.columns["alpha"].tolist()
+    assert table.columns["alpha"].tolist() == pytest.approx([0.2, 0.3, 0.0, 0.25, 0.25])
+    assert other.visited.tolist() == table.visited.tolist() == [2, 2, 2, 0, 0]
+
+
+def test_rows_are_written_alike_where_torch_is_asked_to_be_deterministic():
+    table = made()
+    torch.use_deterministic_algorithms(True)
+    try:  # by means by row on an accelerator
+        table.write("alpha", torch.tensor([2, 0, 2]), torch.tensor([0.1, 0.2, 0.5]), LIMITS)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert table.columns["alpha"].tolist() == pytest.approx([0.2, 0.25, 0.3, 0.25, 0.25])
+
+
+@given(seeds, st.integers(FEWEST, 12), st.integers(1, 6))
+def test_means_by_row_are_those_of_a_loop(seed, places, rows):
+    """What an accelerator writes where torch is asked to be deterministic."""
+    rng = np.random.default_rng(seed)
+    index, values = rng.integers(0, rows, places), rng.normal(size=places).astype(np.float32)
+    mean = mean_by_row(tensor(index), tensor(values))
+    want = [values[index == row].mean() for row in index]
+    np.testing.assert_allclose(array(mean), np.array(want, dtype=np.float32), atol=1e-6)
+
+
+def test_rows_beyond_two_keep_apart_where_a_sum_of_bools_is_a_bool(monkeypatch):
+    # As on devices whose cumulative sum keeps the dtype unless it is told.
+    plain = torch.Tensor.cumsum
+
+    def keeps_its_dtype(self, dim, dtype=None):
+        return plain(self, dim, dtype=self.dtype if dtype is None else dtype)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", keeps_its_dtype)
+    values = torch.tensor([1.0, 2.0, 3.0, 5.0, 9.0, 8.0])
+    mean = mean_by_row(torch.tensor([7, 0, 4, 7, 4, 2]), values)
+    assert mean.tolist() == [3.0, 2.0, 6.0, 3.0, 6.0, 8.0]
+
+
+def test_new_rows_start_as_untrained():
+    table = made(2, alpha=0.0, accuracy=0.5)
+    table.write("alpha", torch.tensor([0, 1]), torch.tensor([0.3, 0.4]))
+    table.mark(torch.tensor([1]))
+    table.grow(4)
+    assert table.columns["alpha"].tolist() == pytest.approx([0.3, 0.4, 0, 0])
+    assert table.columns["accuracy"].tolist() == [0.5] * 4
+    assert table.trained.tolist() == [False, True, False, False]
+
+
+def test_a_merge_of_one_process_only_forgets_since_when():
+    table = made(3)
+    table.mark(torch.tensor([0, 2]))
+    table.write("alpha", torch.tensor([0]), torch.tensor([0.5]))
+    assert table.merge(["alpha"], None).tolist() == [True, False, True]
+    assert table.columns["alpha"].tolist() == [0.5, 0.25, 0.25]
+    assert table.visited.tolist() == [1, 0, 1]
+    table.mark(torch.tensor([1]))
+    assert table.merge(["alpha"], None).tolist() == [False, True, False]
+    assert (table.visited != SINCE).all()
+    assert table.trained.all()
+
+
+# -- between processes
+
+
+def reductions(tables):
+    """What `all_reduce` does on each of several ranks that run one after another.
+
+    Each call of a rank is answered by the sum of what all ranks bring to this call, which is
+    known from a first run that records what each rank brings.
+    """
+    brought = []
+    for columns, moved in tables:
+        calls = []
+        merged(columns, moved, lambda total, calls=calls: calls.append(total.clone()))
+        brought.append(calls)
+    sums = [sum(call) for call in zip(*brought, strict=True)]
+
+    def of_one_rank():
+        answers = iter(sums)
+        return lambda total: total.copy_(next(answers))
+
+    return of_one_rank
+
+
+@given(seeds, st.integers(1, 4), st.integers(1, 7), st.integers(1, 8))
+def test_a_row_becomes_the_mean_of_those_that_moved_it(seed, ranks, rows, chunk):
+    rng = np.random.default_rng(seed)
+    tables = []
+    for _ in range(ranks):
+        columns = {name: tensor(rng.random(rows)).float() for name in ("alpha", "beta")}
+        tables.append((columns, tensor(rng.random(rows) < 0.5)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK", chunk)
+        reduce = reductions(tables)
+        for columns, moved in tables:
+            before = {name: column.clone() for name, column in columns.items()}
+            new, anywhere = merged(columns, moved, reduce())
+            for name, column in columns.items():
+                assert torch.equal(column, before[name])  # the table itself is left alone
+                for row in range(rows):
+                    values = [float(c[name][row]) for c, m in tables if m[row]]
+                    want = sum(values) / len(values) if values else float(column[row])
+                    assert float(new[name][row]) == pytest.approx(want, abs=1e-6)
+                    assert bool(anywhere[row]) == bool(values)
+
+
+def test_a_reduction_that_fails_leaves_the_table_whole():
+    columns, moved = {"alpha": torch.tensor([0.1, 0.2])}, torch.tensor([True, False])
+    calls = []
+
+    def dies(total):
+        calls.append(total)
+        if len(calls) == 2:
+            raise RuntimeError("connection closed by peer")
+
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        merged(columns, moved, dies)
+    assert columns["alpha"].tolist() == pytest.approx([0.1, 0.2])
+    assert moved.tolist() == [True, False]
+
+
+# -- the rows of a batch
+
+X = torch.zeros(2, 3)
+by_value = pytest.mark.cpu_only("an accelerator would wait for a look at the values")
+BAD = [
+    (None, ValueError, "in training, but got None; wrap .* IndexedDataset .* num_samples=None"),
+    ([0, 1], TypeError, r"integer Tensor, but got list; pass `torch.as_tensor\(index\)`"),
+    (torch.zeros(2), TypeError, "got torch.float32; pass `index.long"),
+    (torch.zeros(2, dtype=torch.bool), TypeError, "got torch.bool"),
+    (torch.arange(3), ValueError, r"shape \(2,\), but got shape \(3,\)"),
+    (torch.zeros(2, 1, dtype=torch.int64), ValueError, r"got shape \(2, 1\)"),
+    pytest.param(
+        torch.tensor([0, 5]),
+        IndexError,
+        r"\[0, 4\], but got 5; num_samples=5 .*Subset.*`resize`",
+        marks=by_value,
+    ),
+    pytest.param(torch.tensor([-1, 0]), IndexError, r"\[0, 4\], but got -1", marks=by_value),
+]
+
+
+@pytest.mark.parametrize(("index", "kind", "text"), BAD, ids=range(len(BAD)))
+def test_a_bad_index_is_refused(index, kind, text):
+    with pytest.raises(kind, match=text):
+        rows_of(index, X, made(), False)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
+def test_an_index_of_any_integer_dtype(dtype):
+    rows = rows_of(torch.tensor([4, 0]).to(dtype), X, made(), False)
+    assert (rows.tolist(), rows.dtype) == ([4, 0], torch.int64)
+
+
+def test_the_rows_of_a_scalar_of_nothing_and_of_one_shared_level():
+    assert rows_of(torch.tensor(3), torch.tensor(1.0), made(), False).tolist() == [3]
+    none = torch.zeros(0, dtype=torch.int64)
+    assert rows_of(none, torch.zeros(0, 3), made(), False).tolist() == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rows_of(None, X, made(1), True).tolist() == [0, 0]
+        assert rows_of(torch.tensor([math.nan]), X, made(1), True).tolist() == [0, 0]
+
+
+def test_a_batch_on_another_device_is_told_where_the_table_is():
+    text = r"table's device \w+(:0)?, but got meta; .*`criterion.to\('meta'\)"
+    with pytest.raises(ValueError, match=text):
+        rows_of(torch.arange(2), X.to("meta"), made(), False)
