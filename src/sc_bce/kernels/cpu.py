@@ -107,7 +107,9 @@ def _takes(batch: Batch, given: Perturbation, weight: Tensor | None, by_sample: 
     return all(
         not value.requires_grad and torch.promote_types(value.dtype, wide) == wide
         for value in constants
-    ) and all(readable(value) and not _is_dual(value) for value in (x, *constants, *given.tensors()))
+    ) and all(
+        readable(value) and not _is_dual(value) for value in (x, *constants, *given.tensors())
+    )
 
 
 def _is_dual(value: Tensor) -> bool:
