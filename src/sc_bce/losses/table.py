@@ -16,7 +16,6 @@ __all__ = ["SINCE", "Table", "mean_by_row", "merged", "rows_of"]
 
 NEVER, BEFORE, SINCE = 0, 1, 2  # when a row was last trained, relative to the last step
 
-FEW = 1 << 9  # rows up to which it pays to look for duplicates
 CHUNK = 1 << 24  # rows that are merged at a time: bounds the extra memory
 
 
@@ -57,9 +56,11 @@ class Table:
     ) -> None:
         """Write a column; a row that occurs more than once gets the mean of its values."""
         column = self.columns[name]
-        if readable(rows) and len(rows) <= FEW and len(set(rows.tolist())) == len(rows):
-            column.scatter_(0, rows, values if limits is None else values.clamp(*limits))
-            return  # half the time of index_copy_
+        if readable(rows):
+            new = values if limits is None else values.clamp(*limits)
+            column.scatter_(0, rows, new)
+            if torch.equal(column.index_select(0, rows), new):
+                return  # no row occurs again with another value
         if column.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
             column.index_copy_(0, rows, mean_by_row(rows, values))
         else:
