@@ -144,8 +144,10 @@ def _as_positions(indices: Sequence[int], size: int) -> Sequence[int]:
 
 def _require_map_style(dataset: object) -> None:
     if _is_indexed(dataset):
-        remedy = "wrap the innermost dataset alone, or the whole of several ones"
-        got = f"a {type(dataset).__name__} that yields its index already"
+        got, remedy = "an IndexedDataset, which yields its index already", "pass it on as it is"
+        if not isinstance(dataset, IndexedDataset):
+            got = f"a {type(dataset).__name__} of {got}"
+            remedy = "build that of the datasets inside, and wrap it as a whole"
         refuse("dataset", "yield no index yet", got, remedy, TypeError)
     complete = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if not complete or isinstance(dataset, (IterableDataset, type)):
