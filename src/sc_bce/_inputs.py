@@ -52,7 +52,10 @@ def unmasked(*values: Any) -> Tensor | None:
     """Where none of these is masked, as numpy.ma does it; None if none has a mask."""
     masks = [value.mask for value in values if hasattr(value, "mask") and hasattr(value, "filled")]
     masks = [tensor(mask, "mask") for mask in masks if mask.any()]
-    return None if not masks else ~torch.stack(torch.broadcast_tensors(*masks)).any(0)
+    valid: Tensor | None = None
+    for mask in masks:
+        valid = ~mask if valid is None else valid & ~mask
+    return valid
 
 
 # -- logits and labels
@@ -212,7 +215,7 @@ def _parts(target: Tensor, void: float | None) -> Iterator[Tensor]:
         if target.numel():
             yield target
         return
-    for part in target.detach().reshape(-1).split(_PART):
+    for part in torch.split(target.detach().reshape(-1), _PART):
         # As numbers of its own dtype, since a bool result takes twenty times as long.
         if void != void:
             yield part.nan_to_num(0.0, torch.inf, -torch.inf)
@@ -223,9 +226,10 @@ def _parts(target: Tensor, void: float | None) -> Iterator[Tensor]:
 def refuse_labels(target: Tensor, illegal: Tensor, void: float | None) -> None:
     """Refuse what is marked `illegal`; the void elements among it are legal."""
     kind = "be in [0, 1]" if target.is_floating_point() else "hold only 0 and 1"
-    if void is not None:
+    valid = valid_elements(target, void)
+    if valid is not None:
         kind += f" (besides ignore_index={void:g})"
-        illegal = illegal & valid_elements(target, void)
+        illegal = illegal & valid
     value = target[illegal][0].item()
     remedy = "name a void label with `ignore_index`"
     if value < 0 or value >= 2:  # not what a division by 255 left
@@ -405,8 +409,8 @@ def _in_unit(name: str, value: Tensor, remedy: str = "") -> tuple[float, float]:
         return 0.5, 0.5
     low, high = (end.item() for end in value.detach().aminmax())
     if not (low >= 0 and high <= 1):
-        value = _errors.exact(high if high > 1 else low)
-        refuse(name, "be in [0, 1]", f"the value {value}", remedy)
+        wrong = _errors.exact(high if high > 1 else low)
+        refuse(name, "be in [0, 1]", f"the value {wrong}", remedy)
     return low, high
 
 

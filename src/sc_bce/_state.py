@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -30,13 +31,13 @@ class Stateful(nn.Module):
 
     generator: torch.Generator | None = None
 
+    @abstractmethod
     def held(self) -> dict[str, Tensor]:
         """Every such tensor, by name. The first one says where they are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace some of them."""
-        raise NotImplementedError
 
     def refusal(self, saved: Mapping[str, Any]) -> str | None:
         """Why a saved state does not fit this module, in a sentence; None if it does."""

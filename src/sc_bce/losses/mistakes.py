@@ -48,15 +48,27 @@ class History:
         self.elements, self.largest = self.elements + input.numel(), max(self.largest, count)
         if levels.steps or self.steps:
             return
-        # Rounded up, as samplers pad.
-        share = _COPIES * levels.warmup * -(-len(levels.table) // world_size())
         late = self.epochs > levels.warmup or self.batches > PATIENCE
-        if late if shared else before <= share < self.samples:
+        if late if shared else self._passed(before, levels):
             _errors.warn(
                 "AdaptivePerturbation has trained past its warm-up, but step() was never called, "
                 "so the levels don't move and the loss is plain BCE; call "
                 "`criterion.step(histogram)` after each epoch"
             )
+
+    def _passed(self, before: int, levels: Levels) -> bool:
+        """Whether this batch begins another pass over the rows, after the warm-up's."""
+        share = -(-len(levels.table) // world_size())  # rounded up, as samplers pad
+        passes = (self.samples - 1) // share
+        if passes == (before - 1) // share or passes not in (
+            levels.warmup,
+            _COPIES * levels.warmup,
+        ):
+            return False
+        # A sampler that repeats samples has not met all rows after as many samples.
+        rows = levels.table.trained
+        met = rows.device.type == "cpu" and int(rows.sum()) >= share
+        return met == (passes == levels.warmup)
 
     def step(self, reading: Reading, moved: Tensor, levels: Levels, shared: bool) -> None:
         """Look for mistakes in what was trained since the last step."""
