@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,30 +13,17 @@ from torch import Tensor, nn
 from .. import _errors, _inputs
 from .._errors import refuse
 from .._inputs import Array
-from .._torch import UNREDUCIBLE, any_set, has_values, transformed
+from .._torch import any_set, has_values, transformed
+from ..measure.cells import Batch, batch, by_label, grid
 from ..measure.histogram import CalibrationHistogram
 from ..measure.scores import Cells
 
 AnyRepair = TypeVar("AnyRepair", bound="Repair")
 
 _BLOCK = 1 << 16  # elements answered at a time on a CPU, so that intermediate results stay cached
+_MANY = 10_000  # elements of a label above which raw logits are gathered into cells
 _WORSE = 1e-6  # relative increase of the loss that rounding can cause
-
-
-class Sample(NamedTuple):
-    """The elements of one label that count, flat; exact probabilities have logit inf or -inf."""
-
-    logit: Tensor
-    target: Tensor
-    weight: Tensor
-
-
-class Fitted(NamedTuple):
-    """The answers to the cells of one label, and what the fit aimed at with its answers."""
-
-    answer: Tensor
-    aim: Cells
-    aimed: Tensor
+_GRID = grid(10_000)
 
 
 class Repair(nn.Module):
@@ -45,7 +33,13 @@ class Repair(nn.Module):
     from_logits: Tensor
     nll: tuple[float, float] | None
     num_cells: int | None = None  # of a histogram; None for any
+    _by_element = False  # whether raw logits are fitted as they are, and not by a histogram
     _if_worse = ""
+    # From the cells of each label, and whether they hold probabilities of 0 and of 1, (labels, 2):
+    # what is stored. Returns the answers to all cells of each label, and what they aimed at.
+    _fit: Callable[[list[Cells], Tensor], list[tuple[Tensor, Cells]]]
+    # Calibrated logits, of logits or probabilities in at least float32.
+    _map: Callable[[Tensor], Tensor]
 
     def __init__(self, num_labels: int | None) -> None:
         super().__init__()
@@ -79,7 +73,7 @@ class Repair(nn.Module):
             target: unless ``input`` is a histogram, the labels: in [0, 1] in any dtype, of the
                 same size. Default: None.
             weight: how many elements each one counts for, at least 0; broadcasts to ``input``. If
-                the mean is below 1, weights are scaled to mean 1. Default: None.
+                all are below 1, they are scaled so that the largest is 1. Default: None.
             from_logits: whether ``input`` holds logits and not probabilities. Default: True.
             ignore_index: target value of elements to leave out, ``math.nan`` too. Default: None.
 
@@ -108,35 +102,57 @@ class Repair(nn.Module):
         """
         # Tensors of inference mode could not be changed or differentiated through afterwards.
         with torch.inference_mode(False), torch.no_grad():
+            elements: list[Cells] = []
             if isinstance(input, CalibrationHistogram):
+                name, histogram = "histogram", input
                 if target is not None or weight is not None:
                     wanted = (
                         "be None, like `weight`, beside a CalibrationHistogram, which holds both"
                     )
                     refuse("target", wanted, "one of them", "pass `fit(histogram)`", TypeError)
-                cells, from_logits = _of_histogram(input, self.num_labels, self.num_cells)
-                _both_classes(cells, "histogram", self.num_labels)
-                before = _mean(input.nll(), cells)
+                self._check(histogram)
             else:
-                samples, from_logits = _of_data(
-                    input, target, weight, self.num_labels, from_logits, ignore_index
-                )
-                every = [Cells(z.double(), w, w * y) for z, y, w in samples]
-                _both_classes(every, "target", self.num_labels)
-                before = mean_loss(every, [one.logit for one in every])
-                cells = [self._gather(one) for one in samples]
-            fits = self._fit(cells)
-        took(self, from_logits)
-        self.nll = (before, mean_loss(cells, [one.answer for one in fits]))
-        aims = [one.aim for one in fits]
+                name, histogram = "target", CalibrationHistogram(self.num_labels)
+                # On the CPU, where everything is looked at.
+                data = [
+                    one.detach().cpu() if isinstance(one, Tensor) else one
+                    for one in (input, target, weight)
+                ]
+                seen = _weighted(batch(*data, from_logits, ignore_index))
+                histogram.update(
+                    seen.input, seen.target,
+                    weight=seen.weight, from_logits=from_logits, ignore_index=ignore_index,
+                )  # fmt: skip
+                if self._by_element and seen.from_logits:
+                    rows = seen.rows(lambda part: by_label(part, self.num_labels))
+                    elements = [_elements(row) for row in rows]
+            cells, before = histogram.cells(), float(histogram.pooled().nll())
+            _usable(name, cells, before, self.num_labels)
+            sure = histogram.state_dict()["counts"].cpu()[..., -1].sum(-1) > 0
+            if name == "target" and histogram.from_logits and bool(sure.any()):
+                remedy = "it says that a probability is exactly 0 or 1; pass those with "
+                remedy += "`from_logits=False`"
+                refuse("input", "hold finite logits", "an infinite one", remedy)
+            cells = elements or cells
+            answers, aims = zip(*self._fit(cells, sure), strict=True)
+        took(self, histogram.from_logits)
+        self.nll = (before, mean_loss(cells, answers))
         raw = mean_loss(aims, [one.logit for one in aims])
-        repaired = mean_loss(aims, [one.aimed for one in fits])
-        if repaired > raw * (1 + _WORSE) + 1e-12:
+        if mean_loss(aims, answers) > raw * (1 + _WORSE) + 1e-12:
             _errors.warn(
                 f"This {type(self).__name__} raises the NLL of the data that it is fitted to (see "
                 f"`nll`): {self._if_worse}"
             )
         return self
+
+    def _check(self, histogram: CalibrationHistogram) -> None:
+        for name, remedy in (
+            ("num_labels", "build both with the same number, or pass `histogram.pooled()`"),
+            ("num_cells", "build it without `num_cells`"),
+        ):
+            mine, theirs = getattr(self, name), getattr(histogram, name)
+            if mine != theirs and (name, mine) != ("num_cells", None):
+                refuse("histogram", f"have {name}={mine}", f"{name}={theirs}", remedy)
 
     def forward(self, input: Tensor | Array) -> Tensor:
         x = _inputs.tensor(input, "input")
@@ -146,9 +162,13 @@ class Repair(nn.Module):
         valid = _inputs.unmasked(input)
         if valid is not None:
             x = x.masked_fill(~valid, torch.nan)
-        rows(x, self.num_labels)
+        by_label(x, self.num_labels)
         if not self.takes_logits and any_set((x < 0) | (x > 1)):
-            _refuse_probabilities(x, "this module was fitted to probabilities: pass those")
+            value, remedy = (
+                x[(x < 0) | (x > 1)][0].item(),
+                "this module was fitted to probabilities",
+            )
+            refuse("input", "hold probabilities in [0, 1]", _errors.exact(value), remedy)
         if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() <= _BLOCK:
             return self._answer(x)
         if type(x) is not Tensor or transformed() or (x.requires_grad and torch.is_grad_enabled()):
@@ -174,16 +194,6 @@ class Repair(nn.Module):
         if x.dtype == torch.float16:  # whose largest number a scale can pass
             answer = answer.clamp(-65504, 65504)
         return answer.to(x.dtype)
-
-    def _gather(self, sample: Sample) -> Cells:
-        raise NotImplementedError
-
-    def _fit(self, cells: list[Cells]) -> list[Fitted]:
-        raise NotImplementedError
-
-    def _map(self, x: Tensor) -> Tensor:
-        """Calibrated logits, of logits or probabilities in at least float32."""
-        raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         own = dict(self.named_buffers())
@@ -230,138 +240,61 @@ def took(repair: Repair, from_logits: bool, fitted: bool = True) -> None:
     store(repair, **{name: torch.tensor(flag, device="cpu") for name, flag in flags.items()})
 
 
-def rows(value: Tensor, num_labels: int | None) -> list[Tensor]:
-    """The elements of each label."""
-    if num_labels is None:
-        return [value]
-    if value.dim() < 2 or value.shape[1] != num_labels:
-        wanted = f"have num_labels={num_labels} labels in dimension 1"
-        refuse("input", wanted, f"shape {tuple(value.shape)}")
-    return list(value.unbind(1))
-
-
-def mean_loss(cells: list[Cells], answers: list[Tensor]) -> float:
-    """Mean NLL, each class alone: infinite logits that are right cost nothing."""
-    losses = []
-    for one, z in zip(cells, answers, strict=True):
-        parts = ((one.positive, -z), (one.count - one.positive, z))
-        losses.append(sum(torch.where(n > 0, n * F.softplus(x), 0.0).sum() for n, x in parts))
-    counts = [one.count.sum() for one in cells]
-    return float(sum(losses)) / float(sum(counts))
-
-
-def _mean(values: Tensor, cells: list[Cells]) -> float:
-    counts = torch.stack([one.count.sum() for one in cells])
-    return float((values.cpu().reshape(-1) * counts).sum() / counts.sum())
-
-
-def _refuse_probabilities(x: Tensor, remedy: str) -> None:
-    value = x[(x < 0) | (x > 1)][0].item()
-    refuse("input", "hold probabilities in [0, 1]", _errors.exact(value), remedy)
+def mean_loss(cells: Sequence[Cells], answers: Sequence[Tensor]) -> float:
+    """Mean NLL, each class alone: a difference would lose the digits of what is sure and right."""
+    losses = [
+        float(((n - k) * F.softplus(z) + k * F.softplus(-z)).sum())
+        for (_, n, k), z in zip(cells, answers, strict=True)
+    ]
+    return sum(losses) / sum(float(one.count.sum()) for one in cells)
 
 
 # --- what a fit is made of ------------------------------------------------------------------------
 
 
-def _of_histogram(
-    histogram: CalibrationHistogram, num_labels: int | None, num_cells: int | None
-) -> tuple[list[Cells], bool]:
-    if num_cells is not None and histogram.num_cells != num_cells:
-        wanted, got = f"have num_cells={num_cells}", f"num_cells={histogram.num_cells}"
-        refuse("histogram", wanted, got, "build it without `num_cells`")
-    if histogram.num_labels != num_labels:
-        wanted, got = f"have num_labels={num_labels}", f"num_labels={histogram.num_labels}"
-        remedy = "build both with the same number, or pass `histogram.pooled()`"
-        refuse("histogram", wanted, got, remedy)
-    cells = histogram.cells()
-    if any(bool(one.count.isnan().any()) for one in cells):
-        remedy = "it has seen nan, or illegal labels, on an accelerator"
-        refuse("histogram", "hold finite counts and sums", "nan", remedy)
-    return cells, histogram.from_logits
+def _weighted(seen: Batch) -> Batch:
+    """Masks as weights of 0. Weights that are all below 1 are no less than elements."""
+    weight = seen.weight
+    if weight is not None and weight.numel():
+        weight = weight / min(float(weight.max()) or 1.0, 1.0)
+    if seen.valid is not None:
+        weight = seen.valid.double() if weight is None else weight * seen.valid
+    return seen._replace(weight=weight, valid=None)
 
 
-def _of_data(
-    input: Any, target: Any, weight: Any, num_labels: int | None, from_logits: bool,
-    ignore_index: float | None,
-) -> tuple[list[Sample], bool]:  # fmt: skip
-    x, y = _inputs.tensor(input, "input"), _inputs.tensor(target, "target")
-    if not isinstance(x, Tensor):
-        wanted = "be a CalibrationHistogram, or a Tensor or array beside its `target`"
-        remedy = "update a histogram with each batch and pass it"
-        refuse("input", wanted, _errors.describe(x), remedy, TypeError)
-    if target is None:
-        remedy = "pass `fit(input, target)`, or a CalibrationHistogram alone"
-        refuse("target", "be the labels of the input", "None", remedy, TypeError)
-    if x.dtype == torch.uint8:
-        x, from_logits = x / 255, False
-    _inputs.logits(x)
-    _inputs.label(y)
-    _inputs.same_size(x, y)
-    x, w = x.detach().cpu(), _weight(weight, x.shape)
-    void = _inputs.held(y, _errors.ignored(ignore_index))
-    y = y.detach().cpu()
-    y = y.to(torch.int64) if y.dtype in UNREDUCIBLE else y
-    masks = [_inputs.unmasked(input, target, weight), _inputs.valid_elements(y, void)]
-    keep = torch.ones_like(x, dtype=torch.bool)
-    for mask in masks:
-        keep = keep if mask is None else keep & mask
-    if from_logits:
-        _suspect(x[keep] if not bool(keep.all()) else x)
-    parts = (rows(part, num_labels) for part in (x, y, w, keep & (w != 0)))
-    return [_sample(list(one), from_logits) for one in zip(*parts, strict=True)], from_logits
+def _elements(row: Batch) -> Cells:
+    """The elements of one label, a cell for each; of many, those that are alike share one.
+
+    Shared cells are those of a histogram of the logits less their median, over their median size,
+    so that logits of any offset and scale stay apart.
+    """
+    z, y, w = (None if one is None else one.reshape(-1) for one in row[:3])
+    keep = _inputs.valid_elements(y, row.void)
+    w = torch.ones(len(z), dtype=torch.float64, device="cpu") if w is None else w
+    keep = w > 0 if keep is None else keep & (w > 0)
+    z, y, w = (one.double() if bool(keep.all()) else one[keep].double() for one in (z, y, w))
+    if len(z) <= _MANY:
+        return Cells(z, w, w * y)
+    middle = z.median()
+    z = z - middle
+    scale = float(z.abs().median()) or float(z.abs().mean()) or 1.0
+    size = z.abs() / scale
+    place = _GRID.coordinate(size, torch.sigmoid(-size)) + (z >= 0) * _GRID.size
+    sums = (torch.bincount(place.long(), part) for part in (w * z, w, w * y))
+    logit, count, positive = torch.stack(tuple(sums)).unbind()
+    some = count > 0
+    return Cells((logit / count)[some] + middle, count[some], positive[some])
 
 
-def _weight(weight: Any, size: torch.Size) -> Tensor:
-    w = torch.ones((), device="cpu") if weight is None else _inputs.tensor(weight, "weight")
-    if not isinstance(w, Tensor):
-        refuse("weight", "be a Tensor, an array or None", _errors.describe(w), error=TypeError)
-    _inputs.along_labels("weight", w, size)
-    return w.detach().cpu().double().expand(size)
-
-
-def _sample(parts: list[Tensor], from_logits: bool) -> Sample:
-    """The elements of one label to keep, checked."""
-    *values, keep = parts
-    x, y, w = (one.reshape(-1) if bool(keep.all()) else one[keep] for one in values)
-    _inputs.check_labels(y, None)
-    y = y.double()
-    if bool(y.isnan().any()):
-        refuse("target", "hold no nan", "nan", "for missing labels pass `ignore_index=math.nan`")
-    if not bool(((w >= 0) & w.isfinite()).all()):
-        bad = w[~((w >= 0) & w.isfinite())][0].item()
-        refuse("weight", "be finite and at least 0", _errors.exact(bad))
-    z = x.to(torch.promote_types(x.dtype, torch.float32))
-    if bool(z.isnan().any()):
-        remedy = "the model has diverged, or an ignored element lacks its `ignore_index`"
-        refuse("input", "hold no nan", "nan", remedy)
-    if from_logits and bool(z.isinf().any()):
-        remedy = "it says that a probability is exactly 0 or 1; pass those with `from_logits=False`"
-        refuse("input", "hold finite logits", "an infinite one", remedy)
-    if not from_logits:
-        if bool(((z < 0) | (z > 1)).any()):
-            _refuse_probabilities(z, "pass logits with `from_logits=True`")
-        z = torch.logit(z)
-    if len(w):
-        w = w * max(1.0, len(w) / float(w.sum()))
-    return Sample(z, y, w)
-
-
-def _suspect(x: Tensor) -> None:
-    kind = _inputs.like_probabilities(x)
-    if kind == "probabilities":
-        remedy = "pass `from_logits=False`, or the output of the network before the sigmoid"
-        _errors.warn(f"All logits of this fit lie in [0, 1], as if they were {kind}; {remedy}")
-    elif kind:
-        remedy = "of a softmax over two classes pass `x[:, 1] - x[:, 0]`"
-        _errors.warn(f"All logits of this fit are at most 0, as if they were {kind}; {remedy}")
-
-
-def _both_classes(cells: list[Cells], name: str, num_labels: int | None) -> None:
+def _usable(name: str, cells: list[Cells], nll: float, num_labels: int | None) -> None:
     for label, one in enumerate(cells):
         of = "" if num_labels is None else f" of label {label}"
         total, positive = float(one.count.sum()), float(one.positive.sum())
         if total == 0:
             refuse(name, f"hold an element{of} to fit to", "none", "drop a label that has none")
+        if math.isnan(nll):
+            remedy = "it has seen nan, or illegal labels, on an accelerator"
+            refuse(name, "hold finite counts and sums", "nan", remedy)
         if not 0 < positive < total:
             remedy = "fit to validation data with positives and negatives"
             refuse(name, f"hold both classes{of}", f"only {positive / total:g}", remedy)

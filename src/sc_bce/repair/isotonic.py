@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..measure.cells import Grid, grid, slack
 from ..measure.scores import Blocks, Cells, isotonic
-from .fit import Fitted, Repair, Sample, store, took
+from .fit import Repair, store, took
 
 __all__ = ["IsotonicCalibration"]
 
@@ -102,20 +102,10 @@ class IsotonicCalibration(Repair):
         self.nll = None
         took(self, from_logits=True, fitted=False)
 
-    def _gather(self, sample: Sample) -> Cells:
-        z, y, w = sample
-        index = place(self._grid, z)
-        count, positive, logit = torch.zeros(
-            3, 2 * self._grid.size, dtype=torch.float64, device="cpu"
-        ).unbind()
-        for sums, values in ((count, w), (positive, w * y), (logit, w * z)):
-            sums.index_add_(0, index, values)
-        return Cells(torch.where(count > 0, logit / count, 0.0), count, positive)
-
-    def _fit(self, cells: list[Cells]) -> list[Fitted]:
+    def _fit(self, cells: list[Cells], sure: Tensor) -> list[tuple[Tensor, Cells]]:
         tables = [_curve(one) for one in cells]
         store(self, table=torch.stack(tables).reshape(self.table.shape))
-        return [Fitted(table, one, table) for one, table in zip(cells, tables, strict=True)]
+        return list(zip(tables, cells, strict=True))
 
     def _map(self, x: Tensor) -> Tensor:
         z = x if self.takes_logits else torch.log(x) - torch.log(1 - x)
