@@ -14,7 +14,7 @@ from .. import _errors, _inputs
 from .._errors import refuse
 from .._inputs import Array
 from .._torch import any_set, has_values, transformed
-from ..measure.cells import Batch, batch, by_label, grid
+from ..measure.cells import Batch, Grid, batch, by_label, grid, slack
 from ..measure.histogram import CalibrationHistogram
 from ..measure.scores import Cells
 
@@ -23,7 +23,8 @@ AnyRepair = TypeVar("AnyRepair", bound="Repair")
 _BLOCK = 1 << 16  # elements answered at a time on a CPU, so that intermediate results stay cached
 _MANY = 10_000  # elements of a label above which raw logits are gathered into cells
 _WORSE = 1e-6  # relative increase of the loss that rounding can cause
-_GRID = grid(10_000)
+_GRID = grid(40_000)  # whose cells are narrow enough for six digits of a slope
+_INFINITE = "a probability of exactly 0 or 1 is passed with `from_logits=False`"
 
 
 class Repair(nn.Module):
@@ -51,14 +52,10 @@ class Repair(nn.Module):
             self.register_buffer("from_logits", torch.tensor(True))
 
     def fit(
-        self: AnyRepair,
-        input: Tensor | CalibrationHistogram | Array,
-        target: Tensor | Array | None = None,
-        *,
-        weight: Tensor | Array | None = None,
-        from_logits: bool = True,
-        ignore_index: float | None = None,
-    ) -> AnyRepair:
+        self: AnyRepair, input: Tensor | CalibrationHistogram | Array,
+        target: Tensor | Array | None = None, *, weight: Tensor | Array | None = None,
+        from_logits: bool = True, ignore_index: float | None = None,
+    ) -> AnyRepair:  # fmt: skip
         """Fit the calibration map to validation data, and return this module.
 
         Sets ``nll`` to the mean negative log-likelihood of these data before and after, and
@@ -105,23 +102,13 @@ class Repair(nn.Module):
             elements: list[Cells] = []
             if isinstance(input, CalibrationHistogram):
                 name, histogram = "histogram", input
-                if target is not None or weight is not None:
-                    wanted = (
-                        "be None, like `weight`, beside a CalibrationHistogram, which holds both"
-                    )
-                    refuse("target", wanted, "one of them", "pass `fit(histogram)`", TypeError)
-                self._check(histogram)
+                self._check(input, target, weight)
             else:
                 name, histogram = "target", CalibrationHistogram(self.num_labels)
-                # On the CPU, where everything is looked at.
-                data = [
-                    one.detach().cpu() if isinstance(one, Tensor) else one
-                    for one in (input, target, weight)
-                ]
-                seen = _weighted(batch(*data, from_logits, ignore_index))
+                seen = _looked_at(input, target, weight, from_logits, ignore_index)
                 histogram.update(
-                    seen.input, seen.target,
-                    weight=seen.weight, from_logits=from_logits, ignore_index=ignore_index,
+                    seen.input, seen.target, weight=seen.weight, from_logits=seen.from_logits,
+                    ignore_index=seen.void,
                 )  # fmt: skip
                 if self._by_element and seen.from_logits:
                     rows = seen.rows(lambda part: by_label(part, self.num_labels))
@@ -130,9 +117,7 @@ class Repair(nn.Module):
             _usable(name, cells, before, self.num_labels)
             sure = histogram.state_dict()["counts"].cpu()[..., -1].sum(-1) > 0
             if name == "target" and histogram.from_logits and bool(sure.any()):
-                remedy = "it says that a probability is exactly 0 or 1; pass those with "
-                remedy += "`from_logits=False`"
-                refuse("input", "hold finite logits", "an infinite one", remedy)
+                refuse("input", "hold finite logits", "an infinite one", _INFINITE)
             cells = elements or cells
             answers, aims = zip(*self._fit(cells, sure), strict=True)
         took(self, histogram.from_logits)
@@ -145,7 +130,10 @@ class Repair(nn.Module):
             )
         return self
 
-    def _check(self, histogram: CalibrationHistogram) -> None:
+    def _check(self, histogram: CalibrationHistogram, *others: object) -> None:
+        if any(one is not None for one in others):
+            wanted = "be None, like `weight`, beside a CalibrationHistogram, which holds both"
+            refuse("target", wanted, "one of them", "pass `fit(histogram)`", TypeError)
         for name, remedy in (
             ("num_labels", "build both with the same number, or pass `histogram.pooled()`"),
             ("num_cells", "build it without `num_cells`"),
@@ -163,12 +151,9 @@ class Repair(nn.Module):
         if valid is not None:
             x = x.masked_fill(~valid, torch.nan)
         by_label(x, self.num_labels)
-        if not self.takes_logits and any_set((x < 0) | (x > 1)):
-            value, remedy = (
-                x[(x < 0) | (x > 1)][0].item(),
-                "this module was fitted to probabilities",
-            )
-            refuse("input", "hold probabilities in [0, 1]", _errors.exact(value), remedy)
+        if not self.takes_logits and any_set(outside := (x < 0) | (x > 1)):
+            value, remedy = _errors.exact(x[outside][0].item()), "this module was fitted to them"
+            refuse("input", "hold probabilities in [0, 1]", value, remedy)
         if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() <= _BLOCK:
             return self._answer(x)
         if type(x) is not Tensor or transformed() or (x.requires_grad and torch.is_grad_enabled()):
@@ -196,12 +181,9 @@ class Repair(nn.Module):
         return answer.to(x.dtype)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        own = dict(self.named_buffers())
-        saved = {name: state_dict.get(prefix + name) for name in own}
-        if any(isinstance(part, Tensor) for part in saved.values()) and any(
-            not isinstance(part, Tensor) or part.shape != own[name].shape
-            for name, part in saved.items()
-        ):
+        own = {prefix + name: part.shape for name, part in self.named_buffers()}
+        found = {name: getattr(state_dict[name], "shape", None) for name in own.keys() & state_dict}
+        if found and found != own:
             refusal = f"`{prefix[:-1] or type(self).__name__}` is of another version or num_labels"
             args[-1].append(f"The state of {refusal}: fit this module again")
             return
@@ -240,6 +222,27 @@ def took(repair: Repair, from_logits: bool, fitted: bool = True) -> None:
     store(repair, **{name: torch.tensor(flag, device="cpu") for name, flag in flags.items()})
 
 
+def place(cells: Grid, z: Tensor) -> Tensor:
+    """The cell of each logit, from the surest negative to the surest positive, int32.
+
+    Along |z| it is the sum of cells even in the probability, then of fine and of wide ones even in
+    the logit. Without masks, which take a CPU longer than arithmetic, and with one clamp of each
+    tensor, since exporters merge two.
+    """
+    size = z.abs()
+    edge = slack(2 * cells.half, z.dtype) - cells.first
+    at = (-size).sigmoid().mul(-2 * cells.half).add(cells.half + edge)
+    at = at.clamp(0, cells.last - cells.first)
+    tail = size
+    for one in reversed(cells.stretches):
+        high = one.high - 0.5 / one.density * (one is cells.stretches[-1])
+        tail = tail.clamp(max=high)
+        at = at + (tail - one.low).relu() * one.density
+    at = at.floor()
+    side = z.clamp(-1, 0).floor()  # -1 for negative logits, else 0
+    return (at * (2 * side + 1) + side + cells.size).to(torch.int32)
+
+
 def mean_loss(cells: Sequence[Cells], answers: Sequence[Tensor]) -> float:
     """Mean NLL, each class alone: a difference would lose the digits of what is sure and right."""
     losses = [
@@ -252,14 +255,20 @@ def mean_loss(cells: Sequence[Cells], answers: Sequence[Tensor]) -> float:
 # --- what a fit is made of ------------------------------------------------------------------------
 
 
-def _weighted(seen: Batch) -> Batch:
-    """Masks as weights of 0. Weights that are all below 1 are no less than elements."""
-    weight = seen.weight
-    if weight is not None and weight.numel():
-        weight = weight / min(float(weight.max()) or 1.0, 1.0)
+def _looked_at(
+    input: Any, target: Any, weight: Any, from_logits: bool, ignore_index: float | None
+) -> Batch:
+    """The data on the CPU, where everything is looked at; masks are weights of 0."""
+    x, y, w = (
+        one.detach().cpu() if isinstance(one, Tensor) else one for one in (input, target, weight)
+    )
+    seen = batch(x, y, w, from_logits, ignore_index)
+    scaled = seen.weight
+    if scaled is not None and scaled.numel():
+        scaled = scaled / min(float(scaled.max()) or 1.0, 1.0)
     if seen.valid is not None:
-        weight = seen.valid.double() if weight is None else weight * seen.valid
-    return seen._replace(weight=weight, valid=None)
+        scaled = seen.valid.double() if scaled is None else scaled * seen.valid
+    return seen._replace(weight=scaled, valid=None)
 
 
 def _elements(row: Batch) -> Cells:
@@ -268,22 +277,20 @@ def _elements(row: Batch) -> Cells:
     Shared cells are those of a histogram of the logits less their median, over their median size,
     so that logits of any offset and scale stay apart.
     """
-    z, y, w = (None if one is None else one.reshape(-1) for one in row[:3])
-    keep = _inputs.valid_elements(y, row.void)
-    w = torch.ones(len(z), dtype=torch.float64, device="cpu") if w is None else w
-    keep = w > 0 if keep is None else keep & (w > 0)
+    z, y = row.input.reshape(-1), row.target.reshape(-1)
+    w = z.new_ones((), dtype=torch.float64) if row.weight is None else row.weight.reshape(-1)
+    w, valid = w.expand(z.shape), _inputs.valid_elements(y, row.void)
+    keep = w > 0 if valid is None else valid & (w > 0)
     z, y, w = (one.double() if bool(keep.all()) else one[keep].double() for one in (z, y, w))
     if len(z) <= _MANY:
         return Cells(z, w, w * y)
     middle = z.median()
-    z = z - middle
-    scale = float(z.abs().median()) or float(z.abs().mean()) or 1.0
-    size = z.abs() / scale
-    place = _GRID.coordinate(size, torch.sigmoid(-size)) + (z >= 0) * _GRID.size
-    sums = (torch.bincount(place.long(), part) for part in (w * z, w, w * y))
-    logit, count, positive = torch.stack(tuple(sums)).unbind()
+    size = (z - middle).abs()
+    scale = float(size.median()) or float(size.mean()) or 1.0
+    index = place(_GRID, (z - middle) / scale)
+    logit, count, positive = (torch.bincount(index, part) for part in (w * z, w, w * y))
     some = count > 0
-    return Cells((logit / count)[some] + middle, count[some], positive[some])
+    return Cells((logit / count)[some], count[some], positive[some])
 
 
 def _usable(name: str, cells: list[Cells], nll: float, num_labels: int | None) -> None:

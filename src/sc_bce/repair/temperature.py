@@ -169,20 +169,22 @@ class TemperatureScaling(Repair):
         rates = self.flip_rates.detach().cpu().double().reshape(2, -1).unbind(1)
         aims = [_aim(one, self.fit_bias) for one in cells]
         fits = [
-            _best_map(aim, None if self.fit_flip_rates else pair, self.fit_bias)
+            _best_line(aim, None if self.fit_flip_rates else pair, self.fit_bias)
             for aim, pair in zip(aims, rates, strict=True)
         ]
-        lines = [line for line, _ in fits]
         seen = [one.logit[one.count > 0] for one in cells]
-        ends = torch.stack([torch.stack((z.min(), z.max())) for z in seen])
+        ends = torch.stack([torch.stack(z.aminmax()) for z in seen])
         ends = torch.where(sure, ends, ends.new_tensor([-math.inf, math.inf])).T
-        columns = [torch.stack(column, -1) for column in zip(*lines, strict=True)]
+        columns = (
+            torch.stack(column, -1) for column in zip(*(line for line, _ in fits), strict=True)
+        )
         for name, value in zip(_BUFFERS, (*columns, ends), strict=True):
             store(self, **{name: value.reshape(getattr(self, name).shape)})
         for limit in sorted({limit for _, limit in fits if limit}):
             _errors.warn(limit)
-        answers = [_line(one.logit, line) for one, line in zip(cells, lines, strict=True)]
-        return list(zip(answers, aims, strict=True))
+        return [
+            (_repaired(aim.logit, line), aim) for aim, (line, _) in zip(aims, fits, strict=True)
+        ]
 
     def _map(self, x: Tensor) -> Tensor:
         ones = () if self.num_labels is None else (1,) * (x.dim() - 2)
@@ -193,7 +195,7 @@ class TemperatureScaling(Repair):
             low, high = x.clamp(min=info.tiny), (1 - x).clamp(min=info.eps * _HALF)
             x = torch.log(low) - torch.log(high)
             x = torch.minimum(torch.maximum(x, ends[0]), ends[1])
-        return _line(x, line)
+        return _repaired(x, line)
 
     def extra_repr(self) -> str:
         if self.temperature.is_meta:
@@ -206,7 +208,7 @@ class TemperatureScaling(Repair):
         return ", ".join(filter(None, (*parts, super().extra_repr())))
 
 
-def _line(z: Tensor, line: Sequence[Tensor]) -> Tensor:
+def _repaired(z: Tensor, line: Sequence[Tensor]) -> Tensor:
     rates, clip, temperature, bias = line
     return without_flip(z, rates[0], rates[1], clip) / temperature + bias
 
@@ -224,11 +226,8 @@ def _aim(cells: Cells, bias: bool) -> Cells:
     return cells._replace(positive=low * (cells.count - cells.positive) + high * cells.positive)
 
 
-def _best_map(
-    aim: Cells, rates: Tensor | None, bias: bool
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], str]:
+def _best_line(aim: Cells, rates: Tensor | None, bias: bool) -> tuple[tuple[Tensor, ...], str]:
     """Flip rates, clip, temperature and bias that minimise the loss; why it is at a limit."""
-    aim = Cells(*(part[aim.count > 0] for part in aim))
     rate = float(aim.positive.sum() / aim.count.sum())
     clip = aim.count.new_tensor(_CLIP * min(rate, 1 - rate))
 
@@ -237,8 +236,7 @@ def _best_map(
         a, b, limit = _limited(aim._replace(logit=u), bias)
         return mean_loss([aim], [a * u + b]), a, b, limit
 
-    if rates is None:
-        rates = best_pair(lambda pair: best(aim.count.new_tensor(pair))[0])
+    rates = best_pair(lambda pair: best(pair)[0]) if rates is None else rates
     _, a, b, limit = best(rates)
     return (rates, clip, *aim.count.new_tensor([1 / a, b]).unbind()), limit
 
