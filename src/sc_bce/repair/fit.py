@@ -19,12 +19,18 @@ from ..measure.histogram import CalibrationHistogram
 from ..measure.scores import Cells
 
 AnyRepair = TypeVar("AnyRepair", bound="Repair")
+# The answers to the cells of each label, cells with the labels that they aim at, and the buffers.
+Fits = tuple[list[Tensor], list[Cells], dict[str, Tensor]]
 
 _BLOCK = 1 << 16  # elements answered at a time on a CPU, so that intermediate results stay cached
 _MANY = 10_000  # elements of a label above which raw logits are gathered into cells
 _WORSE = 1e-6  # relative increase of the loss that rounding can cause
 _GRID = grid(40_000)  # whose cells are narrow enough for six digits of a slope
-_INFINITE = "a probability of exactly 0 or 1 is passed with `from_logits=False`"
+_INFINITE = "it is that of a probability of exactly 0 or 1; pass those with `from_logits=False`"
+_SOFTMAX = (
+    "All logits of this fit are at most 0, as if they were log-probabilities; of a softmax over "
+    "two classes pass `x[:, 1] - x[:, 0]`"
+)
 
 
 class Repair(nn.Module):
@@ -36,9 +42,8 @@ class Repair(nn.Module):
     num_cells: int | None = None  # of a histogram; None for any
     _by_element = False  # whether raw logits are fitted as they are, and not by a histogram
     _if_worse = ""
-    # From the cells of each label, and whether they hold probabilities of 0 and of 1, (labels, 2):
-    # what is stored. Returns the answers to all cells of each label, and what they aimed at.
-    _fit: Callable[[list[Cells], Tensor], list[tuple[Tensor, Cells]]]
+    # Of the cells of each label, and whether they hold probabilities of 0 and 1, (labels, 2).
+    _fit: Callable[[list[Cells], Tensor], Fits]
     # Calibrated logits, of logits or probabilities in at least float32.
     _map: Callable[[Tensor], Tensor]
 
@@ -105,7 +110,7 @@ class Repair(nn.Module):
                 self._check(input, target, weight)
             else:
                 name, histogram = "target", CalibrationHistogram(self.num_labels)
-                seen = _looked_at(input, target, weight, from_logits, ignore_index)
+                seen = _looked_at((input, target, weight), from_logits, ignore_index)
                 histogram.update(
                     seen.input, seen.target, weight=seen.weight, from_logits=seen.from_logits,
                     ignore_index=seen.void,
@@ -114,33 +119,29 @@ class Repair(nn.Module):
                     rows = seen.rows(lambda part: by_label(part, self.num_labels))
                     elements = [_elements(row) for row in rows]
             cells, before = histogram.cells(), float(histogram.pooled().nll())
-            _usable(name, cells, before, self.num_labels)
+            _usable(name, cells, self.num_labels)
             sure = histogram.state_dict()["counts"].cpu()[..., -1].sum(-1) > 0
             if name == "target" and histogram.from_logits and bool(sure.any()):
                 refuse("input", "hold finite logits", "an infinite one", _INFINITE)
             cells = elements or cells
-            answers, aims = zip(*self._fit(cells, sure), strict=True)
-        took(self, histogram.from_logits)
+            answers, aims, buffers = self._fit(cells, sure)
+        self.store(histogram.from_logits, fitted=True, **buffers)
         self.nll = (before, mean_loss(cells, answers))
         raw = mean_loss(aims, [one.logit for one in aims])
         if mean_loss(aims, answers) > raw * (1 + _WORSE) + 1e-12:
-            _errors.warn(
-                f"This {type(self).__name__} raises the NLL of the data that it is fitted to (see "
-                f"`nll`): {self._if_worse}"
-            )
+            loss = "raises the NLL of the data that it is fitted to (see `nll`)"
+            _errors.warn(f"This {type(self).__name__} {loss}: {self._if_worse}")
         return self
 
     def _check(self, histogram: CalibrationHistogram, *others: object) -> None:
         if any(one is not None for one in others):
             wanted = "be None, like `weight`, beside a CalibrationHistogram, which holds both"
             refuse("target", wanted, "one of them", "pass `fit(histogram)`", TypeError)
-        for name, remedy in (
-            ("num_labels", "build both with the same number, or pass `histogram.pooled()`"),
-            ("num_cells", "build it without `num_cells`"),
-        ):
-            mine, theirs = getattr(self, name), getattr(histogram, name)
-            if mine != theirs and (name, mine) != ("num_cells", None):
-                refuse("histogram", f"have {name}={mine}", f"{name}={theirs}", remedy)
+        mine = self.num_labels, self.num_cells or histogram.num_cells
+        theirs, text = (histogram.num_labels, histogram.num_cells), "num_labels={} and num_cells={}"
+        if mine != theirs:
+            remedy = "build it with these, or pass `histogram.pooled()`, which has no labels"
+            refuse("histogram", f"have {text.format(*mine)}", text.format(*theirs), remedy)
 
     def forward(self, input: Tensor | Array) -> Tensor:
         x = _inputs.tensor(input, "input")
@@ -159,10 +160,9 @@ class Repair(nn.Module):
         if type(x) is not Tensor or transformed() or (x.requires_grad and torch.is_grad_enabled()):
             return self._answer(x)
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
-        whole, some = (x.reshape(-1), result.view(-1)), _BLOCK
-        if self.num_labels is not None:  # whole samples
-            whole, some = (x, result), max(_BLOCK * len(x) // x.numel(), 1)
-        for part, answer in zip(*(torch.split(one, some) for one in whole), strict=True):
+        pair = (x, result) if self.num_labels else (x.reshape(-1), result.view(-1))
+        size = max(_BLOCK * len(pair[0]) // x.numel(), 1)  # with labels, whole samples
+        for part, answer in zip(*(torch.split(one, size) for one in pair), strict=True):
             known = bool(part.amax() >= -math.inf)  # no nan
             answer.copy_(self._known(part) if known else self._answer(part))
         return result
@@ -180,6 +180,19 @@ class Repair(nn.Module):
             answer = answer.clamp(-65504, 65504)
         return answer.to(x.dtype)
 
+    def store(self, from_logits: bool, fitted: bool, **values: Tensor) -> None:
+        """Fill buffers, all of them with ordinary tensors, in inference mode too."""
+        self.takes_logits, self.nll = from_logits, None
+        with torch.inference_mode(False), torch.no_grad():
+            for name, buffer in list(self.named_buffers()):
+                if buffer.is_inference():
+                    setattr(self, name, buffer.clone())
+            self.fitted.fill_(fitted)
+            self.from_logits.fill_(from_logits)
+            for name, value in values.items():
+                buffer = getattr(self, name)
+                buffer.copy_(value.reshape(buffer.shape))
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         own = {prefix + name: part.shape for name, part in self.named_buffers()}
         found = {name: getattr(state_dict[name], "shape", None) for name in own.keys() & state_dict}
@@ -188,38 +201,17 @@ class Repair(nn.Module):
             args[-1].append(f"The state of {refusal}: fit this module again")
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        store(self)
-        self.nll = None
         if has_values(self.from_logits):
-            self.takes_logits = bool(self.from_logits)
+            self.store(bool(self.from_logits), bool(self.fitted))
 
     def extra_repr(self) -> str:
-        labels = [] if self.num_labels is None else [f"num_labels={self.num_labels}"]
-        if has_values(self.fitted):
-            labels += [] if self.takes_logits else ["from_logits=False"]
-            labels += [] if bool(self.fitted) else ["not fitted"]
-        if self.nll is not None:
-            labels.append("nll={:.4f} -> {:.4f}".format(*self.nll))
-        return ", ".join(labels)
-
-
-def store(module: nn.Module, **values: Tensor) -> None:
-    """Fill buffers, all of them with ordinary tensors, in inference mode too."""
-    with torch.inference_mode(False), torch.no_grad():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_inference():
-                setattr(module, name, buffer.clone())
-        for name, value in values.items():
-            buffer = getattr(module, name)
-            # Expanded here: XLA's copy_ would take the smaller shape over.
-            buffer.copy_(value.expand_as(buffer))
-
-
-def took(repair: Repair, from_logits: bool, fitted: bool = True) -> None:
-    """Note what a module was fitted to, if it was."""
-    repair.takes_logits = from_logits
-    flags = {"fitted": fitted, "from_logits": from_logits}
-    store(repair, **{name: torch.tensor(flag, device="cpu") for name, flag in flags.items()})
+        parts = [
+            "" if self.num_labels is None else f"num_labels={self.num_labels}",
+            "" if self.takes_logits else "from_logits=False",
+            "not fitted" if has_values(self.fitted) and not self.fitted else "",
+            "" if self.nll is None else "nll={:.4f} -> {:.4f}".format(*self.nll),
+        ]
+        return ", ".join(filter(None, parts))
 
 
 def place(cells: Grid, z: Tensor) -> Tensor:
@@ -245,24 +237,20 @@ def place(cells: Grid, z: Tensor) -> Tensor:
 
 def mean_loss(cells: Sequence[Cells], answers: Sequence[Tensor]) -> float:
     """Mean NLL, each class alone: a difference would lose the digits of what is sure and right."""
-    losses = [
-        float(((n - k) * F.softplus(z) + k * F.softplus(-z)).sum())
-        for (_, n, k), z in zip(cells, answers, strict=True)
-    ]
-    return sum(losses) / sum(float(one.count.sum()) for one in cells)
+    rows = zip(cells, answers, strict=True)
+    loss = sum(float(((n - k) * F.softplus(z) + k * F.softplus(-z)).sum()) for (_, n, k), z in rows)
+    return loss / sum(float(one.count.sum()) for one in cells)
 
 
 # --- what a fit is made of ------------------------------------------------------------------------
 
 
-def _looked_at(
-    input: Any, target: Any, weight: Any, from_logits: bool, ignore_index: float | None
-) -> Batch:
+def _looked_at(data: Sequence[Any], from_logits: bool, ignore_index: float | None) -> Batch:
     """The data on the CPU, where everything is looked at; masks are weights of 0."""
-    x, y, w = (
-        one.detach().cpu() if isinstance(one, Tensor) else one for one in (input, target, weight)
-    )
+    x, y, w = [one.detach().cpu() if isinstance(one, Tensor) else one for one in data]
     seen = batch(x, y, w, from_logits, ignore_index)
+    if seen.from_logits and _inputs.like_probabilities(seen.input) == "log-probabilities":
+        _errors.warn(_SOFTMAX)
     scaled = seen.weight
     if scaled is not None and scaled.numel():
         scaled = scaled / min(float(scaled.max()) or 1.0, 1.0)
@@ -293,15 +281,14 @@ def _elements(row: Batch) -> Cells:
     return Cells((logit / count)[some], count[some], positive[some])
 
 
-def _usable(name: str, cells: list[Cells], nll: float, num_labels: int | None) -> None:
+def _usable(name: str, cells: list[Cells], num_labels: int | None) -> None:
     for label, one in enumerate(cells):
         of = "" if num_labels is None else f" of label {label}"
         total, positive = float(one.count.sum()), float(one.positive.sum())
-        if total == 0:
-            refuse(name, f"hold an element{of} to fit to", "none", "drop a label that has none")
-        if math.isnan(nll):
-            remedy = "it has seen nan, or illegal labels, on an accelerator"
-            refuse(name, "hold finite counts and sums", "nan", remedy)
         if not 0 < positive < total:
-            remedy = "fit to validation data with positives and negatives"
-            refuse(name, f"hold both classes{of}", f"only {positive / total:g}", remedy)
+            got, remedy = "no element", "fit to validation data with positives and negatives"
+            if math.isnan(total):
+                got, remedy = "nan", "it has seen nan, or illegal labels, on an accelerator"
+            elif total > 0:
+                got = f"only {positive / total:g}"
+            refuse(name, f"hold both classes{of}", got, remedy)

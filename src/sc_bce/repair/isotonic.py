@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..measure.cells import grid
 from ..measure.scores import Blocks, Cells, isotonic
-from .fit import Repair, place, store, took
+from .fit import Fits, Repair, place
 
 __all__ = ["IsotonicCalibration"]
 
@@ -98,14 +98,12 @@ class IsotonicCalibration(Repair):
             IsotonicCalibration(not fitted)
         """
         _, middle = self._grid.logits()
-        store(self, table=torch.cat((-middle.flip(0), middle)))
-        self.nll = None
-        took(self, from_logits=True, fitted=False)
+        first = torch.cat((-middle.flip(0), middle)).expand(self.table.shape)
+        self.store(from_logits=True, fitted=False, table=first)
 
-    def _fit(self, cells: list[Cells], sure: Tensor) -> list[tuple[Tensor, Cells]]:
+    def _fit(self, cells: list[Cells], sure: Tensor) -> Fits:
         tables = [_curve(one) for one in cells]
-        store(self, table=torch.stack(tables).reshape(self.table.shape))
-        return list(zip(tables, cells, strict=True))
+        return tables, cells, {"table": torch.stack(tables)}
 
     def _map(self, x: Tensor) -> Tensor:
         z = x if self.takes_logits else torch.log(x) - torch.log(1 - x)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _errors
 from ..measure.scores import Cells, affine
-from .fit import Repair, mean_loss, store, took
+from .fit import Fits, Repair, mean_loss
 from .flip import best_pair, flip_rates, without_flip
 
 __all__ = ["TemperatureScaling"]
@@ -19,14 +19,8 @@ _FEW = 20  # elements of the rarer class below which labels are too few to be be
 _CLIP = 1e-3  # share of the rarer class's base rate: the least probability after a removed flip
 _SLOPES = (1e-3, 1e3)  # limits of 1 / temperature, for logits of standard deviation 1
 _HALF = 1 / (4 * math.e)  # of the precision: a float just below 1 is half of it away
-_BACKWARDS = (
-    "The temperature is at its upper limit: the logits rank the labels backwards or say nothing "
-    "about them. Check the labels, and the sign of the logits"
-)
-_APART = (
-    "The temperature is at its lower limit: a threshold all but separates the classes. Fit to more "
-    "data"
-)
+_BACKWARDS = "upper limit: the logits rank the labels backwards, if at all. Check their sign"
+_APART = "lower limit: a threshold all but separates the classes. Fit to more data"
 _BUFFERS = ("flip_rates", "clip", "temperature", "bias", "ends")
 
 
@@ -129,12 +123,9 @@ class TemperatureScaling(Repair):
     _if_worse = "is its flip rate that of this network's training?"
 
     def __init__(
-        self,
-        flip_rate: float | Tensor | Sequence[float | Tensor] | None = 0.0,
-        *,
-        bias: bool = False,
-        num_labels: int | None = None,
-    ) -> None:
+        self, flip_rate: float | Tensor | Sequence[float | Tensor] | None = 0.0, *,
+        bias: bool = False, num_labels: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(num_labels)
         self.fit_flip_rates = flip_rate is None
         self.fit_bias = bool(bias)
@@ -158,33 +149,25 @@ class TemperatureScaling(Repair):
             >>> scaling.temperature
             tensor(1.)
         """
-        first = torch.tensor(self._first, device="cpu").view(self.flip_rates.shape)
-        ends = torch.tensor([-math.inf, math.inf], device="cpu").view(2, *self.bias.dim() * (1,))
-        one = torch.ones((), device="cpu")
-        store(self, flip_rates=first, temperature=one, bias=0 * one, clip=_CLIP * one, ends=ends)
-        self.nll = None
-        took(self, from_logits=True, fitted=False)
+        one = torch.ones(self.bias.shape, device="cpu")
+        line = torch.tensor(self._first, device="cpu"), _CLIP * one, one, 0 * one
+        ends = math.inf * torch.stack((-one, one))
+        buffers = dict(zip(_BUFFERS, (*line, ends), strict=True))
+        self.store(from_logits=True, fitted=False, **buffers)
 
-    def _fit(self, cells: list[Cells], sure: Tensor) -> list[tuple[Tensor, Cells]]:
+    def _fit(self, cells: list[Cells], sure: Tensor) -> Fits:
         rates = self.flip_rates.detach().cpu().double().reshape(2, -1).unbind(1)
-        aims = [_aim(one, self.fit_bias) for one in cells]
-        fits = [
-            _best_line(aim, None if self.fit_flip_rates else pair, self.fit_bias)
-            for aim, pair in zip(aims, rates, strict=True)
-        ]
-        seen = [one.logit[one.count > 0] for one in cells]
-        ends = torch.stack([torch.stack(z.aminmax()) for z in seen])
+        aims, each = [_aim(one, self.fit_bias) for one in cells], []
+        for aim, pair in zip(aims, rates, strict=True):
+            each.append(_best_line(aim, None if self.fit_flip_rates else pair, self.fit_bias))
+        lines, limits = zip(*each, strict=True)
+        for limit in sorted(set(limits) - {""}):
+            _errors.warn(f"The temperature is at its {limit}")
+        ends = torch.stack([torch.stack(one.logit[one.count > 0].aminmax()) for one in cells])
         ends = torch.where(sure, ends, ends.new_tensor([-math.inf, math.inf])).T
-        columns = (
-            torch.stack(column, -1) for column in zip(*(line for line, _ in fits), strict=True)
-        )
-        for name, value in zip(_BUFFERS, (*columns, ends), strict=True):
-            store(self, **{name: value.reshape(getattr(self, name).shape)})
-        for limit in sorted({limit for _, limit in fits if limit}):
-            _errors.warn(limit)
-        return [
-            (_repaired(aim.logit, line), aim) for aim, (line, _) in zip(aims, fits, strict=True)
-        ]
+        columns = (torch.stack(column, -1) for column in zip(*lines, strict=True))
+        answers = [_repaired(aim.logit, line) for aim, line in zip(aims, lines, strict=True)]
+        return answers, aims, dict(zip(_BUFFERS, (*columns, ends), strict=True))
 
     def _map(self, x: Tensor) -> Tensor:
         ones = () if self.num_labels is None else (1,) * (x.dim() - 2)
@@ -226,7 +209,7 @@ def _aim(cells: Cells, bias: bool) -> Cells:
     return cells._replace(positive=low * (cells.count - cells.positive) + high * cells.positive)
 
 
-def _best_line(aim: Cells, rates: Tensor | None, bias: bool) -> tuple[tuple[Tensor, ...], str]:
+def _best_line(aim: Cells, rates: Tensor | None, bias: bool) -> tuple[list[Tensor], str]:
     """Flip rates, clip, temperature and bias that minimise the loss; why it is at a limit."""
     rate = float(aim.positive.sum() / aim.count.sum())
     clip = aim.count.new_tensor(_CLIP * min(rate, 1 - rate))
@@ -238,7 +221,7 @@ def _best_line(aim: Cells, rates: Tensor | None, bias: bool) -> tuple[tuple[Tens
 
     rates = best_pair(lambda pair: best(pair)[0]) if rates is None else rates
     _, a, b, limit = best(rates)
-    return (rates, clip, *aim.count.new_tensor([1 / a, b]).unbind()), limit
+    return [rates, clip, *aim.count.new_tensor([1 / a, b])], limit
 
 
 def _limited(cells: Cells, bias: bool) -> tuple[float, float, str]:
