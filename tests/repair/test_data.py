@@ -90,6 +90,22 @@ def test_sure_probabilities_are_repaired_to_their_share():
     assert (answers.diff() >= 0).all()
 
 
+def test_probabilities_beyond_the_fitted_ones_follow_the_line_unless_0_and_1_were_among_these():
+    z, y = network(2, n=5000)
+    p, far = torch.sigmoid(z).double().clamp(0.05, 0.95), torch.tensor([1e-3, 0.999]).double()
+    scaling = TemperatureScaling().double().fit(p, y, from_logits=False)
+    assert scaling.ends.tolist() == [-math.inf, math.inf]
+    want = torch.logit(far) / scaling.temperature
+    assert_close(torch.logit(scaling(far)), want, rtol=1e-6, atol=0)
+    p[0], y[0] = 1.0, True
+    scaling = TemperatureScaling().double().fit(p, y, from_logits=False)
+    low, high = scaling.ends.tolist()
+    assert low == -math.inf
+    assert math.log(39) <= high < math.inf  # 1 stands for [0.975, 1]
+    one = torch.tensor([1.0]).double()
+    assert_close(torch.logit(scaling(one)), high / scaling.temperature[None], rtol=1e-6, atol=0)
+
+
 def test_hard_decisions_are_repaired_to_their_shares():
     p = torch.tensor([0.0, 1.0]).repeat_interleave(500)
     y = torch.arange(1000) % 10 != 0

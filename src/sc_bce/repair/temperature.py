@@ -58,8 +58,8 @@ class TemperatureScaling(Repair):
         bias: the fitted shift, a buffer of the same shape.
         clip: the least probability :math:`c` after a removed flip, a buffer of the same shape:
             0.001 of the rarer class's base rate after the fit, 0.001 before.
-        ends: calibrated logits of the probabilities 0 and 1, if the fit had them, which bound the
-            others; otherwise infinite. A buffer of the shape of ``flip_rates``.
+        ends: the logits for which probabilities of 0 and 1 stand, if the fit had any; they bound
+            the others. Otherwise infinite. A buffer of the shape of ``flip_rates``.
         from_logits: whether it takes logits and not probabilities, a buffer; True before a fit.
         nll: mean negative log-likelihood of the fitted data before and after; None before a fit
             and after loading a state.
@@ -83,15 +83,14 @@ class TemperatureScaling(Repair):
         the standard deviation of the logits (without a bias: of their root mean square), and a
         fit that ends there warns.
 
-        *Exact 0 and 1*: a probability rounded to one of them says only that its logit lies beyond
-        the others. So the line is fitted to the others, which doesn't bias it, and 0 and 1 are
-        repaired to their shares of positives, (k + 1/2)/(n + 1), or to the answer of the surest
-        other probability if that is surer. If the others alone are *few data*, a 1 counts as
-        1 - d/(2e), with d the distance of the nearest other probability: that has the mean logit
-        of a uniform variable in (1 - d/2, 1). A 0 or 1 that the fit did not have is float32's.
+        *Exact 0 and 1* were rounded. The fit takes them for the logits that
+        :class:`CalibrationHistogram` derives, which have no say in the slope unless too many are
+        wrong, and so does the repair (see ``ends``). A 0 or 1 of which the fit had none is that of
+        the input's precision, of at least float32: 1 stands for 1 - eps/(4e).
 
-        More than 10,000 elements are first gathered into cells 0.1 % wide. nan stays nan; float16
-        answers end at 65504. Computed in at least float32. Works under compile, export and ONNX.
+        Raw logits are fitted as they are, more than 10,000 of a label in some 40,000 cells, whose
+        width follows the spread of the logits. nan stays nan; float16 answers end at 65504.
+        Computed in at least float32. Works under compile, export and ONNX.
 
     References:
         Guo et al., ICML 2017 (temperature scaling); Platt 1999 (with a bias; targets).
