@@ -90,6 +90,22 @@ def test_sure_probabilities_are_repaired_to_their_share():
     assert (answers.diff() >= 0).all()
 
 
+def test_probabilities_beyond_the_fitted_ones_follow_the_line_unless_0_and_1_were_among_these():
+    z, y = network(2, n=5000)
+    p, far = torch.sigmoid(z).double().clamp(0.05, 0.95), torch.tensor([1e-3, 0.999]).double()
+    scaling = TemperatureScaling().double().fit(p, y, from_logits=False)
+    assert scaling.ends.tolist() == [-math.inf, math.inf]
+    want = torch.logit(far) / scaling.temperature
+    assert_close(torch.logit(scaling(far)), want, rtol=1e-6, atol=0)
+    p[0], y[0] = 1.0, True
+    scaling = TemperatureScaling().double().fit(p, y, from_logits=False)
+    low, high = scaling.ends.tolist()
+    assert low == -math.inf
+    assert math.log(39) <= high < math.inf  # 1 stands for [0.975, 1]
+    one = torch.tensor([1.0]).double()
+    assert_close(torch.logit(scaling(one)), high / scaling.temperature[None], rtol=1e-6, atol=0)
+
+
 def test_hard_decisions_are_repaired_to_their_shares():
     p = torch.tensor([0.0, 1.0]).repeat_interleave(500)
     y = torch.arange(1000) % 10 != 0
@@ -345,7 +361,7 @@ def test_weights_count_as_copies(build, n):
     got = build().fit(z, y, weight=w)
     assert_close(got(z), want(z), rtol=1e-4, atol=1e-4)
     assert got.nll == pytest.approx(want.nll, rel=1e-5)
-    # Of mean 1 if they are smaller: they are no less than what they weigh.
+    # The largest is 1 if all are smaller, so that shares of 1 are no few elements.
     small = build().fit(z, y, weight=torch.full((n,), 1e-6))
     assert_close(small(z), build().fit(z, y)(z), rtol=1e-4, atol=1e-4)
 
@@ -390,15 +406,15 @@ Z, Y = torch.linspace(-3, 3, 60).view(6, 2, 5), (torch.arange(60) % 7 > 2).view(
 @pytest.mark.parametrize(
     ("arguments", "options", "kind", "text"),
     [
-        ((Z, Y), {"weight": -Y.float()}, ValueError, "`weight` to be finite and at least 0, but"),
-        ((Z, Y), {"weight": Y * math.inf}, ValueError, "`weight` to be finite and at least 0, but"),
+        ((Z, Y), {"weight": -Y.float()}, ValueError, "`weight` to be 0 or more, and finite, but"),
+        ((Z, Y), {"weight": Y * math.inf}, ValueError, "`weight` to be 0 or more, and finite, but"),
         ((Z, Y), {"weight": torch.ones(5)}, ValueError, r"one value per label, .*reshape\(-1, 1"),
-        ((Z, Y), {"weight": [1]}, TypeError, "`weight` to be a Tensor, an array or None, but"),
+        ((Z, Y), {"weight": [1]}, TypeError, "`weight` to be a Tensor, but got list"),
         ((Z, Y.float() * math.nan), {}, ValueError, "hold no nan, but got nan; .*=math.nan"),
         ((Z, Y), {"from_logits": False}, ValueError, r"probabilities in \[0, 1\], .*s=True"),
         ((Z.sigmoid() + 6e-8 + (Z > 2), Y), {"from_logits": False}, ValueError, r"got 1\.\d+;"),
         ((torch.logit((Z > 0).float()), Y), {}, ValueError, "exactly 0 or 1; .*from_logits=False"),
-        ((Z, Y), {"ignore_index": 0.5}, ValueError, "`ignore_index` to be an int of 64 bits, nan"),
+        ((Z, Y), {"ignore_index": 0.5}, ValueError, "`ignore_index` to be an int of 64 bits or No"),
         ((Z.to(torch.float8_e5m2), Y), {}, TypeError, "at least 16 bits, but got torch.float8"),
         ((Z.to_sparse(), Y), {}, TypeError, "be dense, but got torch.sparse_coo"),
     ],
@@ -415,7 +431,7 @@ def test_refusals_say_what_to_do_and_change_nothing(build, arguments, options, k
 @BOTH
 def test_log_probabilities_and_few_probabilities_taken_for_logits_warn(build):
     z, y = network(n=60)
-    with pytest.warns(UserWarning, match=r"All logits of this fit lie in \[0, 1\]"):
+    with pytest.warns(UserWarning, match=r"All logits .*lie in \[0, 1\], .*from_logits=False"):
         build().fit(torch.sigmoid(z), y)
     pair = torch.stack((-z, z), 1).log_softmax(1)
     with pytest.warns(UserWarning, match="as if they were log-probabilities; .*`x.:, 1. - x"):

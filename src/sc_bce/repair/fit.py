@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,30 +13,24 @@ from torch import Tensor, nn
 from .. import _errors, _inputs
 from .._errors import refuse
 from .._inputs import Array
-from .._torch import UNREDUCIBLE, any_set, has_values, transformed
+from .._torch import any_set, has_values, transformed
+from ..measure.cells import Batch, Grid, batch, by_label, grid, slack
 from ..measure.histogram import CalibrationHistogram
 from ..measure.scores import Cells
 
 AnyRepair = TypeVar("AnyRepair", bound="Repair")
+# The answers to the cells of each label, cells with the labels that they aim at, and the buffers.
+Fits = tuple[list[Tensor], list[Cells], dict[str, Tensor]]
 
 _BLOCK = 1 << 16  # elements answered at a time on a CPU, so that intermediate results stay cached
+_MANY = 10_000  # elements of a label above which raw logits are gathered into cells
 _WORSE = 1e-6  # relative increase of the loss that rounding can cause
-
-
-class Sample(NamedTuple):
-    """The elements of one label that count, flat; exact probabilities have logit inf or -inf."""
-
-    logit: Tensor
-    target: Tensor
-    weight: Tensor
-
-
-class Fitted(NamedTuple):
-    """The answers to the cells of one label, and what the fit aimed at with its answers."""
-
-    answer: Tensor
-    aim: Cells
-    aimed: Tensor
+_GRID = grid(40_000)  # whose cells are narrow enough for six digits of a slope
+_INFINITE = "it is that of a probability of exactly 0 or 1; pass those with `from_logits=False`"
+_SOFTMAX = (
+    "All logits of this fit are at most 0, as if they were log-probabilities; of a softmax over "
+    "two classes pass `x[:, 1] - x[:, 0]`"
+)
 
 
 class Repair(nn.Module):
@@ -45,7 +40,12 @@ class Repair(nn.Module):
     from_logits: Tensor
     nll: tuple[float, float] | None
     num_cells: int | None = None  # of a histogram; None for any
+    _by_element = False  # whether raw logits are fitted as they are, and not by a histogram
     _if_worse = ""
+    # Of the cells of each label, and whether they hold probabilities of 0 and 1, (labels, 2).
+    _fit: Callable[[list[Cells], Tensor], Fits]
+    # Calibrated logits, of logits or probabilities in at least float32.
+    _map: Callable[[Tensor], Tensor]
 
     def __init__(self, num_labels: int | None) -> None:
         super().__init__()
@@ -57,14 +57,10 @@ class Repair(nn.Module):
             self.register_buffer("from_logits", torch.tensor(True))
 
     def fit(
-        self: AnyRepair,
-        input: Tensor | CalibrationHistogram | Array,
-        target: Tensor | Array | None = None,
-        *,
-        weight: Tensor | Array | None = None,
-        from_logits: bool = True,
-        ignore_index: float | None = None,
-    ) -> AnyRepair:
+        self: AnyRepair, input: Tensor | CalibrationHistogram | Array,
+        target: Tensor | Array | None = None, *, weight: Tensor | Array | None = None,
+        from_logits: bool = True, ignore_index: float | None = None,
+    ) -> AnyRepair:  # fmt: skip
         """Fit the calibration map to validation data, and return this module.
 
         Sets ``nll`` to the mean negative log-likelihood of these data before and after, and
@@ -79,7 +75,7 @@ class Repair(nn.Module):
             target: unless ``input`` is a histogram, the labels: in [0, 1] in any dtype, of the
                 same size. Default: None.
             weight: how many elements each one counts for, at least 0; broadcasts to ``input``. If
-                the mean is below 1, weights are scaled to mean 1. Default: None.
+                all are below 1, they are scaled so that the largest is 1. Default: None.
             from_logits: whether ``input`` holds logits and not probabilities. Default: True.
             ignore_index: target value of elements to leave out, ``math.nan`` too. Default: None.
 
@@ -108,35 +104,44 @@ class Repair(nn.Module):
         """
         # Tensors of inference mode could not be changed or differentiated through afterwards.
         with torch.inference_mode(False), torch.no_grad():
+            elements: list[Cells] = []
             if isinstance(input, CalibrationHistogram):
-                if target is not None or weight is not None:
-                    wanted = (
-                        "be None, like `weight`, beside a CalibrationHistogram, which holds both"
-                    )
-                    refuse("target", wanted, "one of them", "pass `fit(histogram)`", TypeError)
-                cells, from_logits = _of_histogram(input, self.num_labels, self.num_cells)
-                _both_classes(cells, "histogram", self.num_labels)
-                before = _mean(input.nll(), cells)
+                name, histogram = "histogram", input
+                self._check(input, target, weight)
             else:
-                samples, from_logits = _of_data(
-                    input, target, weight, self.num_labels, from_logits, ignore_index
-                )
-                every = [Cells(z.double(), w, w * y) for z, y, w in samples]
-                _both_classes(every, "target", self.num_labels)
-                before = mean_loss(every, [one.logit for one in every])
-                cells = [self._gather(one) for one in samples]
-            fits = self._fit(cells)
-        took(self, from_logits)
-        self.nll = (before, mean_loss(cells, [one.answer for one in fits]))
-        aims = [one.aim for one in fits]
+                name, histogram = "target", CalibrationHistogram(self.num_labels)
+                seen = _looked_at((input, target, weight), from_logits, ignore_index)
+                histogram.update(
+                    seen.input, seen.target, weight=seen.weight, from_logits=seen.from_logits,
+                    ignore_index=seen.void,
+                )  # fmt: skip
+                if self._by_element and seen.from_logits:
+                    rows = seen.rows(lambda part: by_label(part, self.num_labels))
+                    elements = [_elements(row) for row in rows]
+            cells, before = histogram.cells(), float(histogram.pooled().nll())
+            _usable(name, cells, self.num_labels)
+            sure = histogram.state_dict()["counts"].cpu()[..., -1].sum(-1) > 0
+            if name == "target" and histogram.from_logits and bool(sure.any()):
+                refuse("input", "hold finite logits", "an infinite one", _INFINITE)
+            cells = elements or cells
+            answers, aims, buffers = self._fit(cells, sure)
+        self.store(histogram.from_logits, fitted=True, **buffers)
+        self.nll = (before, mean_loss(cells, answers))
         raw = mean_loss(aims, [one.logit for one in aims])
-        repaired = mean_loss(aims, [one.aimed for one in fits])
-        if repaired > raw * (1 + _WORSE) + 1e-12:
-            _errors.warn(
-                f"This {type(self).__name__} raises the NLL of the data that it is fitted to (see "
-                f"`nll`): {self._if_worse}"
-            )
+        if mean_loss(aims, answers) > raw * (1 + _WORSE) + 1e-12:
+            loss = "raises the NLL of the data that it is fitted to (see `nll`)"
+            _errors.warn(f"This {type(self).__name__} {loss}: {self._if_worse}")
         return self
+
+    def _check(self, histogram: CalibrationHistogram, *others: object) -> None:
+        if any(one is not None for one in others):
+            wanted = "be None, like `weight`, beside a CalibrationHistogram, which holds both"
+            refuse("target", wanted, "one of them", "pass `fit(histogram)`", TypeError)
+        mine = self.num_labels, self.num_cells or histogram.num_cells
+        theirs, text = (histogram.num_labels, histogram.num_cells), "num_labels={} and num_cells={}"
+        if mine != theirs:
+            remedy = "build it with these, or pass `histogram.pooled()`, which has no labels"
+            refuse("histogram", f"have {text.format(*mine)}", text.format(*theirs), remedy)
 
     def forward(self, input: Tensor | Array) -> Tensor:
         x = _inputs.tensor(input, "input")
@@ -146,18 +151,18 @@ class Repair(nn.Module):
         valid = _inputs.unmasked(input)
         if valid is not None:
             x = x.masked_fill(~valid, torch.nan)
-        rows(x, self.num_labels)
-        if not self.takes_logits and any_set((x < 0) | (x > 1)):
-            _refuse_probabilities(x, "this module was fitted to probabilities: pass those")
+        by_label(x, self.num_labels)
+        if not self.takes_logits and any_set(outside := (x < 0) | (x > 1)):
+            value, remedy = _errors.exact(x[outside][0].item()), "this module was fitted to them"
+            refuse("input", "hold probabilities in [0, 1]", value, remedy)
         if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() <= _BLOCK:
             return self._answer(x)
         if type(x) is not Tensor or transformed() or (x.requires_grad and torch.is_grad_enabled()):
             return self._answer(x)
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
-        whole, some = (x.reshape(-1), result.view(-1)), _BLOCK
-        if self.num_labels is not None:  # whole samples
-            whole, some = (x, result), max(_BLOCK * len(x) // x.numel(), 1)
-        for part, answer in zip(*(torch.split(one, some) for one in whole), strict=True):
+        pair = (x, result) if self.num_labels else (x.reshape(-1), result.view(-1))
+        size = max(_BLOCK * len(pair[0]) // x.numel(), 1)  # with labels, whole samples
+        for part, answer in zip(*(torch.split(one, size) for one in pair), strict=True):
             known = bool(part.amax() >= -math.inf)  # no nan
             answer.copy_(self._known(part) if known else self._answer(part))
         return result
@@ -175,193 +180,115 @@ class Repair(nn.Module):
             answer = answer.clamp(-65504, 65504)
         return answer.to(x.dtype)
 
-    def _gather(self, sample: Sample) -> Cells:
-        raise NotImplementedError
-
-    def _fit(self, cells: list[Cells]) -> list[Fitted]:
-        raise NotImplementedError
-
-    def _map(self, x: Tensor) -> Tensor:
-        """Calibrated logits, of logits or probabilities in at least float32."""
-        raise NotImplementedError
+    def store(self, from_logits: bool, fitted: bool, **values: Tensor) -> None:
+        """Fill buffers, all of them with ordinary tensors, in inference mode too."""
+        self.takes_logits, self.nll = from_logits, None
+        with torch.inference_mode(False), torch.no_grad():
+            for name, buffer in list(self.named_buffers()):
+                if buffer.is_inference():
+                    setattr(self, name, buffer.clone())
+            self.fitted.fill_(fitted)
+            self.from_logits.fill_(from_logits)
+            for name, value in values.items():
+                buffer = getattr(self, name)
+                buffer.copy_(value.reshape(buffer.shape))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        own = dict(self.named_buffers())
-        saved = {name: state_dict.get(prefix + name) for name in own}
-        if any(isinstance(part, Tensor) for part in saved.values()) and any(
-            not isinstance(part, Tensor) or part.shape != own[name].shape
-            for name, part in saved.items()
-        ):
+        own = {prefix + name: part.shape for name, part in self.named_buffers()}
+        found = {name: getattr(state_dict[name], "shape", None) for name in own.keys() & state_dict}
+        if found and found != own:
             refusal = f"`{prefix[:-1] or type(self).__name__}` is of another version or num_labels"
             args[-1].append(f"The state of {refusal}: fit this module again")
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        store(self)
-        self.nll = None
         if has_values(self.from_logits):
-            self.takes_logits = bool(self.from_logits)
+            self.store(bool(self.from_logits), bool(self.fitted))
 
     def extra_repr(self) -> str:
-        labels = [] if self.num_labels is None else [f"num_labels={self.num_labels}"]
-        if has_values(self.fitted):
-            labels += [] if self.takes_logits else ["from_logits=False"]
-            labels += [] if bool(self.fitted) else ["not fitted"]
-        if self.nll is not None:
-            labels.append("nll={:.4f} -> {:.4f}".format(*self.nll))
-        return ", ".join(labels)
+        parts = [
+            "" if self.num_labels is None else f"num_labels={self.num_labels}",
+            "" if self.takes_logits else "from_logits=False",
+            "not fitted" if has_values(self.fitted) and not self.fitted else "",
+            "" if self.nll is None else "nll={:.4f} -> {:.4f}".format(*self.nll),
+        ]
+        return ", ".join(filter(None, parts))
 
 
-def store(module: nn.Module, **values: Tensor) -> None:
-    """Fill buffers, all of them with ordinary tensors, in inference mode too."""
-    with torch.inference_mode(False), torch.no_grad():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_inference():
-                setattr(module, name, buffer.clone())
-        for name, value in values.items():
-            buffer = getattr(module, name)
-            # Expanded here: XLA's copy_ would take the smaller shape over.
-            buffer.copy_(value.expand_as(buffer))
+def place(cells: Grid, z: Tensor) -> Tensor:
+    """The cell of each logit, from the surest negative to the surest positive, int32.
+
+    Along |z| it is the sum of cells even in the probability, then of fine and of wide ones even in
+    the logit. Without masks, which take a CPU longer than arithmetic, and with one clamp of each
+    tensor, since exporters merge two.
+    """
+    size = z.abs()
+    edge = slack(2 * cells.half, z.dtype) - cells.first
+    at = (-size).sigmoid().mul(-2 * cells.half).add(cells.half + edge)
+    at = at.clamp(0, cells.last - cells.first)
+    tail = size
+    for one in reversed(cells.stretches):
+        high = one.high - 0.5 / one.density * (one is cells.stretches[-1])
+        tail = tail.clamp(max=high)
+        at = at + (tail - one.low).relu() * one.density
+    at = at.floor()
+    side = z.clamp(-1, 0).floor()  # -1 for negative logits, else 0
+    return (at * (2 * side + 1) + side + cells.size).to(torch.int32)
 
 
-def took(repair: Repair, from_logits: bool, fitted: bool = True) -> None:
-    """Note what a module was fitted to, if it was."""
-    repair.takes_logits = from_logits
-    flags = {"fitted": fitted, "from_logits": from_logits}
-    store(repair, **{name: torch.tensor(flag, device="cpu") for name, flag in flags.items()})
-
-
-def rows(value: Tensor, num_labels: int | None) -> list[Tensor]:
-    """The elements of each label."""
-    if num_labels is None:
-        return [value]
-    if value.dim() < 2 or value.shape[1] != num_labels:
-        wanted = f"have num_labels={num_labels} labels in dimension 1"
-        refuse("input", wanted, f"shape {tuple(value.shape)}")
-    return list(value.unbind(1))
-
-
-def mean_loss(cells: list[Cells], answers: list[Tensor]) -> float:
-    """Mean NLL, each class alone: infinite logits that are right cost nothing."""
-    losses = []
-    for one, z in zip(cells, answers, strict=True):
-        parts = ((one.positive, -z), (one.count - one.positive, z))
-        losses.append(sum(torch.where(n > 0, n * F.softplus(x), 0.0).sum() for n, x in parts))
-    counts = [one.count.sum() for one in cells]
-    return float(sum(losses)) / float(sum(counts))
-
-
-def _mean(values: Tensor, cells: list[Cells]) -> float:
-    counts = torch.stack([one.count.sum() for one in cells])
-    return float((values.cpu().reshape(-1) * counts).sum() / counts.sum())
-
-
-def _refuse_probabilities(x: Tensor, remedy: str) -> None:
-    value = x[(x < 0) | (x > 1)][0].item()
-    refuse("input", "hold probabilities in [0, 1]", _errors.exact(value), remedy)
+def mean_loss(cells: Sequence[Cells], answers: Sequence[Tensor]) -> float:
+    """Mean NLL, each class alone: a difference would lose the digits of what is sure and right."""
+    rows = zip(cells, answers, strict=True)
+    loss = sum(float(((n - k) * F.softplus(z) + k * F.softplus(-z)).sum()) for (_, n, k), z in rows)
+    return loss / sum(float(one.count.sum()) for one in cells)
 
 
 # --- what a fit is made of ------------------------------------------------------------------------
 
 
-def _of_histogram(
-    histogram: CalibrationHistogram, num_labels: int | None, num_cells: int | None
-) -> tuple[list[Cells], bool]:
-    if num_cells is not None and histogram.num_cells != num_cells:
-        wanted, got = f"have num_cells={num_cells}", f"num_cells={histogram.num_cells}"
-        refuse("histogram", wanted, got, "build it without `num_cells`")
-    if histogram.num_labels != num_labels:
-        wanted, got = f"have num_labels={num_labels}", f"num_labels={histogram.num_labels}"
-        remedy = "build both with the same number, or pass `histogram.pooled()`"
-        refuse("histogram", wanted, got, remedy)
-    cells = histogram.cells()
-    if any(bool(one.count.isnan().any()) for one in cells):
-        remedy = "it has seen nan, or illegal labels, on an accelerator"
-        refuse("histogram", "hold finite counts and sums", "nan", remedy)
-    return cells, histogram.from_logits
+def _looked_at(data: Sequence[Any], from_logits: bool, ignore_index: float | None) -> Batch:
+    """The data on the CPU, where everything is looked at; masks are weights of 0."""
+    x, y, w = [one.detach().cpu() if isinstance(one, Tensor) else one for one in data]
+    seen = batch(x, y, w, from_logits, ignore_index)
+    if seen.from_logits and _inputs.like_probabilities(seen.input) == "log-probabilities":
+        _errors.warn(_SOFTMAX)
+    scaled = seen.weight
+    if scaled is not None and scaled.numel():
+        scaled = scaled / min(float(scaled.max()) or 1.0, 1.0)
+    if seen.valid is not None:
+        scaled = seen.valid.double() if scaled is None else scaled * seen.valid
+    return seen._replace(weight=scaled, valid=None)
 
 
-def _of_data(
-    input: Any, target: Any, weight: Any, num_labels: int | None, from_logits: bool,
-    ignore_index: float | None,
-) -> tuple[list[Sample], bool]:  # fmt: skip
-    x, y = _inputs.tensor(input, "input"), _inputs.tensor(target, "target")
-    if not isinstance(x, Tensor):
-        wanted = "be a CalibrationHistogram, or a Tensor or array beside its `target`"
-        remedy = "update a histogram with each batch and pass it"
-        refuse("input", wanted, _errors.describe(x), remedy, TypeError)
-    if target is None:
-        remedy = "pass `fit(input, target)`, or a CalibrationHistogram alone"
-        refuse("target", "be the labels of the input", "None", remedy, TypeError)
-    if x.dtype == torch.uint8:
-        x, from_logits = x / 255, False
-    _inputs.logits(x)
-    _inputs.label(y)
-    _inputs.same_size(x, y)
-    x, w = x.detach().cpu(), _weight(weight, x.shape)
-    void = _inputs.held(y, _errors.ignored(ignore_index))
-    y = y.detach().cpu()
-    y = y.to(torch.int64) if y.dtype in UNREDUCIBLE else y
-    masks = [_inputs.unmasked(input, target, weight), _inputs.valid_elements(y, void)]
-    keep = torch.ones_like(x, dtype=torch.bool)
-    for mask in masks:
-        keep = keep if mask is None else keep & mask
-    if from_logits:
-        _suspect(x[keep] if not bool(keep.all()) else x)
-    parts = (rows(part, num_labels) for part in (x, y, w, keep & (w != 0)))
-    return [_sample(list(one), from_logits) for one in zip(*parts, strict=True)], from_logits
+def _elements(row: Batch) -> Cells:
+    """The elements of one label, a cell for each; of many, those that are alike share one.
+
+    Shared cells are those of a histogram of the logits less their median, over their median size,
+    so that logits of any offset and scale stay apart.
+    """
+    z, y = row.input.reshape(-1), row.target.reshape(-1)
+    w = z.new_ones((), dtype=torch.float64) if row.weight is None else row.weight.reshape(-1)
+    w, valid = w.expand(z.shape), _inputs.valid_elements(y, row.void)
+    keep = w > 0 if valid is None else valid & (w > 0)
+    z, y, w = (one.double() if bool(keep.all()) else one[keep].double() for one in (z, y, w))
+    if len(z) <= _MANY:
+        return Cells(z, w, w * y)
+    middle = z.median()
+    size = (z - middle).abs()
+    scale = float(size.median()) or float(size.mean()) or 1.0
+    index = place(_GRID, (z - middle) / scale)
+    logit, count, positive = (torch.bincount(index, part) for part in (w * z, w, w * y))
+    some = count > 0
+    return Cells((logit / count)[some], count[some], positive[some])
 
 
-def _weight(weight: Any, size: torch.Size) -> Tensor:
-    w = torch.ones((), device="cpu") if weight is None else _inputs.tensor(weight, "weight")
-    if not isinstance(w, Tensor):
-        refuse("weight", "be a Tensor, an array or None", _errors.describe(w), error=TypeError)
-    _inputs.along_labels("weight", w, size)
-    return w.detach().cpu().double().expand(size)
-
-
-def _sample(parts: list[Tensor], from_logits: bool) -> Sample:
-    """The elements of one label to keep, checked."""
-    *values, keep = parts
-    x, y, w = (one.reshape(-1) if bool(keep.all()) else one[keep] for one in values)
-    _inputs.check_labels(y, None)
-    y = y.double()
-    if bool(y.isnan().any()):
-        refuse("target", "hold no nan", "nan", "for missing labels pass `ignore_index=math.nan`")
-    if not bool(((w >= 0) & w.isfinite()).all()):
-        bad = w[~((w >= 0) & w.isfinite())][0].item()
-        refuse("weight", "be finite and at least 0", _errors.exact(bad))
-    z = x.to(torch.promote_types(x.dtype, torch.float32))
-    if bool(z.isnan().any()):
-        remedy = "the model has diverged, or an ignored element lacks its `ignore_index`"
-        refuse("input", "hold no nan", "nan", remedy)
-    if from_logits and bool(z.isinf().any()):
-        remedy = "it says that a probability is exactly 0 or 1; pass those with `from_logits=False`"
-        refuse("input", "hold finite logits", "an infinite one", remedy)
-    if not from_logits:
-        if bool(((z < 0) | (z > 1)).any()):
-            _refuse_probabilities(z, "pass logits with `from_logits=True`")
-        z = torch.logit(z)
-    if len(w):
-        w = w * max(1.0, len(w) / float(w.sum()))
-    return Sample(z, y, w)
-
-
-def _suspect(x: Tensor) -> None:
-    kind = _inputs.like_probabilities(x)
-    if kind == "probabilities":
-        remedy = "pass `from_logits=False`, or the output of the network before the sigmoid"
-        _errors.warn(f"All logits of this fit lie in [0, 1], as if they were {kind}; {remedy}")
-    elif kind:
-        remedy = "of a softmax over two classes pass `x[:, 1] - x[:, 0]`"
-        _errors.warn(f"All logits of this fit are at most 0, as if they were {kind}; {remedy}")
-
-
-def _both_classes(cells: list[Cells], name: str, num_labels: int | None) -> None:
+def _usable(name: str, cells: list[Cells], num_labels: int | None) -> None:
     for label, one in enumerate(cells):
         of = "" if num_labels is None else f" of label {label}"
         total, positive = float(one.count.sum()), float(one.positive.sum())
-        if total == 0:
-            refuse(name, f"hold an element{of} to fit to", "none", "drop a label that has none")
         if not 0 < positive < total:
-            remedy = "fit to validation data with positives and negatives"
-            refuse(name, f"hold both classes{of}", f"only {positive / total:g}", remedy)
+            got, remedy = "no element", "fit to validation data with positives and negatives"
+            if math.isnan(total):
+                got, remedy = "nan", "it has seen nan, or illegal labels, on an accelerator"
+            elif total > 0:
+                got = f"only {positive / total:g}"
+            refuse(name, f"hold both classes{of}", got, remedy)

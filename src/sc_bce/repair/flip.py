@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -71,28 +73,25 @@ def _logit(p: Tensor) -> Tensor:
     return torch.log(p) - torch.log1p(-p)
 
 
-def best_pair(loss: Callable[[list[float]], float]) -> Tensor:
+def best_pair(loss: Callable[[Tensor], float]) -> Tensor:
     """The pair of flip rates with the lowest loss: from a coarse grid, in ever smaller steps.
 
     The steps are in the roots of the rates, since 0.001 matters as much as 0.1.
     """
-    tried: dict[tuple[float, float], float] = {}
 
-    def at(roots: tuple[float, float]) -> float:
-        if roots not in tried:
-            # Rounded to float32, as the module will hold them.
-            pair = torch.tensor([root**2 for root in roots], device="cpu").double().tolist()
-            tried[roots] = loss(pair)
-        return tried[roots]
+    @cache
+    def at(roots: tuple[float, ...]) -> float:
+        return loss(_held(roots))
 
-    starts = [(up**0.5, down**0.5) for up in _COARSE for down in _COARSE]
+    starts = product([rate**0.5 for rate in _COARSE], repeat=2)
     best, step = min(starts, key=at), 0.05
     while step > _FINEST:
-        around = [
-            (min(max(best[0] + i * step, 0.0), 0.7), min(max(best[1] + j * step, 0.0), 0.7))
-            for i in (-1, 0, 1)
-            for j in (-1, 0, 1)
-        ]
-        new = min(around, key=at)
+        sides = [[min(max(root + i * step, 0.0), 0.7) for i in (-1, 0, 1)] for root in best]
+        new = min(product(*sides), key=at)
         step, best = (step / 2, best) if at(new) >= at(best) else (step, new)
-    return torch.tensor([root**2 for root in best], dtype=torch.float32, device="cpu").double()
+    return _held(best)
+
+
+def _held(roots: tuple[float, ...]) -> Tensor:
+    """Rates, rounded to float32 as the module holds them."""
+    return torch.tensor([root**2 for root in roots], dtype=torch.float32, device="cpu").double()

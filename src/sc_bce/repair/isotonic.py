@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..measure.cells import Grid, grid, slack
+from ..measure.cells import grid
 from ..measure.scores import Blocks, Cells, isotonic
-from .fit import Fitted, Repair, Sample, store, took
+from .fit import Fits, Repair, place
 
 __all__ = ["IsotonicCalibration"]
 
@@ -98,24 +98,12 @@ class IsotonicCalibration(Repair):
             IsotonicCalibration(not fitted)
         """
         _, middle = self._grid.logits()
-        store(self, table=torch.cat((-middle.flip(0), middle)))
-        self.nll = None
-        took(self, from_logits=True, fitted=False)
+        first = torch.cat((-middle.flip(0), middle)).expand(self.table.shape)
+        self.store(from_logits=True, fitted=False, table=first)
 
-    def _gather(self, sample: Sample) -> Cells:
-        z, y, w = sample
-        index = place(self._grid, z)
-        count, positive, logit = torch.zeros(
-            3, 2 * self._grid.size, dtype=torch.float64, device="cpu"
-        ).unbind()
-        for sums, values in ((count, w), (positive, w * y), (logit, w * z)):
-            sums.index_add_(0, index, values)
-        return Cells(torch.where(count > 0, logit / count, 0.0), count, positive)
-
-    def _fit(self, cells: list[Cells]) -> list[Fitted]:
+    def _fit(self, cells: list[Cells], sure: Tensor) -> Fits:
         tables = [_curve(one) for one in cells]
-        store(self, table=torch.stack(tables).reshape(self.table.shape))
-        return [Fitted(table, one, table) for one, table in zip(cells, tables, strict=True)]
+        return tables, cells, {"table": torch.stack(tables)}
 
     def _map(self, x: Tensor) -> Tensor:
         z = x if self.takes_logits else torch.log(x) - torch.log(1 - x)
@@ -127,60 +115,28 @@ class IsotonicCalibration(Repair):
         return values.reshape(z.shape)
 
 
-def place(cells: Grid, z: Tensor) -> Tensor:
-    """The cell of each logit, from the surest negative to the surest positive, int32.
-
-    Along |z| it is the sum of cells even in the probability, then of fine and of wide ones even in
-    the logit. Without masks, which take a CPU longer than arithmetic, and with one clamp of each
-    tensor, since exporters merge two.
-    """
-    size = z.abs()
-    edge = slack(2 * cells.half, z.dtype) - cells.first
-    at = (-size).sigmoid().mul(-2 * cells.half).add(cells.half + edge)
-    at = at.clamp(0, cells.last - cells.first)
-    tail = size
-    for one in reversed(cells.stretches):
-        high = one.high - 0.5 / one.density * (one is cells.stretches[-1])
-        tail = tail.clamp(max=high)
-        at = at + (tail - one.low).relu() * one.density
-    at = at.floor()
-    side = z.clamp(-1, 0).floor()  # -1 for negative logits, else 0
-    return (at * (2 * side + 1) + side + cells.size).to(torch.int32)
-
-
 def _curve(cells: Cells) -> Tensor:
-    blocks = isotonic(cells.count, cells.positive)
-    return steps(cells, blocks, torch.logit(shares(blocks)))
-
-
-def steps(cells: Cells, blocks: Blocks, values: Tensor) -> Tensor:
     """One value per cell: that of its block, with straight lines across empty cells."""
+    blocks = isotonic(cells.count, cells.positive)
     filled = torch.nonzero(cells.count > 0).flatten()
     owner = torch.searchsorted(torch.tensor(blocks.first, device="cpu"), filled, right=True) - 1
+    values, filled = torch.logit(_shares(blocks))[owner], filled.double()
+    if len(filled) == 1:
+        return values.expand(cells.count.shape)
     at = torch.arange(len(cells.count), dtype=torch.float64, device="cpu")
-    return _through(filled.double(), values[owner], at)
+    right = torch.searchsorted(filled, at).clamp(1, len(filled) - 1)
+    rest = ((at - filled[right - 1]) / (filled[right] - filled[right - 1])).clamp(0, 1)
+    return torch.lerp(values[right - 1], values[right], rest)
 
 
-def _through(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
-    """Straight lines through points in order of x, constant beyond the first and the last."""
-    if len(x) == 1:
-        return y.expand(at.shape)
-    right = torch.searchsorted(x, at).clamp(1, len(x) - 1)
-    rest = ((at - x[right - 1]) / (x[right] - x[right - 1])).clamp(0, 1)
-    return torch.lerp(y[right - 1], y[right], rest)
-
-
-def shares(blocks: Blocks) -> Tensor:
+def _shares(blocks: Blocks) -> Tensor:
     """Share of positives in each block; never 0 or 1, for which one miss costs an infinite NLL."""
-    n, k = (
-        torch.tensor(part, dtype=torch.float64, device="cpu")
-        for part in (blocks.count, blocks.positive)
-    )
-    share = k / n
+    n, k = (torch.tensor(part, dtype=torch.float64, device="cpu") for part in blocks[1:])
+    share, safe = k / n, (k + 0.5) / (n + 1)
     if len(share) == 1:
-        return (k + 0.5) / (n + 1)
+        return safe
     if share[0] == 0:
-        share[0] = torch.minimum(0.5 / (n[0] + 1), share[1])
+        share[0] = torch.minimum(safe[0], share[1])
     if share[-1] == 1:
-        share[-1] = torch.maximum((n[-1] + 0.5) / (n[-1] + 1), share[-2])
+        share[-1] = torch.maximum(safe[-1], share[-2])
     return share

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _errors
 from ..measure.scores import Cells, affine
-from .fit import Fitted, Repair, Sample, mean_loss, store, took
+from .fit import Fits, Repair, mean_loss
 from .flip import best_pair, flip_rates, without_flip
 
 __all__ = ["TemperatureScaling"]
 
-_MANY = 10_000  # elements above which raw logits are first gathered into cells
-_KEPT = 13  # bits of float32 that a cell leaves out: its logits differ by 0.1 % of the largest
 _FEW = 20  # elements of the rarer class below which labels are too few to be believed
 _CLIP = 1e-3  # share of the rarer class's base rate: the least probability after a removed flip
 _SLOPES = (1e-3, 1e3)  # limits of 1 / temperature, for logits of standard deviation 1
 _HALF = 1 / (4 * math.e)  # of the precision: a float just below 1 is half of it away
-_BACKWARDS = (
-    "The temperature is at its upper limit: the logits rank the labels backwards or say nothing "
-    "about them. Check the labels, and the sign of the logits"
-)
-_APART = (
-    "The temperature is at its lower limit: a threshold all but separates the classes. Fit to more "
-    "data"
-)
-_SURE = math.log(2 * math.e)  # how far beyond the surest other logit an exact 0 or 1 lies
+_BACKWARDS = "upper limit: the logits rank the labels backwards, if at all. Check their sign"
+_APART = "lower limit: a threshold all but separates the classes. Fit to more data"
+_BUFFERS = ("flip_rates", "clip", "temperature", "bias", "ends")
 
 
 class TemperatureScaling(Repair):
@@ -66,8 +58,8 @@ class TemperatureScaling(Repair):
         bias: the fitted shift, a buffer of the same shape.
         clip: the least probability :math:`c` after a removed flip, a buffer of the same shape:
             0.001 of the rarer class's base rate after the fit, 0.001 before.
-        ends: calibrated logits of the probabilities 0 and 1, if the fit had them, which bound the
-            others; otherwise infinite. A buffer of the shape of ``flip_rates``.
+        ends: the logits for which probabilities of 0 and 1 stand, if the fit had any; they bound
+            the others. Otherwise infinite. A buffer of the shape of ``flip_rates``.
         from_logits: whether it takes logits and not probabilities, a buffer; True before a fit.
         nll: mean negative log-likelihood of the fitted data before and after; None before a fit
             and after loading a state.
@@ -91,15 +83,14 @@ class TemperatureScaling(Repair):
         the standard deviation of the logits (without a bias: of their root mean square), and a
         fit that ends there warns.
 
-        *Exact 0 and 1*: a probability rounded to one of them says only that its logit lies beyond
-        the others. So the line is fitted to the others, which doesn't bias it, and 0 and 1 are
-        repaired to their shares of positives, (k + 1/2)/(n + 1), or to the answer of the surest
-        other probability if that is surer. If the others alone are *few data*, a 1 counts as
-        1 - d/(2e), with d the distance of the nearest other probability: that has the mean logit
-        of a uniform variable in (1 - d/2, 1). A 0 or 1 that the fit did not have is float32's.
+        *Exact 0 and 1* were rounded. The fit takes them for the logits that
+        :class:`CalibrationHistogram` derives, which have no say in the slope unless too many are
+        wrong, and so does the repair (see ``ends``). A 0 or 1 of which the fit had none is that of
+        the input's precision, of at least float32: 1 stands for 1 - eps/(4e).
 
-        More than 10,000 elements are first gathered into cells 0.1 % wide. nan stays nan; float16
-        answers end at 65504. Computed in at least float32. Works under compile, export and ONNX.
+        Raw logits are fitted as they are, more than 10,000 of a label in some 40,000 cells, whose
+        width follows the spread of the logits. nan stays nan; float16 answers end at 65504.
+        Computed in at least float32. Works under compile, export and ONNX.
 
     References:
         Guo et al., ICML 2017 (temperature scaling); Platt 1999 (with a bias; targets).
@@ -127,22 +118,20 @@ class TemperatureScaling(Repair):
     bias: Tensor
     clip: Tensor
     ends: Tensor
+    _by_element = True
     _if_worse = "is its flip rate that of this network's training?"
 
     def __init__(
-        self,
-        flip_rate: float | Tensor | Sequence[float | Tensor] | None = 0.0,
-        *,
-        bias: bool = False,
-        num_labels: int | None = None,
-    ) -> None:
+        self, flip_rate: float | Tensor | Sequence[float | Tensor] | None = 0.0, *,
+        bias: bool = False, num_labels: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(num_labels)
         self.fit_flip_rates = flip_rate is None
         self.fit_bias = bool(bias)
         self._first = flip_rates(0.0 if flip_rate is None else flip_rate, self.num_labels)
         shape = () if self.num_labels is None else (self.num_labels,)
         with torch.inference_mode(False):
-            for name in ("flip_rates", "temperature", "bias", "clip", "ends"):
+            for name in _BUFFERS:
                 size = (2, *shape) if name in ("flip_rates", "ends") else shape
                 self.register_buffer(name, torch.empty(size))
         self.reset_parameters()
@@ -159,60 +148,36 @@ class TemperatureScaling(Repair):
             >>> scaling.temperature
             tensor(1.)
         """
-        first = torch.tensor(self._first, device="cpu").view(self.flip_rates.shape)
-        ends = torch.tensor([-math.inf, math.inf], device="cpu").view(2, *self.bias.dim() * (1,))
-        one = torch.ones((), device="cpu")
-        store(self, flip_rates=first, temperature=one, bias=0 * one, clip=_CLIP * one, ends=ends)
-        self.nll = None
-        took(self, from_logits=True, fitted=False)
+        one = torch.ones(self.bias.shape, device="cpu")
+        line = torch.tensor(self._first, device="cpu"), _CLIP * one, one, 0 * one
+        ends = math.inf * torch.stack((-one, one))
+        buffers = dict(zip(_BUFFERS, (*line, ends), strict=True))
+        self.store(from_logits=True, fitted=False, **buffers)
 
-    def _gather(self, sample: Sample) -> Cells:
-        """Each element, or of many count, positives and mean logit of those that are alike.
-
-        Alike are the float32 numbers that differ in their last bits, so that logits of any scale
-        stay apart; with a bias, of any size too, since their median is taken off first.
-        """
-        z, y, w = sample.logit.double(), sample.target, sample.weight
-        if len(z) <= _MANY:
-            return Cells(z, w, w * y)
-        finite = z[z.isfinite()]
-        middle = finite.median() if self.fit_bias and len(finite) else 0.0
-        z = z - middle
-        scale = float((finite - middle).abs().max()) if len(finite) else 1.0
-        code = (z / (scale or 1.0)).float().view(torch.int32).bitwise_right_shift(_KEPT)
-        code += 1 << (31 - _KEPT)
-        sums = torch.zeros(3, 1 << (32 - _KEPT), dtype=torch.float64, device="cpu")
-        for row, values in zip(sums, (w * z, w, w * y), strict=True):
-            row.index_add_(0, code, values)
-        logit, count, positive = sums[:, sums[1] > 0].unbind()
-        return Cells(logit / count + middle, count, positive)
-
-    def _fit(self, cells: list[Cells]) -> list[Fitted]:
+    def _fit(self, cells: list[Cells], sure: Tensor) -> Fits:
         rates = self.flip_rates.detach().cpu().double().reshape(2, -1).unbind(1)
-        fits = [
-            _best_map(one, None if self.fit_flip_rates else pair, self.fit_bias)
-            for one, pair in zip(cells, rates, strict=True)
-        ]
-        names = ("flip_rates", "clip", "temperature", "bias", "ends")
-        for name, column in zip(
-            names, zip(*(parts for _, parts, _ in fits), strict=True), strict=True
-        ):
-            store(self, **{name: torch.stack(column, -1).reshape(getattr(self, name).shape)})
-        for limit in sorted({limit for _, _, limit in fits if limit}):
-            _errors.warn(limit)
-        return [fit for fit, _, _ in fits]
+        aims, each = [_aim(one, self.fit_bias) for one in cells], []
+        for aim, pair in zip(aims, rates, strict=True):
+            each.append(_best_line(aim, None if self.fit_flip_rates else pair, self.fit_bias))
+        lines, limits = zip(*each, strict=True)
+        for limit in sorted(set(limits) - {""}):
+            _errors.warn(f"The temperature is at its {limit}")
+        ends = torch.stack([torch.stack(one.logit[one.count > 0].aminmax()) for one in cells])
+        ends = torch.where(sure, ends, ends.new_tensor([-math.inf, math.inf])).T
+        columns = (torch.stack(column, -1) for column in zip(*lines, strict=True))
+        answers = [_repaired(aim.logit, line) for aim, line in zip(aims, lines, strict=True)]
+        return answers, aims, dict(zip(_BUFFERS, (*columns, ends), strict=True))
 
     def _map(self, x: Tensor) -> Tensor:
         ones = () if self.num_labels is None else (1,) * (x.dim() - 2)
-        *line, ends = (
-            part.to(x.dtype).reshape((*part.shape, *ones))
-            for part in (self.flip_rates, self.clip, self.temperature, self.bias, self.ends)
-        )
-        if self.takes_logits:
-            return _line(x, line)
-        info = torch.finfo(x.dtype)
-        high = (1 - x).clamp(min=info.eps * _HALF)
-        return _line(torch.log(x.clamp(min=info.tiny)) - torch.log(high), line, ends)
+        buffers = (getattr(self, name).to(x.dtype) for name in _BUFFERS)
+        *line, ends = (part.reshape((*part.shape, *ones)) for part in buffers)
+        if not self.takes_logits:
+            info = torch.finfo(x.dtype)
+            low, high = x.clamp(min=info.tiny), (1 - x).clamp(min=info.eps * _HALF)
+            x = torch.log(low) - torch.log(high)
+            x = torch.minimum(torch.maximum(x, ends[0]), ends[1])
+        return _repaired(x, line)
 
     def extra_repr(self) -> str:
         if self.temperature.is_meta:
@@ -225,101 +190,51 @@ class TemperatureScaling(Repair):
         return ", ".join(filter(None, (*parts, super().extra_repr())))
 
 
-def _line(z: Tensor, line: Sequence[Tensor], ends: Tensor | None = None) -> Tensor:
+def _repaired(z: Tensor, line: Sequence[Tensor]) -> Tensor:
     rates, clip, temperature, bias = line
-    answer = without_flip(z, rates[0], rates[1], clip) / temperature + bias
-    return answer if ends is None else torch.minimum(torch.maximum(answer, ends[0]), ends[1])
+    return without_flip(z, rates[0], rates[1], clip) / temperature + bias
 
 
-def _best_map(
-    cells: Cells, rates: Tensor | None, bias: bool
-) -> tuple[Fitted, tuple[Tensor, ...], str]:
-    """Flip rates, clip, temperature, bias and ends that minimise the loss; why it is at a limit."""
-    rate = float(cells.positive.sum() / cells.count.sum())
-    clip = cells.count.new_tensor(_CLIP * min(rate, 1 - rate))
-    some = _part(cells, cells.count > 0)
-    inner = _part(some, some.logit.isfinite())
-    aim = inner if len(inner.logit) == len(some.logit) or _enough(inner, bias) else _stand_in(some)
-    aim = aim if _enough(aim, bias) else _platt(aim)
-
-    def best(rates: Tensor) -> tuple[float, float, float, str]:
-        u = without_flip(aim.logit, rates[0], rates[1], clip)
-        a, b, limit = _affine(aim._replace(logit=u), bias)
-        return mean_loss([aim], [a * u + b]), a, b, limit
-
-    if rates is None:
-        rates = best_pair(lambda pair: best(cells.count.new_tensor(pair))[0])
-    _, a, b, limit = best(rates)
-    temperature, shift = cells.count.new_tensor([1 / a, b]).unbind()
-    line = (rates, clip, temperature, shift)
-    ends = _ends(some, lambda z: _line(z, line))
-    fit = Fitted(_line(cells.logit, line, ends), aim, _line(aim.logit, line))
-    return fit, (*line, ends), limit
-
-
-def _part(cells: Cells, mask: Tensor) -> Cells:
-    return Cells(*(part[mask] for part in cells))
-
-
-def _enough(cells: Cells, bias: bool) -> bool:
-    """Whether both classes have elements enough, and no threshold separates them.
+def _aim(cells: Cells, bias: bool) -> Cells:
+    """The cells; with Platt's targets instead of 0 and 1 if these are few, or separable.
 
     Of logits that are all alike, whose slope is nan, any number is enough.
     """
-    positive, total = float(cells.positive.sum()), float(cells.count.sum())
-    rarer, slope = min(positive, total - positive), affine(cells, bias=bias)[0]
-    return rarer > 0 and (math.isnan(slope) or (rarer >= _FEW and not math.isinf(slope)))
-
-
-def _platt(cells: Cells) -> Cells:
-    """The same elements with Platt's targets instead of 0 and 1."""
     positive, total = cells.positive.sum(), cells.count.sum()
+    slope, rarer = affine(cells, bias=bias)[0], min(float(positive), float(total - positive))
+    if math.isnan(slope) or (rarer >= _FEW and not math.isinf(slope)):
+        return cells
     low, high = 1 / (total - positive + 2), (positive + 1) / (positive + 2)
     return cells._replace(positive=low * (cells.count - cells.positive) + high * cells.positive)
 
 
-def _surest(cells: Cells) -> tuple[float, float]:
-    """The least and the largest finite logit; 0 if there is none."""
-    finite = cells.logit[cells.logit.isfinite()]
-    return (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+def _best_line(aim: Cells, rates: Tensor | None, bias: bool) -> tuple[list[Tensor], str]:
+    """Flip rates, clip, temperature and bias that minimise the loss; why it is at a limit."""
+    rate = float(aim.positive.sum() / aim.count.sum())
+    clip = aim.count.new_tensor(_CLIP * min(rate, 1 - rate))
+
+    def best(rates: Tensor) -> tuple[float, float, float, str]:
+        u = without_flip(aim.logit, rates[0], rates[1], clip)
+        a, b, limit = _limited(aim._replace(logit=u), bias)
+        return mean_loss([aim], [a * u + b]), a, b, limit
+
+    rates = best_pair(lambda pair: best(pair)[0]) if rates is None else rates
+    _, a, b, limit = best(rates)
+    return [rates, clip, *aim.count.new_tensor([1 / a, b])], limit
 
 
-def _stand_in(cells: Cells) -> Cells:
-    """Infinite logits replaced: beyond the surest other one by the mean of what they can be."""
-    low, high = _surest(cells)
-    return cells._replace(logit=cells.logit.clamp(min(low, 0.0) - _SURE, max(high, 0.0) + _SURE))
-
-
-def _ends(cells: Cells, answer: Callable[[Tensor], Tensor]) -> Tensor:
-    """Calibrated logits of the exact probabilities 0 and 1: their shares of positives.
-
-    They are no less sure than the surest other probability; infinite if there is no exact one.
-    """
-    bottom, top = answer(cells.logit.new_tensor(_surest(cells))).tolist()
-    found = []
-    for end, other, more in ((-math.inf, bottom, min), (math.inf, top, max)):
-        n, k = (float(part[cells.logit == end].sum()) for part in (cells.count, cells.positive))
-        found.append(more(math.log((k + 0.5) / (n - k + 0.5)), other) if n else end)
-    return cells.logit.new_tensor(found)
-
-
-def _affine(cells: Cells, bias: bool) -> tuple[float, float, str]:
-    """Slope and intercept of the best line, for logits of any size and scale."""
-    z, n = cells.logit, cells.count
-    middle = float((n * z).sum() / n.sum()) if bias else 0.0
-    # Compared, since the rounded mean of equal logits need not be equal to them.
-    alike = not bool((z != (z[0] if bias else 0.0)).any())
-    z = z - middle
-    scale = 0.0 if alike else float(((n * z**2).sum() / n.sum()).sqrt())
-    if scale == 0:
+def _limited(cells: Cells, bias: bool) -> tuple[float, float, str]:
+    """Slope and intercept of the best line, within limits relative to the spread of the logits."""
+    a, b = affine(cells, bias=bias)
+    if math.isnan(a):
         return 1.0, affine(cells, slope=1.0, bias=bias)[1], ""
-    a, b = affine(cells._replace(logit=z / scale), bias=bias)
-    limit = ""
-    if not _SLOPES[0] <= a <= _SLOPES[1]:
-        limit = _BACKWARDS if a < 1 else _APART
-        a = min(max(a, _SLOPES[0]), _SLOPES[1])
-        b = affine(cells._replace(logit=z / scale), slope=a, bias=bias)[1]
-    return a / scale, b - a * middle / scale, limit
+    share = cells.count / cells.count.sum()
+    z = cells.logit - (share * cells.logit).sum() * bias
+    low, high = (one / float((share * z**2).sum().sqrt()) for one in _SLOPES)
+    if low <= a <= high:
+        return a, b, ""
+    end, limit = (low, _BACKWARDS) if a < low else (high, _APART)
+    return end, affine(cells, slope=end, bias=bias)[1], limit
 
 
 def _shown(value: Tensor) -> str:
