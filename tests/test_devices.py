@@ -112,7 +112,7 @@ def test_measures_and_repairs_heed_no_default_device():
             histogram = CalibrationHistogram()
             images = ImageHistograms()
         histogram.update(x, y)
-        images.update(x.view(6, 10), y.view(6, 10))
+        images.update(x.view(6, 2, 5), y.view(6, 2, 5))
         with torch.device("cpu"):
             repairs = [sc_bce.TemperatureScaling(None, bias=True), sc_bce.IsotonicCalibration()]
         with torch.device(place):
@@ -217,7 +217,7 @@ def test_measures_and_repairs_work_without_float64(mps):
         histogram = CalibrationHistogram()
         histogram.update(x, y)
         images = ImageHistograms()
-        images.update(x.view(6, 10), y.view(6, 10))
+        images.update(x.view(6, 2, 5), y.view(6, 2, 5))
         found = [histogram.ece(), histogram.slope(), images.interval("nll", resamples=20)]
         for repair in (sc_bce.TemperatureScaling(bias=True), sc_bce.IsotonicCalibration()):
             repair = repair.to(device)
