@@ -14,7 +14,6 @@ from torch.testing import assert_close
 
 import sc_bce
 from sc_bce import AdaptivePerturbation, CalibrationHistogram, ImageHistograms, SCBCEWithLogitsLoss
-from sc_bce import _torch as what_torch_has
 from sc_bce.losses import levels
 
 try:  # before the first backward of all, which looks what devices there are
@@ -150,9 +149,8 @@ def test_a_device_that_is_not_there_is_a_usage_error():
 
 @pytest.fixture
 def mps():
-    types = (*what_torch_has.WITHOUT_FLOAT64, DEVICE.type)
     with (
-        mock.patch.object(what_torch_has, "WITHOUT_FLOAT64", types),
+        mock.patch("sc_bce._torch.WITHOUT_FLOAT64", ("mps", DEVICE.type)),
         mock.patch.object(levels, "has_values", return_value=True),
         NoFloat64() as device,
         Moved(),
