@@ -75,6 +75,21 @@ RIVAL, OURS = LINES[1], LINES[4]
 
 # ---------------------------------------------------------------- the data
 
+LAYOUTS = """\
+layout of --data, PNG or JPEG files of equal names:
+
+  one label, split 60/15/25 in the order of names:
+    FOLDER/images/NAME.jpg
+    FOLDER/masks/NAME.png          0 and 255, or 0 and 1
+
+  several labels, split by you:
+    FOLDER/train/images/NAME.jpg   and the same in val and test
+    FOLDER/train/labels/NAME.png   0 to LABELS - 1; LABELS or 255 is void
+
+  A map has the size of its image. Of a palette image the indices count, not the colours;
+  transparency is refused. Each part needs pixels of both classes.
+"""
+
 
 def folder_task(folder: Path, size: int, epochs: int, quick: bool, labels: int) -> Task:
     """A folder of either kind as a task."""
@@ -251,10 +266,12 @@ def report(kept: Kept, task: Task, seeds: Sequence[int], out: Path) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Train one small network with three losses and measure its probabilities."
+        description="Train one small network with three losses and measure its probabilities.",
+        epilog=LAYOUTS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="a small study, about a minute")
-    parser.add_argument("--data", type=Path, help="folder of images and masks")
+    parser.add_argument("--data", type=Path, help="folder of images and masks, laid out as below")
     parser.add_argument("--labels", type=int, default=tasks.STREET_LABELS, help="of a label image")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: 0")
     parser.add_argument("--epochs", type=int)

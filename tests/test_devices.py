@@ -14,7 +14,6 @@ from torch.testing import assert_close
 
 import sc_bce
 from sc_bce import AdaptivePerturbation, CalibrationHistogram, ImageHistograms, SCBCEWithLogitsLoss
-from sc_bce import _torch as what_torch_has
 from sc_bce.losses import levels
 
 try:  # before the first backward of all, which looks what devices there are
@@ -112,7 +111,7 @@ def test_measures_and_repairs_heed_no_default_device():
             histogram = CalibrationHistogram()
             images = ImageHistograms()
         histogram.update(x, y)
-        images.update(x.view(6, 10), y.view(6, 10))
+        images.update(x.view(6, 2, 5), y.view(6, 2, 5))
         with torch.device("cpu"):
             repairs = [sc_bce.TemperatureScaling(None, bias=True), sc_bce.IsotonicCalibration()]
         with torch.device(place):
@@ -150,9 +149,8 @@ def test_a_device_that_is_not_there_is_a_usage_error():
 
 @pytest.fixture
 def mps():
-    types = (*what_torch_has.WITHOUT_FLOAT64, DEVICE.type)
     with (
-        mock.patch.object(what_torch_has, "WITHOUT_FLOAT64", types),
+        mock.patch("sc_bce._torch.WITHOUT_FLOAT64", ("mps", DEVICE.type)),
         mock.patch.object(levels, "has_values", return_value=True),
         NoFloat64() as device,
         Moved(),
@@ -217,7 +215,7 @@ def test_measures_and_repairs_work_without_float64(mps):
         histogram = CalibrationHistogram()
         histogram.update(x, y)
         images = ImageHistograms()
-        images.update(x.view(6, 10), y.view(6, 10))
+        images.update(x.view(6, 2, 5), y.view(6, 2, 5))
         found = [histogram.ece(), histogram.slope(), images.interval("nll", resamples=20)]
         for repair in (sc_bce.TemperatureScaling(bias=True), sc_bce.IsotonicCalibration()):
             repair = repair.to(device)

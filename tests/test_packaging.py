@@ -60,10 +60,10 @@ warnings.simplefilter("error")
 from sc_bce import *
 
 x, index = torch.randn(4, 3, requires_grad=True), torch.arange(4)
-adaptive, histogram = AdaptivePerturbation(4, warmup=1, prior="observed"), CalibrationHistogram()
+adaptive, histogram = AdaptivePerturbation(4), CalibrationHistogram()
 for _ in range(2):
     adaptive(x, x > 0, index).backward()
-    histogram.update(x.detach(), torch.tensor([[1.0, 0.0, 1.0]]).expand(4, 3))
+    histogram.update(4 * torch.linspace(-1, 1, 60), torch.linspace(-1, 1, 60).roll(5) > 0)
     adaptive.step(histogram)
 SCBCEWithLogitsLoss(alpha=0.1, sampling="sample")(x, (x > 0).float()).backward()
 for repair in (TemperatureScaling(bias=True), IsotonicCalibration()):

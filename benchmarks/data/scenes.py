@@ -9,16 +9,18 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor, nn
 
 Pixels = NDArray[np.uint8]
 
 SUFFIXES = {".png", ".jpg", ".jpeg"}
+VOID = 255  # in a map of labels: says nothing
 SHARES = (0.60, 0.15, 0.25)  # train, validation, test
 
 
@@ -244,15 +246,62 @@ def _check_stems(folder: Path, images: dict[str, Path], masks: dict[str, Path]) 
         raise ValueError(f"Expected at least 20 images in {folder / 'images'}, got {len(images)}")
 
 
-def open_image(path: Path, mode: str) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
     """The decoded image, turned upright as its camera says."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert(mode)
+            image.load()
+            return ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{path} can't be read as an image ({error}): replace or remove it"
         ) from error
+
+
+def open_pair(image_path: Path, map_path: Path) -> tuple[Image.Image, NDArray[Any]]:
+    """A photograph and the numbers of its map, which cover the same pixels."""
+    image, numbers = open_image(image_path), _numbers(map_path)
+    if image.size != numbers.shape[::-1]:
+        turned = _orientation(image_path) > 1 and image.size == numbers.shape
+        raise ValueError(
+            f"{image_path} has {image.width} x {image.height} pixels but {map_path} has "
+            f"{numbers.shape[1]} x {numbers.shape[0]}: the two must be equal"
+            + (" (the photograph is turned by its EXIF orientation)" if turned else "")
+        )
+    with Image.open(image_path) as stored:
+        if _orientation(image_path) != _orientation(map_path) and stored.size == image.size:
+            raise ValueError(
+                f"{image_path} is turned by its EXIF orientation and {map_path} fits it turned and "
+                "unturned: save the photograph upright, without the orientation"
+            )
+    return image.convert("RGB"), numbers
+
+
+def _orientation(path: Path) -> int:
+    """1 is upright."""
+    with Image.open(path) as image:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+
+
+def _numbers(path: Path) -> NDArray[Any]:
+    """(H, W): the grey values of a map, or the indices of a palette, never its colours."""
+    image = open_image(path)
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        raise ValueError(
+            f"{path} has transparent pixels (mode {image.mode}), which may be the object or what "
+            "surrounds it: save it as grey values without transparency"
+        )
+    palette = image.getpalette() if image.mode == "P" else None
+    if palette is not None and palette[:6] == [255, 255, 255, 0, 0, 0]:
+        raise ValueError(f"Index 0 of {path} is white and 1 is black: save it as grey values")
+    if path.suffix.lower() != ".png" and image.mode == "RGB":  # a JPEG of grey values
+        image = image.convert("L")
+    numbers = np.asarray(image)
+    if numbers.ndim == 3 and (numbers == numbers[..., :1]).all():
+        numbers = numbers[..., 0]
+    if numbers.ndim != 2:
+        raise ValueError(f"{path} holds colours (mode {image.mode}): save it as numbers of classes")
+    return numbers
 
 
 def _resized(image: Image.Image, size: int) -> Pixels:
@@ -260,29 +309,32 @@ def _resized(image: Image.Image, size: int) -> Pixels:
 
 
 def _load_pair(image_path: Path, mask_path: Path, size: int) -> tuple[Pixels, Pixels]:
-    image, mask = open_image(image_path, "RGB"), open_image(mask_path, "L")
-    if image.size != mask.size:
-        raise ValueError(
-            f"{image_path} has {image.width} x {image.height} pixels but {mask_path} has "
-            f"{mask.width} x {mask.height}: the two must be equal"
-        )
-    levels = Image.fromarray(_two_levels(np.asarray(mask), mask_path) * 255)
+    image, numbers = open_pair(image_path, mask_path)
+    levels = Image.fromarray(_two_levels(numbers, mask_path) * 255)
     # the mean over each new pixel's area: a pixel is object where at least half of it is
     small = np.asarray(levels.resize((size, size), Image.Resampling.BOX))
     return _resized(image, size), (small >= 128).astype(np.uint8)
 
 
-def _two_levels(mask: Pixels, path: Path) -> Pixels:
+def _two_levels(mask: NDArray[Any], path: Path) -> Pixels:
     """0/255 or 0/1 as 0/1; JPEG blurs edges, so there a twentieth of the pixels may lie between."""
     if mask.max() <= 1:
-        return mask
+        return mask.astype(np.uint8)
     lossy = path.suffix.lower() != ".png"
     slack, share = (16, 0.05) if lossy else (0, 0.0)
-    if ((mask > slack) & (mask < 255 - slack)).mean() > share:
-        found = ", ".join(str(level) for level in np.unique(mask)[:5])
+    between = ((mask > slack) & (mask < 255 - slack)) | (mask > 255)
+    if between.mean() > share:
+        levels = np.unique(mask)
+        found = ", ".join(str(level) for level in levels[:5])
+        void = levels[-1] == VOID and not lossy
         raise ValueError(
             f"Expected {path} to hold only 0 and 255, or only 0 and 1, but got {found}, ...: "
-            "threshold it first"
+            + (
+                f"{VOID} beside other numbers is void, which only the layout of train, val and "
+                "test has"
+                if void
+                else "threshold it first"
+            )
         )
     return (mask >= 128).astype(np.uint8)
 

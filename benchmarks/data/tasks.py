@@ -8,13 +8,16 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Generator, Tensor, nn
 
 from benchmarks.data.scenes import (
+    VOID,
     Pixels,
     SaliencyData,
     SmallUNet,
@@ -22,7 +25,7 @@ from benchmarks.data.scenes import (
     digit_scenes,
     files_of,
     folder_data,
-    open_image,
+    open_pair,
     to_tensors,
 )
 
@@ -68,6 +71,16 @@ class Task:
     chance: Tensor | None = None
     wrong: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("train", "val", "test"):
+            found = getattr(self, name).target.unique().tolist()
+            if not {0, 1} <= set(found):
+                raise ValueError(
+                    f"Expected both classes in the {name} part of {self.name}, but its labels are "
+                    f"all {found[0] if found[0] in (0, 1) else 'void'}: check the masks, or add "
+                    "images"
+                )
+
     def fingerprint(self) -> str:
         """A short hash of all data, so that kept runs are never mixed with those of others."""
         digest = hashlib.sha256()
@@ -102,8 +115,8 @@ def digits() -> Task:
 def streets(folder: Path, width: int = 80, height: int = 60, labels: int = STREET_LABELS) -> Task:
     """Street scenes (CamVid): ``folder/PART/images/NAME.jpg`` and ``folder/PART/labels/NAME.png``.
 
-    PART is train, val or test. A label image holds 0 to 10, and 11 where it says nothing. Each
-    label is a yes or no of its own, so the target is (N, 11, H, W).
+    PART is train, val or test. A label image holds 0 to 10, and 11 or 255 where it says nothing.
+    Each label is a yes or no of its own, so the target is (N, 11, H, W).
     """
     train, val, test = (street_part(folder / part, width, height, labels) for part in STREET_PARTS)
     return Task(
@@ -125,31 +138,27 @@ def street_part(folder: Path, width: int, height: int, count: int = STREET_LABEL
     images, labels = files_of(folder / "images"), files_of(folder / "labels")
     for stem in sorted(images.keys() ^ labels.keys()):
         raise ValueError(f"{folder} has not both an image and a label image {stem}: add or remove")
-    size = width, height
-    pictures = [_resized(open_image(images[s], "RGB"), size, smooth=True) for s in sorted(images)]
-    maps = [
-        _resized(_label_map(labels[stem], count), size, smooth=False) for stem in sorted(images)
-    ]
+    pictures, maps = [], []
+    for stem in sorted(images):
+        picture, numbers = open_pair(images[stem], labels[stem])
+        # Colours are averaged; of a map each new pixel takes the label in its middle.
+        pictures.append(np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)))
+        small = Image.fromarray(_labels(numbers, labels[stem], count))
+        maps.append(np.asarray(small.resize((width, height), Image.Resampling.NEAREST)))
     seen = Split(np.stack(pictures), np.stack(maps))
     return Part(to_tensors(seen)[0], label_planes(torch.from_numpy(seen.masks), count))
 
 
-def _resized(image: Image.Image, size: tuple[int, int], smooth: bool) -> Pixels:
-    """Colours are averaged; of a map each new pixel takes the label in its middle."""
-    way = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-    return np.asarray(image.resize(size, way))
-
-
-def _label_map(path: Path, count: int) -> Image.Image:
-    """The labels of one image, palette images too: their indices, not their colours."""
-    try:
-        with Image.open(path) as image:
-            labels = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} can't be read as an image ({error})") from error
-    if labels.ndim != 2 or labels.max() > count:
-        raise ValueError(f"Expected {path} to hold one label of 0 to {count} per pixel")
-    return Image.fromarray(labels.astype(np.uint8))
+def _labels(numbers: NDArray[Any], path: Path, count: int) -> Pixels:
+    """0 to ``count`` - 1, and whatever says nothing as ``VOID``."""
+    void = (numbers == count) | (numbers == VOID)
+    legal = (numbers >= 0) & (numbers < count)
+    if not (legal | void).all():
+        raise ValueError(
+            f"Expected {path} to hold one label of 0 to {count - 1} per pixel, or {count} or "
+            f"{VOID} for void, but got {numbers[~(legal | void)].max()}; check --labels"
+        )
+    return np.where(void, VOID, numbers).astype(np.uint8)
 
 
 def label_planes(maps: Tensor, count: int = STREET_LABELS) -> Tensor:

@@ -1,4 +1,4 @@
-"""The page about speed and memory, from the JSON of ``measure.py`` and ``table.py``.
+"""The page about speed and memory, from the JSON of ``measure``, ``counted`` and ``table``.
 
     python -m benchmarks.speed.page
 
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report import fill, table
-from benchmarks.speed.measure import BASELINE, BYTES, LABELS, SEGMENTATION
+from benchmarks.speed import counted
+from benchmarks.speed.measure import BASELINE, LABELS, SEGMENTATION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,13 +30,14 @@ COLOURS = {"sample": "#0072B2", "adaptive": "#E69F00"}
 SHOWN: tuple[tuple[str, str, tuple[int, ...], str, bool], ...] = (
     ("Segmentation, 32 x 1 x 384 x 384", "segmentation", SEGMENTATION, "float", False),
     ("Segmentation, a bool mask", "segmentation", SEGMENTATION, "bool", False),
-    ("Segmentation, a tenth of it void", "void", SEGMENTATION, "uint8", True),
+    ("Segmentation, a tenth of it ignored", "void", SEGMENTATION, "uint8", True),
     ("11 labels, 32 x 11 x 120 x 160", "labels", LABELS, "float", False),
     ("A table, 8,192 rows a batch", "table", (8192,), "float", False),
     ("A table, 64 rows of 20 labels", "table", (64, 20), "float", False),
     ("Segmentation, all compiled", "compiled", SEGMENTATION, "float", False),
 )
 DENSE, VOID, SMALL, COMPILED = 0, 2, 5, 6  # of these, what README names
+SIZES = (64, 4096, 65536, 2**20, 2**26)  # of those that were timed
 COLUMNS = {"sample": "fixed level", "adaptive": "adaptive level"}
 
 
@@ -119,7 +121,7 @@ def sizes(result: Result) -> str:
     """Time over BCE's."""
     names = list(dict.fromkeys(record["loss"] for record in result["sizes"]))
     rows = []
-    for count in sorted({record["elements"] for record in result["sizes"]}):
+    for count in SIZES:
         cells = []
         for name in names:
             (found,) = matching(result["sizes"], loss=name, elements=count, threads=THREADS)
@@ -128,30 +130,10 @@ def sizes(result: Result) -> str:
     return table(["elements", *names], rows)
 
 
-def memories(result: Result) -> str:
-    rows = []
-    for record in result["memory"]:
-        what = record["case"] + (" void" if record["void"] and record["case"] != "void" else "")
-        cells = [f"{record[f'{key}_bytes_per_element']:.1f}" for key in ("saved", "peak")]
-        rows.append([f"{what}, {record['dtype']} {record['target']}", record["contender"], *cells])
-    return table(["case", "loss", "kept", "peak"], rows)
-
-
-def roofline(result: Result) -> str:
-    """How much of the time a plain copy of the same bytes would take."""
-    speed = result["copy_bytes_per_second"]
-    threads = min(max(r["threads"] for r in result["times"]), result["cores"])
-    rows = []
-    for name in (BASELINE, "sample", "element", "adaptive"):
-        case = {"case": "segmentation", "shape": list(SEGMENTATION), "target": "float"}
-        record = timed(result, contender=name, threads=threads, **case)
-        elements = 1
-        for size in SEGMENTATION:
-            elements *= size
-        least = 3 * BYTES["float32"] * elements / speed * 1e3  # x and y read, the gradient written
-        rows.append([name, f"{record['median_ms']:.3g} ms", f"{least / record['median_ms']:.0%}"])
-    words = f"A copy moves {speed / 1e9:.1f} GB a second on {threads} threads."
-    return words + "\n\n" + table(["", "time", "of which the bytes alone"], rows)
+def launches(_: Result) -> str:
+    """Of the JSON of ``counted.py``."""
+    found = json.loads(counted.OUT.read_text("utf-8"))
+    return f"{counted.shown(found['rows'])}\n\nCounted with torch {found['versions']['torch']}."
 
 
 def histogram(result: Result) -> str:
@@ -161,42 +143,27 @@ def histogram(result: Result) -> str:
             *(f"{row[name]['median_ms']:.0f} ms" for name in ("ours", "torchmetrics")),
             f"{row['ours']['median_ms'] / row['torchmetrics']['median_ms']:.2f}",
             *(f"{row[name]['state_bytes']:,}" for name in ("ours", "torchmetrics")),
-            f"{row['stream']['pixels']:,} in {row['stream']['seconds']:.0f} s, "
-            f"{row['stream']['state_bytes']:,} bytes",
         ]
         for row in result["histogram"]
     ]
     head = ["threads", "ours", "torchmetrics", "ratio", "bytes held", "by torchmetrics"]
-    return table([*head, "a stream"], rows)
+    return table(head, rows)
 
 
 def scale(_: Result) -> str:
-    """Of the JSON of ``table.py``."""
+    """Of the JSON of ``table.py``, in words."""
     found = json.loads((RESULTS / "scale.json").read_text("utf-8"))
-    rows = []
-    for record in found["steps"]:
-        shape = " x ".join(map(str, record["shape"]))
-        times = [f"{record[key]:.0f} us" for key in ("few_us", "many_us")]
-        rows.append([f"{shape}, focus {record['focus']:g}", *times, f"{record['ratio']:.2f}"])
-    few = f"{min(1000, found['rows']):,} rows"
-    parts = [table(["a step", few, f"{found['rows']:,} rows", "ratio"], rows)]
-    rows = [
-        [
-            f"focus {record['focus']:g}",
-            f"{record['bytes_per_row']:.0f}",
-            f"{record['gigabytes_at_1e9']:.0f} GB",
-            *(f"{record[key]:.1f} s" for key in ("step_seconds", "save_seconds", "load_seconds")),
-        ]
-        for record in found["epoch"]
-    ]
-    head = ["an epoch", "bytes a sample", "10^9 samples", "`step`", "save", "load"]
-    parts.append(table(head, rows))
+    ratios = [record["ratio"] for record in found["steps"]]
+    row = max(found["epoch"], key=lambda record: float(record["bytes_per_row"]))
     merge = found["merge"]
-    parts.append(
-        f"`step` between two gloo processes on this machine, with focus: {merge['seconds']:.0f} s, "
-        f"{merge['reduced_bytes_per_process'] / 1e9:.1f} GB reduced by each."
+    return (
+        f"A step with a table of {found['rows']:,} samples and shuffled batches of 256 takes "
+        f"{min(ratios):.2f} to {max(ratios):.2f} times as long as with {min(1000, found['rows']):,}"
+        f" samples. With focus a sample takes {row['bytes_per_row']:.0f} bytes; `step` took "
+        f"{row['step_seconds']:.1f} s, and {merge['seconds']:.0f} s between two gloo processes "
+        f"({merge['reduced_bytes_per_process'] / 1e9:.1f} GB reduced by each). "
+        "`python -m benchmarks.speed.table` makes these figures."
     )
-    return "\n\n".join(parts)
 
 
 # ---------------------------------------------------------------- picture and page
@@ -234,8 +201,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "given-back": given_back,
     "rivals": rivals,
     "sizes": sizes,
-    "memory": memories,
-    "roofline": roofline,
+    "counted": launches,
     "scale": scale,
     "histogram": histogram,
 }

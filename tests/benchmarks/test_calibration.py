@@ -34,6 +34,9 @@ def spoil(what, folder):
             path.unlink()
     if what == "twice":
         Image.new("RGB", (40, 30)).save(folder / "images" / "003.jpg")
+    if what == "one class":
+        for path in (folder / "masks").iterdir():
+            Image.new("L", (40, 30), 255).save(path)
     if what == "few":
         for i in range(10):
             (folder / "images" / f"{i:03}.png").unlink()
@@ -52,6 +55,7 @@ def spoil(what, folder):
         ("grey mask", r"masks.003.png to hold only 0 and 255, .* but got 100"),
         ("empty", r"Expected PNG or JPEG files in"),
         ("twice", r"share one stem"),
+        ("one class", r"Expected both classes in the train part of squares, .* are all 1: check"),
         ("few", r"at least 20 images"),
     ],
 )
@@ -61,6 +65,14 @@ def test_a_spoilt_folder_is_refused_in_one_line(tmp_path, what, text):
         main(["--data", str(folder), "--quick", "--out", str(tmp_path / "out")])
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_help_shows_how_a_folder_is_laid_out(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = capsys.readouterr().out
+    for line in ("FOLDER/masks/NAME.png", "FOLDER/train/labels/NAME.png", "or 255 is void"):
+        assert line in told
 
 
 @pytest.mark.parametrize(

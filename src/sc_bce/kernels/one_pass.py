@@ -3,6 +3,10 @@
 torch's BCE launches eleven kernels on an accelerator, and keeps q in float32 until backward. Here
 the loss is softplus(x) - q x and the gradient sigma(x) - q, both while q is at hand: backward
 scales what the forward kept, which has the dtype of the logits.
+
+In float32 the loss is within max(|x|, 1) 2^-22 of the exact one per element, the gradient within
+2^-22. Torch's form, (1 - q) x + softplus(-x), has a small relative error for confident right
+answers too, and takes two launches more. An infinite logit gives inf or nan, not always torch's.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from .._torch import functional_transform
 
 __all__ = ["applies", "reduced_loss"]
 
+_LINEAR = 40.0  # from here on softplus(x) is x in float64 as well; torch's 20 is 2e-9 off
 _SURE = -1e4  # a logit whose softplus and sigmoid are 0: with a target of 0 it adds nothing
 
 
@@ -62,7 +67,8 @@ class _Loss(Function):
         wide = x.to(q.dtype)
         if ignored is not None:
             wide = wide.masked_fill(ignored, _SURE)
-        loss = F.softplus(wide).addcmul_(wide, q, value=-1)
+            weight = None if weight is None else weight.masked_fill(ignored, 0.0)  # may be nan
+        loss = F.softplus(wide, threshold=_LINEAR).addcmul_(wide, q, value=-1)
         gradient = torch.sigmoid(wide).sub_(q) if ctx.needs_input_grad[0] else None
         if weight is not None:
             loss = loss.mul_(weight)

@@ -285,7 +285,7 @@ class Measures:
         """
         num_bins, cells = _errors.whole("num_bins", num_bins), self._bins(kind)
         if edges is not None:
-            ends = torch.as_tensor(edges, dtype=torch.float64).to(cells.count.device)
+            ends = torch.as_tensor(edges, dtype=torch.float64, device=cells.count.device)
             if equal_mass or ends.dim() != 1 or len(ends) < 2 or not bool((ends.diff() > 0).all()):
                 wanted = "be two or more increasing numbers, without `equal_mass`"
                 refuse("edges", wanted, edges)
