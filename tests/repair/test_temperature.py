@@ -669,5 +669,5 @@ def test_probabilities_taken_for_logits_warn():
             build().fit(p, y)
         assert len(seen) == 1
         assert seen[0].filename == __file__
-        with pytest.warns(UserWarning, match=r"All logits that this histogram has seen lie in"):
+        with pytest.warns(UserWarning, match="look as if they were probabilities"):
             build().fit(filled(p, y))
