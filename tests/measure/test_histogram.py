@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from sc_bce import CalibrationHistogram
-from sc_bce.measure import cells as _tally
+from sc_bce.measure import counting
 from sc_bce.measure import scores as measures
 
 KINDS = ("top_label", "positive_class")
@@ -130,7 +130,7 @@ def test_low_precision_equals_float64(seed, n, scale, dtype, from_logits, block,
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with mock.patch.object(_tally, "BLOCK", block):
+        with mock.patch.object(counting, "BLOCK", block):
             got.update(x, y.to(mask), from_logits=from_logits)
     finally:
         torch.set_num_threads(before)
@@ -405,7 +405,7 @@ def test_state_dict_resumes_exactly(tmp_path):
     fresh.load_state_dict(torch.load(tmp_path / "histogram.pt", weights_only=True))
     saved = fresh.state_dict()
     for one in (histogram, fresh):
-        one.update(p[:7], y[:7], from_logits=False)
+        one.update(torch.tensor([40.0, -3.0]), torch.tensor([1, 1]))
     for name, value in histogram.state_dict().items():
         assert torch.equal(value, fresh.state_dict()[name])
         # A state dict is a copy: later updates don't reach it.
@@ -725,16 +725,14 @@ def test_a_sum_is_on_the_device_of_its_first_part():
 
 
 def test_loading_copies():
-    """A loaded state is the histogram's own: reducing it in place must not reach the caller's."""
+    """What happens to the caller's tensors afterwards does not reach the histogram."""
     source = measured(*predictions(0, 100))
-    state = source.state_dict()
-    kept = {name: part.clone() for name, part in state.items()}
-    histogram = CalibrationHistogram()
+    state, histogram = source.state_dict(), CalibrationHistogram()
     histogram.load_state_dict(state)
-    for part in histogram._state:
+    for part in state.values():
         part.add_(1)
-    for name, part in state.items():
-        assert torch.equal(part, kept[name])
+    for name, part in source.state_dict().items():
+        assert torch.equal(histogram.state_dict()[name], part)
 
 
 def test_loading_keeps_device_and_dtype():
@@ -803,14 +801,14 @@ def test_probabilities_taken_for_logits_warn_once():
     histogram.update(p, y)
     measure = first_look(histogram)
     with pytest.warns(
-        UserWarning, match=r"lie in \[0, 1\].*pass these with .*from_logits=Fa"
+        UserWarning, match=r"look as if they were probabilities; pass these with .*from_logits=Fa"
     ) as seen:
         measure()
     assert seen[0].filename == __file__
     assert len(seen) == 1
     histogram.nll()
     histogram.slope()
-    with pytest.warns(UserWarning, match=r"lie in \[0, 1\]"):
+    with pytest.warns(UserWarning, match="as if they were probabilities"):
         (CalibrationHistogram(2).merge(_two_labels(p, y))).slope()
 
 
@@ -889,7 +887,7 @@ def test_probabilities_of_rare_labels_warn_too(p):
     histogram = CalibrationHistogram()
     histogram.update(p, y)
     measure = first_look(histogram)
-    with pytest.warns(UserWarning, match=r"All logits that this histogram has seen lie in"):
+    with pytest.warns(UserWarning, match="look as if they were probabilities; pass these"):
         measure()
 
 

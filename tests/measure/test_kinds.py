@@ -355,11 +355,11 @@ def test_exclusive_classes_are_measured_one_by_one():
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        (torch.rand(60), "lie in .0, 1., as if they were probabilities"),
-        (torch.rand(999), "lie in .0, 1., as if they were probabilities"),
-        (0.3 + 0.4 * torch.rand(5000), "predict the labels as if they were probabilities"),
-        (torch.cat((torch.rand(5000), torch.tensor([-1e-3]))), "as if they were probabilities"),
-        (torch.cat((torch.rand(5000), torch.tensor([7.0]))), "as if they were probabilities"),
+        (torch.rand(60), "if they were probabilities; pass these"),
+        (torch.rand(999), "if they were probabilities; pass these"),
+        (0.3 + 0.4 * torch.rand(5000), "if they were probabilities; pass these"),
+        (torch.cat((torch.rand(5000), torch.tensor([-1e-3]))), "if they were probabilities"),
+        (torch.cat((torch.rand(5000), torch.tensor([7.0]))), "if they were probabilities"),
         (torch.log(torch.rand(5000)), "log-probabilities; pass their `exp"),
     ],
     ids=range(6),

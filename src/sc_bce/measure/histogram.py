@@ -16,8 +16,9 @@ from .._torch import served
 from . import cells as _cells
 from . import report
 from .cells import Counted, by_label
+from .counting import count
 from .measures import Measures
-from .scores import Cells
+from .scores import isotonic
 
 __all__ = ["CalibrationHistogram"]
 
@@ -39,11 +40,11 @@ class CalibrationHistogram(Measures):
         \max(\mathrm{conf}_m - \mathrm{acc}_m, 0).
 
     Each element falls into one of many fine cells, which sum its weight (1), its doubt
-    :math:`\min(p, 1-p)` and its logit in float64. Accuracy, confidence, NLL and Brier score are
-    exact, and so is every measure on equal-width bins whose number divides ``num_cells`` and is
-    at most an eighth of it. Otherwise a cell that a bin edge cuts goes whole into the bin of its
-    centre. Equal-mass bins hold whole cells. A soft label :math:`y` counts as a positive of
-    weight :math:`y` and a negative of weight :math:`1 - y`.
+    :math:`\min(p, 1-p)` and, where that does not tell it, its logit in float64. Accuracy,
+    confidence, NLL and Brier score are exact, and so is every measure on equal-width bins whose
+    number divides ``num_cells`` and is at most an eighth of it. Otherwise a cell that a bin edge
+    cuts goes whole into the bin of its centre. Equal-mass bins hold whole cells. A soft label
+    :math:`y` counts as a positive of weight :math:`y` and a negative of weight :math:`1 - y`.
 
     **A probability of exactly 0 or 1 was rounded.** NLL and ECE take it as it is: one wrong 1
     makes the NLL infinite. Slope, intercept and repairs need a logit. If :math:`1 - 2h` is the
@@ -146,8 +147,7 @@ class CalibrationHistogram(Measures):
         """
         batch = _cells.batch(input, target, weight, from_logits, ignore_index)
         rows = batch.rows(lambda part: by_label(part, self.num_labels))
-        new = _cells.count(self._grid, rows)
-        self._state = self._state.to(new.counts.device).plus(new)
+        self._state = count(self._grid, rows, self._state)
         self._looked = False
 
     @torch.inference_mode(False)
@@ -175,14 +175,7 @@ class CalibrationHistogram(Measures):
             >>> sum([part, part, part])
             CalibrationHistogram(num_cells=10000, count=6)
         """
-        if not isinstance(other, CalibrationHistogram):
-            wanted = "be a CalibrationHistogram"
-            refuse("other", wanted, _errors.describe(other), error=TypeError)
-        for name in ("num_cells", "num_labels"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                remedy = "build both with the same number"
-                refuse("other", f"have {name}={mine}", f"{name}={theirs}", remedy)
+        same_kind(self, other)
         self._state = self._state.plus(other._state.to(self._state.counts.device))
         self._looked = self._looked and other._looked
         return self
@@ -295,34 +288,6 @@ class CalibrationHistogram(Measures):
         """
         return {name: value.tolist() for name, value in self.measures().items()}
 
-    def measures(self) -> dict[str, Tensor]:
-        """Return every measure of :meth:`to_dict` as a tensor.
-
-        Example:
-            >>> list(CalibrationHistogram().measures())[:4]
-            ['count', 'sure', 'sure_wrong', 'accuracy']
-        """
-        positive, sure, blocks = "positive_class", self._state.counts[..., -1], self._blocks()
-        values = {
-            "count": self._shaped(self._bins().total),
-            "sure": self._shaped(sure.sum((1, 2))),
-            "sure_wrong": self._shaped(sure[:, 0, 1] + sure[:, 1, 0]),
-            "accuracy": self.accuracy(),
-            "confidence": self.confidence(),
-            "base_rate": self.accuracy(positive),
-            "mean_probability": self.confidence(positive),
-            "slope": self.slope(),
-            "intercept": self.intercept(),
-            "ece": self.ece(),
-            "ece_positive_class": self.ece(kind=positive),
-            "oe": self.oe(),
-        }
-        for score, name, value in (("log", "nll", self.nll()), ("brier", "brier", self.brier())):
-            parts = self._decomposed(blocks, score)._asdict()
-            values |= {name: value} | {f"{name}_{part}": one for part, one in parts.items()}
-            values[f"{name}_refinement"] = self._refined(blocks, score)
-        return values
-
     def summary(self) -> str:
         """Return a printable table of the main measures, and a line of advice: train or repair.
 
@@ -336,31 +301,30 @@ class CalibrationHistogram(Measures):
             Over-confident (slope below 1): softer labels help, and so does a repair.
         """
         values = {name: value.reshape(-1).tolist() for name, value in self.measures().items()}
-        values["blocks"] = [float(len(blocks.count)) for blocks in self._blocks()]
+        curves = (isotonic(one.count, one.positive) for one in self.cells())
+        values["blocks"] = [float(len(curve.count)) for curve in curves]
         labels: list[Any] = [
             dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)
         ]
         return report.summary(labels, self.num_labels is not None)
-
-    def cells(self) -> list[Cells]:
-        """Return the data that a repair is fitted to: logit, elements, positives of each cell.
-
-        One entry per label, on the CPU, in float64, in order of the logit, with the empty cells.
-
-        Example:
-            >>> histogram = CalibrationHistogram()
-            >>> histogram.update(torch.tensor([2.0, -1.0]), torch.tensor([1, 0]))
-            >>> (cells,) = histogram.cells()
-            >>> cells.logit[cells.count > 0]
-            tensor([-1.,  2.], dtype=torch.float64)
-        """
-        return self._cells()
 
     def __repr__(self) -> str:
         labels = "" if self.num_labels is None else f"num_labels={self.num_labels}, "
         counts = self._state.counts
         count = "" if counts.is_meta else f", count={float(counts.sum()):.15g}"
         return f"{type(self).__name__}({labels}num_cells={self.num_cells}{count})"
+
+
+def same_kind(one: Any, other: Any) -> None:
+    """Refuse another type than the first one's, and other cells or labels."""
+    if not isinstance(other, type(one)):
+        wanted = f"be {type(one).__name__}"
+        refuse("other", wanted, _errors.describe(other), error=TypeError)
+    for name in ("num_cells", "num_labels"):
+        mine, theirs = getattr(one, name), getattr(other, name)
+        if mine != theirs:
+            remedy = "build both with the same number"
+            refuse("other", f"have {name}={mine}", f"{name}={theirs}", remedy)
 
 
 def holding(

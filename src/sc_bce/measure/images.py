@@ -13,7 +13,8 @@ from .._errors import refuse
 from .._inputs import Array
 from . import cells as _cells
 from .cells import Counted
-from .histogram import CalibrationHistogram, holding
+from .counting import count
+from .histogram import CalibrationHistogram, holding, same_kind
 
 __all__ = ["ImageHistograms", "Interval"]
 
@@ -24,7 +25,7 @@ _ERRORS = (
     "debiased_ece", "refinement",
 )  # fmt: skip
 _MEASURES = (*_ERRORS, "accuracy", "confidence", "slope", "intercept")  # those are 0 at best
-_TOGETHER = 1 << 24  # numbers of resampled cells that are held at once
+TOGETHER = 1 << 24  # numbers of resampled cells that are held at once
 
 
 class Interval(NamedTuple):
@@ -125,14 +126,14 @@ class ImageHistograms:
         """
         batch = _cells.batch(input, target, weight, from_logits, ignore_index)
         if batch.input.dim() < (3 if self.num_labels is None else 2):
-            refuse(
-                "input", "be a batch of images, (N, C, H, W) or (N, H, W)",
-                f"shape {tuple(batch.input.shape)}",
-                "pass one image as `input[None]`, flattened ones as `input[:, None]`, and targets "
-                "likewise",
-            )  # fmt: skip
+            wanted, got = (
+                "be a batch of images, (N, C, H, W) or (N, H, W)",
+                tuple(batch.input.shape),
+            )
+            remedy = "pass one image as `input[None]`, flattened ones as `input[:, None]`"
+            refuse("input", wanted, f"shape {got}", f"{remedy}, and targets likewise")
         _cells.by_label(batch.input, self.num_labels)
-        new = _cells.count(self._grid, batch.rows(self._rows))
+        new = count(self._grid, batch.rows(self._rows))
         if len(batch.input):
             self._append(new)
         self._looked = False
@@ -151,7 +152,7 @@ class ImageHistograms:
             >>> one.merge(two)
             ImageHistograms(num_cells=100, images=11)
         """
-        self._check(other)
+        same_kind(self, other)
         self._append(other._state)
         self._looked = self._looked and other._looked
         return self
@@ -244,7 +245,7 @@ class ImageHistograms:
         if len(self) < 2:
             refuse("self", "hold two images or more", len(self), "update it first")
         if other is not None:
-            self._check(other, alike=True)
+            self._check(other)
         both = [self] if other is None else [self, other]
         draws = [one._resampled(of, resamples, seed) for one in both]
         values = [float(of(one.histogram())) for one in both]
@@ -289,7 +290,7 @@ class ImageHistograms:
         # The same seed draws the same images for both networks.
         generator = torch.Generator("cpu").manual_seed(seed)
         images, values = len(self), []
-        together = max(1, min(resamples, _TOGETHER // max(images, flat.shape[1])))
+        together = max(1, min(resamples, TOGETHER // max(images, flat.shape[1])))
         for first in range(0, resamples, together):
             rows = min(together, resamples - first)
             chosen = torch.randint(images, (rows, images), generator=generator, device="cpu")
@@ -305,26 +306,20 @@ class ImageHistograms:
             values.append(drawn.double())
         return torch.cat(values)
 
-    def _check(self, other: object, alike: bool = False) -> None:
-        """Refuse another kind of object, and if ``alike``, one of other images."""
-        if not isinstance(other, ImageHistograms):
-            refuse("other", "be ImageHistograms", _errors.describe(other), error=TypeError)
-        for name in ("num_cells", "num_labels"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                refuse("other", f"have {name}={mine}", f"{name}={theirs}")
-        if not alike:
-            return
+    def _check(self, other: ImageHistograms) -> None:
+        """Refuse predictions for other images."""
+        same_kind(self, other)
         if len(other) != len(self):
             refuse("other", f"hold the same {len(self)} images", f"{len(other)} images")
         mine, theirs = (one._state.counts.sum((1, 3)).cpu() for one in (self, other))
         differ = ((mine - theirs).abs() > 1e-6 * (1 + mine)).any(1)
         if bool(differ.any()):
             first = int(differ.nonzero()[0, 0])
-            refuse(
-                "other", "hold the same images in the same order",
-                f"other labels for image {first}", "don't shuffle the loader",
-            )  # fmt: skip
+            wanted, got = (
+                "hold the same images in the same order",
+                f"other labels for image {first}",
+            )
+            refuse("other", wanted, got, "don't shuffle the loader")
 
     def __len__(self) -> int:
         return len(self._state.counts) // (self.num_labels or 1)

@@ -16,14 +16,6 @@ from .scores import Bins, Blocks, Cells, Decomposition, Reliability
 
 _KINDS = ("top_label", "positive_class")
 _SCORES = ("log", "brier")
-_LOOKS = {
-    "probabilities": "All logits that this histogram has seen lie in [0, 1], as if they were "
-    "probabilities; pass these with `update(..., from_logits=False)`",
-    "nearly": "The logits that this histogram has seen lie in [0, 1], and predict the labels as if "
-    "they were probabilities; pass these with `update(..., from_logits=False)`",
-    "log-probabilities": "The logits that this histogram has seen predict the labels as if they "
-    "were log-probabilities; pass their `exp()` with `update(..., from_logits=False)`",
-}
 
 
 class Measures:
@@ -298,7 +290,48 @@ class Measures:
         table = (bins.count, bins.confidence / bins.count, bins.outcome / bins.count)
         return Reliability(ends, *(self._shaped(part) for part in table))
 
-    def _cells(self) -> list[Cells]:
+    def measures(self) -> dict[str, Tensor]:
+        """Return every measure of :meth:`to_dict` as a tensor.
+
+        Example:
+            >>> from sc_bce import CalibrationHistogram
+            >>> list(CalibrationHistogram().measures())[:4]
+            ['count', 'sure', 'sure_wrong', 'accuracy']
+        """
+        positive, sure, blocks = "positive_class", self._state.counts[..., -1], self._blocks()
+        values = {
+            "count": self._shaped(self._bins().total),
+            "sure": self._shaped(sure.sum((1, 2))),
+            "sure_wrong": self._shaped(sure[:, 0, 1] + sure[:, 1, 0]),
+            "accuracy": self.accuracy(),
+            "confidence": self.confidence(),
+            "base_rate": self.accuracy(positive),
+            "mean_probability": self.confidence(positive),
+            "slope": self.slope(),
+            "intercept": self.intercept(),
+            "ece": self.ece(),
+            "ece_positive_class": self.ece(kind=positive),
+            "oe": self.oe(),
+        }
+        for score, name, value in (("log", "nll", self.nll()), ("brier", "brier", self.brier())):
+            parts = self._decomposed(blocks, score)._asdict()
+            values |= {name: value} | {f"{name}_{part}": one for part, one in parts.items()}
+            values[f"{name}_refinement"] = self._refined(blocks, score)
+        return values
+
+    def cells(self) -> list[Cells]:
+        """Return the data that a repair is fitted to: logit, elements, positives of each cell.
+
+        One entry per label, on the CPU, in float64, in order of the logit, with the empty cells.
+
+        Example:
+            >>> from sc_bce import CalibrationHistogram
+            >>> histogram = CalibrationHistogram()
+            >>> histogram.update(torch.tensor([2.0, -1.0]), torch.tensor([1, 0]))
+            >>> (cells,) = histogram.cells()
+            >>> cells.logit[cells.count > 0]
+            tensor([-1.,  2.], dtype=torch.float64)
+        """
         if self._state.counts.is_meta:
             refuse("histogram", "hold values", "one on device meta")
         state = self._state.to(torch.device("cpu"))
@@ -306,12 +339,12 @@ class Measures:
         return scores.cells_of(state, self._grid)
 
     def _points(self) -> list[Cells]:
-        """The cells, of which those that hide a spread are two points each."""
-        cells, state = self._cells(), self._state.to(torch.device("cpu"))
+        """The cells, of which those that hide a spread are three points each."""
+        cells, state = self.cells(), self._state.to(torch.device("cpu"))
         return [scores.spread_out(one, state, self._grid, i) for i, one in enumerate(cells)]
 
     def _blocks(self) -> list[Blocks]:
-        return [scores.isotonic(one.count, one.positive) for one in self._cells()]
+        return [scores.isotonic(one.count, one.positive) for one in self.cells()]
 
     def _refined(self, blocks: list[Blocks], score: str) -> Tensor:
         _errors.choice("score", score, _SCORES)
@@ -361,4 +394,6 @@ class Measures:
             return
         looks = scores.like_probabilities(scores.cells_of(together, self._grid)[0])
         if looks:
-            _errors.warn(_LOOKS[looks])
+            them = "these" if looks == "probabilities" else "their `exp()`"
+            text = f"The logits look as if they were {looks}; pass {them} with `from_logits=False`"
+            _errors.warn(text)

@@ -37,15 +37,14 @@ def summary(labels: list[Values], named: bool) -> str:
     sure = any(values["sure"] for values in labels)
     for key, title in _ROWS.items():
         if sure or key not in _COUNTS[1:]:
-            shown = ",.10g" if key in _COUNTS else ".4f"
-            shown = shown.replace(",", "")
+            shown = ".10g" if key in _COUNTS else ".4f"
             lines.append(f"{title:<20}" + "".join(f"{one[key]:>12{shown}}" for one in labels))
     who: dict[str, list[str]] = {}
     for label, values in enumerate(labels):
         who.setdefault(advice(values), []).append(str(label))
-    if len(who) == 1:
-        return "\n".join((*lines, *who))
-    return "\n".join((*lines, *(f"label {', '.join(some)}: {text}" for text, some in who.items())))
+    if len(who) > 1:
+        who = {f"label {', '.join(some)}: {text}": some for text, some in who.items()}
+    return "\n".join((*lines, *who))
 
 
 def advice(values: Values) -> str:

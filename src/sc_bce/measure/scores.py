@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from .cells import Counted, Grid
+from .counting import TAME
 from .line import Cells, affine
 
 __all__ = ["Cells", "Decomposition", "Reliability", "affine"]
 
 _SEEN = 1.2e-16  # share of the squared logits that rounding can leave, for each element summed
+_MATTERS = 1e-4  # share of the logits' variance from which the spread inside the cells counts
 _FROM = 50  # elements from which numbers that look like probabilities are not an accident
-_CROWD = 0.1  # share of the elements in the outer tenth of the range: a crowd at an end
-_SPREAD = 0.04  # share of the elements at either end of [0, 1]: spread over it
-_MANY = 1000  # elements from which the looks need be less striking
+_CROWD = 0.08  # share of the elements in the outer tenths of the range: no heap around 1/2
+_MANY = 1000  # elements from which a quarter of that is a crowd
 _LEVEL = 0.01  # logits within less than this are all alike
 _INSIDE = 0.99  # share of the elements in [0, 1] from which the labels are asked
-_NEAR = 0.1  # log-probabilities come as near to 0
+_NEAR = 0.1  # log-probabilities come as near to 0, at least one in a hundred
 _NATS = 6.0  # by which the better reading must predict the labels better
-_MATTERS = 1e-4  # share of the logits' variance from which the spread inside the cells counts
+_WIDE = 0.08  # their least standard deviation: those of a network that says little are nearer
 
 
 class Reliability(NamedTuple):
@@ -96,9 +97,11 @@ def cells_of(state: Counted, grid: Grid) -> list[Cells]:
     """Mean logit, elements and positives of each cell, label by label; the state is on the CPU."""
     count, positive = state.counts.sum(2), state.counts[:, :, 1]
     low, middle = grid.logits()
-    seen = count[..., :-1]
+    seen, mean = count[..., :-1], state.doubts[..., :-1] / count[..., :-1]
+    tame = (state.totals[:, 5] > 0)[:, None, None] & (low < TAME)
+    size = torch.where(tame, torch.log1p(-mean) - mean.log(), state.sizes[..., :-1] / seen)
     # Rounding must not move a cell's mean across its neighbour's.
-    size = (state.sizes[..., :-1] / seen).maximum(low - 1e-3 * (1 + low))
+    size = size.maximum(low - 1e-3 * (1 + low))
     size = torch.where(seen > 0, size, middle)
     # From the surest negative to the surest positive.
     signed = torch.stack((-size[:, 0], size[:, 1]), 1)
@@ -145,33 +148,28 @@ def _place_sure(cells: Cells, low: Tensor, count: Tensor, positive: Tensor, byte
 def spread_out(cells: Cells, state: Counted, grid: Grid, label: int) -> Cells:
     """Three points in place of each cell, if logits differ inside the cells and it matters.
 
-    The sums of z^2 and of z y over all elements tell how much of both is inside the cells. It is
-    shared out by the squares of the cells' widths, as points at the mean and at sqrt(3) standard
-    deviations from it, of weights 1, 4 and 1, which have the moments of a normal distribution.
+    The sums of z^2 and of z y, less those of the cells' means, tell how much of both is inside the
+    cells. It is shared out by the squares of their widths, as points at the mean and at sqrt(3)
+    standard deviations from it, of weights 1, 4 and 1: the moments of a normal distribution.
     """
-    count, sizes = state.counts[label].sum(1)[:, :-1], state.sizes[label, :, :-1]
-    positive = state.counts[label, :, 1, :-1]
-    squares, products = float(state.totals[label, 2]), float(state.totals[label, 3])
-    mean = torch.where(count > 0, sizes / count, 0.0)
-    sign = mean.new_tensor([[-1.0], [1.0]])
-    inside = squares - float((mean * sizes).sum())
-    along = products - float((sign * mean * positive).sum())
-    variance = squares - float((sign * sizes).sum()) ** 2 / max(float(count.sum()), 1e-300)
-    if not inside > max(_SEEN * (1e4 + float(count.sum())) * squares, _MATTERS * variance):
+    _, _, squares, products, _, tame = state.totals[label].tolist()
+    z, n, k = cells
+    inside, along = squares - float((n * z * z).sum()), products - float((k * z).sum())
+    total = max(float(n.sum()), 1e-300)
+    variance = squares - float((n * z).sum()) ** 2 / total
+    sure = float(state.counts[label, ..., -1].sum())
+    if tame or sure or not inside > max(_SEEN * (1e4 + total) * squares, _MATTERS * variance):
         return cells
     low, _ = grid.logits()
-    width = torch.cat((low.diff(), low.new_zeros(1))).expand(2, -1).clone()
-    width[:, -1] = (mean[:, -1] - low[-1]).clamp(min=float(width[0, -2])) * 2  # it has no end
-    width = torch.cat((width[0].flip(0), width[1]))
-    z, n, k = cells
-    share = inside / float((n * width**2).sum())
-    step = width * math.sqrt(3 * min(share, 0.25))
-    rate = k / n
-    tilt = (step * along / inside).abs().minimum(rate).minimum(1 - rate) * math.copysign(1, along)
-    return Cells(
-        torch.cat((z - step, z, z + step)), torch.cat((n, 4 * n, n)) / 6,
-        torch.cat((n * (rate - tilt), 4 * k, n * (rate + tilt))).nan_to_num(0) / 6,
-    )  # fmt: skip
+    width = torch.cat((low.diff(), low[-1:]))  # the last one has no end
+    width = torch.cat((width.flip(0), width))
+    step = width * math.sqrt(3 * min(inside / float((n * width**2).sum()), 0.25))
+    rate = torch.where(n > 0, k / n, 0.0)
+    tilt = (step * along / inside).minimum(rate).minimum(1 - rate)
+    tilt = tilt.maximum(-rate).maximum(rate - 1)
+    shares = ((1, z - step, rate - tilt), (4, z, rate), (1, z + step, rate + tilt))
+    points = ((at, weight * n / 6, weight * n / 6 * share) for weight, at, share in shares)
+    return Cells(*(torch.cat(part) for part in zip(*points, strict=True)))
 
 
 def bins_of(state: Counted, kind: str) -> Bins:
@@ -323,11 +321,11 @@ def isotonic(count: Tensor, positive: Tensor) -> Blocks:
 def like_probabilities(cells: Cells) -> str:
     """Whether the logits of one label look like "probabilities" or "log-probabilities", or "".
 
-    Probabilities are all in [0, 1], spread over it or crowded at one end; the logits of an
-    untrained network can be in [0, 1] too, but in a heap clear of both ends. Or the labels say so,
-    and a few may lie outside ("nearly"): read as probabilities, the numbers predict them far
-    better than as logits, and than the base rate does. Log-probabilities reach up to 0 but not
-    beyond, and are told by the labels alone.
+    Probabilities are all in [0, 1], and many of them near an end or both; the logits of an
+    untrained network can be in [0, 1] too, but in a heap clear of both. Or the labels say so, and
+    a few may lie outside: read as probabilities, the numbers predict them far better than as
+    logits, and than the base rate does. Log-probabilities reach up to 0 but not beyond, and are
+    told by the labels alone.
     """
     z, n, k = (part[cells.count > 0] for part in cells)
     total = float(n.sum())
@@ -335,18 +333,18 @@ def like_probabilities(cells: Cells) -> str:
         return ""
     low, high = float(z.min()), float(z.max())
     if low >= 0 and high <= 1 and high - low >= _LEVEL:
-        crowd = max(float(n[z <= high / 10].sum()), float(n[1 - z <= (1 - low) / 10].sum()))
-        # Few that are all in [0, 1] could be a heap around 1/2, many could not.
-        end, share = (0.25, 0.2 * _CROWD) if total >= _MANY else (0.1, _CROWD)
-        spread = min(float(n[z <= end].sum()), float(n[z >= 1 - end].sum())) >= _SPREAD * total
-        if spread or crowd >= share * total:
+        crowd = float(n[(z <= high / 10) | (1 - z <= (1 - low) / 10)].sum())
+        spread = 2 * min(float(n[z <= 0.25].sum()), float(n[z >= 0.75].sum()))
+        enough = _CROWD * total
+        if spread >= enough or crowd >= (enough if total < _MANY else enough / 4):
             return "probabilities"
     rate = k.sum() / total
-    rivals = (_loss(torch.sigmoid(z), n, k), _loss(rate.expand_as(z), n, k))
+    best = min(_loss(torch.sigmoid(z), n, k), _loss(rate.expand_as(z), n, k)) - _NATS
     inside, near = (float(n[part].sum()) for part in ((z >= 0) & (z <= 1), z > -_NEAR))
-    if inside >= _INSIDE * total and _loss(z, n, k) < min(rivals) - _NATS:
-        return "nearly"
-    if high <= 0 and near >= 0.1 * _CROWD * total and _loss(z.exp(), n, k) < min(rivals) - _NATS:
+    wide = float((n * (z - (n * z).sum() / total) ** 2).sum() / total) >= _WIDE**2
+    if inside >= _INSIDE * total and wide and _loss(z, n, k) < best:
+        return "probabilities"
+    if high <= 0 and near >= 0.01 * total and _loss(z.exp(), n, k) < best:
         return "log-probabilities"
     return ""
 
