@@ -7,7 +7,7 @@ and on accelerators nothing waits, and an illegal integer gives nan.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,40 +22,6 @@ _ROUNDING = 1e-6  # a float32 prior moves the limit of beta by less
 _FROM = 50  # elements from which logits that all lie in [0, 1] are not an accident
 _CROWD = 0.01  # share of the elements in the outer tenth of the range: a crowd at an end
 _LEVEL = 0.01  # logits within less than this are all alike
-
-
-# -- arrays
-
-
-class Array(Protocol):
-    """A NumPy array, or an object that converts itself to one."""
-
-    def __array__(self) -> Any: ...
-
-
-def tensor(value: Any, name: str) -> Any:
-    """A NumPy array, scalar or DataFrame column as a Tensor; other values are returned as is."""
-    if isinstance(value, Tensor) or not hasattr(value, "__array__"):
-        return value
-    array = value.__array__()
-    # torch accepts neither read-only memory, negative strides nor a foreign byte order.
-    if not array.flags.writeable or not array.flags.c_contiguous or not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="), order="C")
-    try:
-        return torch.from_numpy(array) if array.shape else torch.tensor(array.item(), device="cpu")
-    except TypeError:
-        wanted, got = "be a Tensor, or an array of numbers", f"an array of {array.dtype}"
-        refuse(name, wanted, got, "pass `array.astype(float)`", TypeError)
-
-
-def unmasked(*values: Any) -> Tensor | None:
-    """Where none of these is masked, as numpy.ma does it; None if none has a mask."""
-    masks = [value.mask for value in values if hasattr(value, "mask") and hasattr(value, "filled")]
-    masks = [tensor(mask, "mask") for mask in masks if mask.any()]
-    valid: Tensor | None = None
-    for mask in masks:
-        valid = ~mask if valid is None else valid & ~mask
-    return valid
 
 
 # -- logits and labels

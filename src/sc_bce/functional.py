@@ -38,9 +38,9 @@ def perturb_target(
     :math:`c` the prior that it moves towards. ``q`` is the mean of a random target that is
     :math:`p(y)` with probability :math:`\alpha` and :math:`y` otherwise. It stays inside [0, 1].
 
-    Special cases: ``alpha=0`` leaves the target unchanged; ``alpha=1, beta=eps`` is label
-    smoothing as Keras defines it for binary labels; a tensor ``alpha`` of zeros and ones is a
-    draw. If ``prior`` is the base rate of the positives, the mean of ``q`` is the mean of ``y``.
+    Special cases: ``alpha=1, beta=eps`` is label smoothing as Keras defines it for binary labels;
+    a tensor ``alpha`` of zeros and ones is a draw. If ``prior`` is the base rate of the positives,
+    the mean of ``q`` is that of ``y``.
 
     Args:
         target: labels in [0, 1], of dtype bool, integer (0 and 1 only) or floating point.
@@ -57,11 +57,9 @@ def perturb_target(
         ValueError, TypeError: as :func:`sc_bce_with_logits`.
 
     Note:
-        ``q`` is computed in at least float32. In bfloat16, 1 - 0.001 rounds to 1 while 0.001
-        survives, so only the negatives would be smoothed.
+        ``q`` is computed in at least float32: in bfloat16, 1 - 0.001 would round to 1.
 
     References:
-        Liu et al., ICCV 2023, arXiv 2307.13539 (label perturbation).
         Szegedy et al., CVPR 2016, Section 7 (label smoothing).
         Pereyra et al., ICLR Workshop 2017, arXiv 1701.06548 (smoothing towards base rates).
 
@@ -70,8 +68,6 @@ def perturb_target(
         >>> from sc_bce import perturb_target
         >>> perturb_target(torch.tensor([0.0, 1.0]), alpha=0.1, beta=2.0)
         tensor([0.1000, 0.9000])
-        >>> perturb_target(torch.tensor([True, False]), alpha=torch.tensor([0.0, 0.2]))
-        tensor([1.0000, 0.2000])
         >>> perturb_target(torch.tensor([0.0, 1.0]), alpha=0.1, beta=1.0, prior=0.02)
         tensor([0.0020, 0.9020])
     """
@@ -107,15 +103,13 @@ def sc_bce_with_logits(
     .. math::
         \ell(x, y) = \mathrm{BCE}(x, q), \qquad q = y + s\,(c - y), \qquad s = \alpha\beta
 
-    with :math:`x` the logit, :math:`y` the target, :math:`c` the prior, :math:`\alpha` the
-    probability that a label is perturbed and :math:`\beta` the strength of the perturbation.
-    BCE is affine in its target, so this is the expectation of BCE over perturbed labels. Its
-    gradient is :math:`\sigma(x) - q`; a perfect fit predicts :math:`s c` for a negative and
+    with :math:`x` the logit and the other letters as in :func:`perturb_target`. BCE is affine in
+    its target, so this is the expectation of BCE over perturbed labels. Its gradient is
+    :math:`\sigma(x) - q`; a perfect fit predicts :math:`s c` for a negative and
     :math:`1 - s (1 - c)` for a positive. Equal forms are
     :math:`(1-s)\,\mathrm{BCE}(x, y) + s\,\mathrm{BCE}(x, c)`; without ``pos_weight``,
     :math:`\mathrm{BCE}(x, y) + s\,(y - c)\,x`, a linear penalty on the slope; and at
-    :math:`c = \tfrac12`, :math:`(1-g)\,\mathrm{BCE}(x, y) + g\,\mathrm{BCE}(x, 1-y)` with the
-    flip rate :math:`g = s/2`.
+    :math:`c = \tfrac12`, :math:`(1-g)\,\mathrm{BCE}(x, y) + g\,\mathrm{BCE}(x, 1-y)`, g = s/2.
 
     Special cases are values of the arguments: ``alpha=0`` is
     :func:`torch.nn.functional.binary_cross_entropy_with_logits`, bit for bit; ``alpha=1,
@@ -129,8 +123,7 @@ def sc_bce_with_logits(
             value per sample, dimension 0), or a tensor with as many dimensions as ``input`` that
             broadcasts to it. Default: 0.
         beta: perturbation strength in [0, 1 / max(prior, 1 - prior)], in the same forms; the
-            values of a tensor are not checked. None takes the largest: 2 at ``prior=0.5``, 1 for
-            a prior of 0 or 1. Default: None.
+            values of a tensor are not checked. None takes the largest. Default: None.
         prior: what perturbed labels move towards: 1/2 in the paper, or the base rate of the
             positives if they are rare. A number between 0 and 1, or a tensor that broadcasts
             to ``input`` from the last dimension, as ``pos_weight`` does: (C,) for (N, C),
@@ -160,14 +153,12 @@ def sc_bce_with_logits(
         Half and bfloat16 are computed in float32, except at a number ``alpha=0``, which is
         torch's own call; the result has torch's dtype. The loss is differentiable in input,
         target, alpha, beta and prior, and works under compile, export, vmap, forward-mode AD,
-        double backward and autocast. On the CPU every label is looked at. Where one can't be read
-        without waiting (on an accelerator, under compile or vmap), an illegal integer gives nan
-        and floating-point labels are taken as they are. If every element is ignored, the mean is
+        double backward and autocast. On the CPU every label is looked at. Where that would wait
+        (on an accelerator, under compile or vmap), an illegal integer gives nan. If every element is ignored, the mean is
         0; the mean of an empty batch is nan, as in torch. The gradient is torch's: 0 at logit 40
         and target 1, and an infinite logit that is right has a loss of nan.
 
-        A prior other than 1/2 moves the decision threshold: a network that learned ``q`` predicts
-        1/2 where P(y = 1) is (1/2 - s c) / (1 - s). To decide by P(y = 1) >= 1/2, test
+        A prior other than 1/2 moves the decision threshold: to decide by P(y = 1) >= 1/2, test
         ``sigmoid(x) >= (1 - s) / 2 + s * c``. A repair after training brings it back to 1/2.
 
         Large contiguous batches on a CPU, reduced and without ``pos_weight``, take one sweep: the
@@ -186,8 +177,6 @@ def sc_bce_with_logits(
         tensor(0.3048)
         >>> sc_bce_with_logits(input, target, alpha=0.1, beta=2.0)
         tensor(0.4214)
-        >>> sc_bce_with_logits(input, target, alpha=torch.tensor([0.0, 0.1, 0.2]))
-        tensor(0.3714)
         >>> sc_bce_with_logits(input, target, alpha=0.1, beta=1.0, prior=0.02)
         tensor(0.3871)
     """

@@ -6,8 +6,7 @@ Two sums over the elements give the loss at every strength s, the sum of BCE(x, 
     BCE(x, q) = BCE(x, y) + s (y - c) x.
 
 So the gradient is the only tensor of full size that is written. Backward keeps the logits and the
-target as they were passed, a mask as its one byte. What the sweep does not take, torch's own calls
-do: `functional` defines the formula.
+target as they were passed. What the sweep does not take, torch's own calls do.
 """
 
 from __future__ import annotations
@@ -50,9 +49,8 @@ def sweep(
     # Under compile the checks of sizes would specialise a graph.
     if torch.compiler.is_compiling() or batch.input.numel() < MIN_ELEMENTS:
         return None
-    if pos_weight is not None or reduction == "none":
-        return None
-    if given.nothing() and batch.void is None:  # torch's own call, bit for bit
+    plain = given.nothing() and batch.void is None  # torch's own call, bit for bit
+    if pos_weight is not None or reduction == "none" or plain:
         return None
     by_sample = wanted.slopes or wanted.hits or wanted.share is not None
     if not _takes(batch, given, weight, by_sample):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _errors, _inputs
+from .. import _arrays, _errors, _inputs
 from .._errors import refuse
 from .._torch import UNREDUCIBLE, any_set, float64_device
 
@@ -165,8 +165,8 @@ class Batch(NamedTuple):
 
 
 def batch(input: Any, target: Any, weight: Any, from_logits: bool, ignore_index: object) -> Batch:
-    valid = _inputs.unmasked(input, target, weight)
-    x, y = _inputs.tensor(input, "input"), _inputs.tensor(target, "target")
+    valid = _arrays.unmasked(input, target, weight)
+    x, y = _arrays.tensor(input, "input"), _arrays.tensor(target, "target")
     if not isinstance(x, Tensor) or x.dtype != torch.uint8:
         _inputs.logits(x)
     _inputs.label(y)
@@ -183,7 +183,7 @@ def batch(input: Any, target: Any, weight: Any, from_logits: bool, ignore_index:
     legal = floating or _inputs.check_labels(y, void)
     home = float64_device(x.device)
     x, y, valid = x.to(home), y.to(home), None if valid is None else valid.to(home)
-    w = None if weight is None else _weights(_inputs.tensor(weight, "weight"), x)
+    w = None if weight is None else _weights(_arrays.tensor(weight, "weight"), x)
     return Batch(x, y, w, valid, void, from_logits and x.dtype != torch.uint8, legal)
 
 

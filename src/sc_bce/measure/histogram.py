@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _errors
+from .._arrays import Array
 from .._errors import refuse
-from .._inputs import Array
 from .._torch import served
 from . import cells as _cells
 from . import report

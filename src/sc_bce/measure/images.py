@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _errors
+from .._arrays import Array
 from .._errors import refuse
-from .._inputs import Array
 from . import cells as _cells
 from .cells import Counted
 from .counting import count

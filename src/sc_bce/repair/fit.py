@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _errors, _inputs
+from .. import _arrays, _errors, _inputs
+from .._arrays import Array
 from .._errors import refuse
-from .._inputs import Array
 from .._torch import any_set, has_values, transformed
 from ..measure.cells import Batch, Grid, batch, by_label, grid, slack
 from ..measure.histogram import CalibrationHistogram
@@ -144,11 +144,11 @@ class Repair(nn.Module):
             refuse("histogram", f"have {text.format(*mine)}", text.format(*theirs), remedy)
 
     def forward(self, input: Tensor | Array) -> Tensor:
-        x = _inputs.tensor(input, "input")
+        x = _arrays.tensor(input, "input")
         if isinstance(x, Tensor) and x.dtype == torch.uint8 and not self.takes_logits:
             x = x / 255
         _inputs.logits(x)
-        valid = _inputs.unmasked(input)
+        valid = _arrays.unmasked(input)
         if valid is not None:
             x = x.masked_fill(~valid, torch.nan)
         by_label(x, self.num_labels)
