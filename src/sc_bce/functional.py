@@ -154,9 +154,9 @@ def sc_bce_with_logits(
         torch's own call; the result has torch's dtype. The loss is differentiable in input,
         target, alpha, beta and prior, and works under compile, export, vmap, forward-mode AD,
         double backward and autocast. On the CPU every label is looked at. Where that would wait
-        (on an accelerator, under compile or vmap), an illegal integer gives nan. If every element is ignored, the mean is
-        0; the mean of an empty batch is nan, as in torch. The gradient is torch's: 0 at logit 40
-        and target 1, and an infinite logit that is right has a loss of nan.
+        (on an accelerator, under compile or vmap), an illegal integer gives nan. If every element
+        is ignored, the mean is 0; that of an empty batch is nan. As in torch, the gradient is 0 at
+        logit 40 and target 1, and an infinite logit that is right has a loss of nan.
 
         A prior other than 1/2 moves the decision threshold: to decide by P(y = 1) >= 1/2, test
         ``sigmoid(x) >= (1 - s) / 2 + s * c``. A repair after training brings it back to 1/2.
@@ -171,8 +171,7 @@ def sc_bce_with_logits(
     Example:
         >>> import torch
         >>> from sc_bce import sc_bce_with_logits
-        >>> input = torch.tensor([2.0, -1.0, 0.5])
-        >>> target = torch.tensor([1.0, 0.0, 1.0])
+        >>> input, target = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.0, 0.0, 1.0])
         >>> sc_bce_with_logits(input, target)
         tensor(0.3048)
         >>> sc_bce_with_logits(input, target, alpha=0.1, beta=2.0)
