@@ -85,9 +85,7 @@ class CalibrationMetric(Metric):
             tensor(2., dtype=torch.float64)
         """
         batch = self._empty()
-        batch.update(
-            preds, target, from_logits=self.from_logits, ignore_index=self.ignore_index
-        )
+        batch.update(preds, target, from_logits=self.from_logits, ignore_index=self.ignore_index)
         for name, part in batch.state_dict().items():
             mine = getattr(self, name)
             setattr(self, name, mine + part.to(mine.device))
