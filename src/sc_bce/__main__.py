@@ -45,6 +45,7 @@ class Tally:
         self.parts = [ImageHistograms(labels)] if images else []
         self.seen = self.stretched = 0
         self._pending: list[Tensor] = []
+        self._one: dict[str, Tensor] = {}  # the state of each value and label of an 8-bit map
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """A map and its mask, with the labels first if there are any."""
@@ -77,10 +78,28 @@ class Tally:
         if self.parts:
             if len(self.parts[-1]) >= _PART:
                 self.parts.append(ImageHistograms(self.labels))
-            self.parts[-1].update(x, y, weight=weight, **kept)
+            if weight is None:
+                self.parts[-1].update(x, y, **kept)
+            else:
+                self.parts[-1].merge(self._summed(weight.flatten(0, 1)))
         if weight is not None:
             x, y, weight = x[:1], y[:1], weight.sum(0, keepdim=True)
         self.total.update(x, y, weight=weight, **kept)
+
+    def _summed(self, weight: Tensor) -> ImageHistograms:
+        """Images of 8-bit maps: what a histogram sums of each value and label, so many times."""
+        if not self._one:
+            values, every = ImageHistograms(), torch.arange(512).view(-1, 1, 1)
+            values.update((every % 256).to(torch.uint8), every // 256)
+            self._one = values.state_dict()
+        images, state = ImageHistograms(self.labels), {}
+        for name, one in self._one.items():
+            flat = one.flatten(1)
+            endless = weight @ flat.isinf().double() > 0
+            sums = (weight @ flat.masked_fill(flat.isinf(), 0.0)).masked_fill(endless, math.inf)
+            state[name] = sums.reshape(-1, *one.shape[1:])
+        images.load_state_dict(state)
+        return images
 
 
 def _bar(total: int) -> Any:

@@ -67,7 +67,7 @@ def pairs(predictions: str, masks: str) -> list[Pair]:
                 f"{alone[0]}: has no {partner} of this name ({len(alone)} such files); names match "
                 "without their suffixes, and a glob leaves files out"
             )
-    return [Pair(name, path, other[name]) for name, path in first.items()]
+    return [Pair(name, first[name], other[name]) for name in sorted(first)]
 
 
 def check_sizes(some: Sequence[Pair], labels: int | None, resize: bool) -> None:
@@ -109,12 +109,9 @@ def _stripped(size: Size, labels: int | None) -> Size:
 
 def size_of(path: Path) -> Size:
     """The size of a map; of pictures and .npy files from the head of the file."""
-    if path.suffix.lower() == ".npy":
-        import numpy as np
-
-        return tuple(np.load(path, mmap_mode="r", allow_pickle=False).shape)
-    if path.suffix.lower() not in IMAGES:
-        return tuple(_array(path).shape)
+    suffix = path.suffix.lower()
+    if suffix in ARRAYS:
+        return tuple(_array(path, head=suffix == ".npy").shape)
     from PIL import Image
 
     try:
@@ -125,7 +122,7 @@ def size_of(path: Path) -> Size:
         raise ValueError(f"{path}: can't be read ({error})") from error
 
 
-def _array(path: Path) -> Any:
+def _array(path: Path, head: bool = False) -> Any:
     """The numbers of a file, as they are, in an array."""
     import numpy as np
 
@@ -137,7 +134,7 @@ def _array(path: Path) -> Any:
             value = value.detach()
             return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
         if path.suffix.lower() == ".npy":
-            return np.load(path, allow_pickle=False)
+            return np.load(path, mmap_mode="r" if head else None, allow_pickle=False)
         with np.load(path, allow_pickle=False) as several:
             if len(several.files) != 1:
                 raise ValueError(f"it holds {len(several.files)} arrays; save one")
