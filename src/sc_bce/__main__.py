@@ -178,7 +178,8 @@ def _print_intervals(intervals: list[dict[str, list[float]]], named: bool) -> No
     for label, measures in enumerate(intervals):
         for measure, (value, low, high) in measures.items():
             title = f"label {label} {measure}" if named else measure
-            print(f"  {title:<18}{value:>12.4f}  [{low:.4f}, {high:.4f}]")
+            known = f"[{low:.4f}, {high:.4f}]" if low == low else "no interval"
+            print(f"  {title:<18}{value:>12.4f}  {known}")
 
 
 def _rows(part: ImageHistograms) -> list[dict[str, float]]:
