@@ -51,6 +51,7 @@ WRITERS = {
     "float.tif": lambda p: p.astype(np.float32),
     "float.tiff": lambda p: p.astype(np.float32),
     "float.npy": lambda p: p.astype(np.float16),
+    "reversed.npy": lambda p: p.astype(">f4"),
     "double.npy": lambda p: p[None],
     "8-bit.npy": lambda p: bytes_of(p),
     "float.npz": lambda p: p.astype(np.float32),

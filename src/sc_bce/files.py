@@ -178,7 +178,7 @@ def read_map(path: Path, labels: int | None = None, logits: bool = False) -> Ten
     """A prediction: uint8 of an 8-bit map, otherwise probabilities or logits, without ones."""
     pixels = _picture(path, False) if path.suffix.lower() in IMAGES else _array(path)
     pixels = pixels.reshape(_stripped(pixels.shape, labels))
-    kind = str(pixels.dtype)
+    kind = pixels.dtype.name
     if kind in ("uint8", "uint16") and logits:
         raise ValueError(f"{path}: holds {kind}, which are probabilities; leave out --logits")
     if kind == "uint16":

@@ -65,8 +65,20 @@ def append(
         :func:`check` runs both models. A float16 output is repaired in float32 and rounded.
 
     Example:
-        >>> from sc_bce.integrations.onnx import append  # doctest: +SKIP
-        >>> onnx.save(append("model.onnx", repair), "calibrated.onnx")  # doctest: +SKIP
+        >>> import onnx, torch
+        >>> from onnx import helper
+        >>> from sc_bce import TemperatureScaling
+        >>> from sc_bce.integrations.onnx import append, check
+        >>> kind, axes = onnx.TensorProto.FLOAT, ["batch", 1]
+        >>> ends = [helper.make_tensor_value_info(name, kind, axes) for name in ("x", "logit")]
+        >>> node = helper.make_node("Mul", ["x", "x"], ["logit"])
+        >>> graph = helper.make_graph([node], "network", ends[:1], ends[1:])
+        >>> model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+        >>> z = torch.randn(1000)
+        >>> repair = TemperatureScaling().fit(3 * z, torch.rand(1000) < torch.sigmoid(z))
+        >>> made = append(model, repair)
+        >>> [one.name for one in made.graph.output]
+        ['logit']
     """
     if not isinstance(repair, Repair):
         wanted = "be an IsotonicCalibration or a TemperatureScaling"
@@ -114,8 +126,19 @@ def check(
         ImportError: onnxruntime is not installed.
 
     Example:
-        >>> from sc_bce.integrations.onnx import check  # doctest: +SKIP
-        >>> check("model.onnx", made, repair)  # doctest: +SKIP
+        >>> import torch
+        >>> from onnx import helper
+        >>> from sc_bce import TemperatureScaling
+        >>> from sc_bce.integrations.onnx import append, check
+        >>> ends = [helper.make_tensor_value_info(name, 1, ["batch"]) for name in ("x", "logit")]
+        >>> node = helper.make_node("Mul", ["x", "x"], ["logit"])
+        >>> graph = helper.make_graph([node], "network", ends[:1], ends[1:])
+        >>> opset = helper.make_opsetid("", 17)
+        >>> model = helper.make_model(graph, opset_imports=[opset], ir_version=8)
+        >>> z = torch.randn(1000)
+        >>> repair = TemperatureScaling(bias=True).fit(z, torch.rand(1000) < torch.sigmoid(z))
+        >>> check(model, append(model, repair), repair) < 1e-6
+        True
     """
     old = _output(_loaded(model), output).name
     raw, fed = _run(_loaded(model), old)
