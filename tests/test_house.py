@@ -23,7 +23,7 @@ FLOORS = (
     {"kernels"},
     {"functional", "measure"},
     {"losses", "repair", "data"},
-    {"plot", "integrations"},
+    {"plot", "integrations", "files"},
     {"__main__"},
     {"__init__"},
 )

@@ -1,0 +1,135 @@
+"""A repair behind the output of somebody's ONNX model: the names, opset and axes stay."""
+
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from sc_bce import IsotonicCalibration, TemperatureScaling
+
+onnx = pytest.importorskip("onnx")
+runtime = pytest.importorskip("onnxruntime")
+
+from sc_bce.integrations.onnx import append, check  # noqa: E402
+
+BUILDS = {
+    "temperature": TemperatureScaling,
+    "affine": lambda **kept: TemperatureScaling((0.05, 0.1), bias=True, **kept),
+    "isotonic": IsotonicCalibration,
+}
+
+
+def model(sigmoid=False, labels=1, opset=17, dtype=torch.float32, twice=False):
+    """A convolution in ONNX, as torch's tracer writes it."""
+    network = nn.Sequential(nn.Conv2d(3, labels, 3, padding=1), *[nn.Sigmoid()] * sigmoid)
+    with torch.no_grad():
+        network[0].weight.mul_(4)
+    file, axes = io.BytesIO(), {0: "batch", 2: "height", 3: "width"}
+    names = ["logits", "probabilities"] if twice else ["answer"]
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return network(x), torch.sigmoid(network(x))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            (Both() if twice else network).to(dtype), (torch.randn(2, 3, 8, 8, dtype=dtype),), file,
+            dynamo=False, opset_version=min(opset, 17), input_names=["image"], output_names=names,
+            dynamic_axes={name: axes for name in ["image", *names]},
+        )  # fmt: skip
+    made = onnx.load_from_string(file.getvalue())
+    return made if opset <= 17 else onnx.version_converter.convert_version(made, opset)
+
+
+def repair(build="affine", from_logits=True, labels=None):
+    z = 2 * torch.randn(40, labels or 1, 100)
+    y = torch.rand(z.shape) < torch.sigmoid(z / 2)
+    x = z if from_logits else z.sigmoid()
+    return BUILDS[build](num_labels=labels).fit(x, y, from_logits=from_logits)
+
+
+def answers(one, x):
+    session = runtime.InferenceSession(one.SerializeToString())
+    return [torch.from_numpy(y) for y in session.run(None, {"image": x.numpy()})]
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("labels", [None, 3])
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_it_answers_as_torch_does_and_keeps_the_rest(build, labels, sigmoid):
+    old, fitted = model(sigmoid, labels or 1), repair(build, not sigmoid, labels)
+    before = old.SerializeToString()
+    new = append(old, fitted)
+    assert old.SerializeToString() == before
+    assert new.opset_import == old.opset_import
+    assert new.ir_version == old.ir_version
+    assert new.graph.output == old.graph.output
+    assert new.graph.input == old.graph.input
+    assert check(old, new, fitted) <= 1e-6
+    x = torch.randn(5, 3, 20, 24)  # another size than the traced one
+    (raw,), (got,) = answers(old, x), answers(new, x)
+    wanted = fitted(raw)
+    assert got.shape == wanted.shape
+    assert not torch.equal(got, raw)
+    apart = (got - wanted).abs() > 1e-6 * (1 + wanted.abs()) * (10 if build == "affine" else 1)
+    assert int(apart.sum()) <= (2 if build == "isotonic" else 0)  # on an edge of the curve
+
+
+@pytest.mark.parametrize("opset", [11, 13, 18, 21])
+def test_the_opset_is_kept(opset):
+    old, fitted = model(opset=opset), repair("isotonic")
+    new = append(old, fitted)
+    assert {one.domain: one.version for one in new.opset_import}[""] == opset
+    assert check(old, new, fitted) <= 1e-6
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_float16_models(build):
+    old, fitted = model(dtype=torch.float16), repair(build)
+    new = append(old, fitted)
+    assert check(old, new, fitted) <= 0.02
+    (got,) = answers(new, torch.randn(2, 3, 16, 16).half())
+    assert got.dtype == torch.float16
+
+
+def test_one_of_several_outputs_and_again(tmp_path):
+    old, fitted = model(twice=True), repair("temperature")
+    with pytest.raises(ValueError, match="be one of 'logits', 'probabilities', but got None"):
+        append(old, fitted)
+    onnx.save(old, tmp_path / "model.onnx")
+    new = append(tmp_path / "model.onnx", fitted, output="logits")
+    x = torch.randn(2, 3, 9, 9)
+    (raw, probabilities), (first, same) = answers(old, x), answers(new, x)
+    assert torch.equal(probabilities, same)
+    torch.testing.assert_close(first, fitted(raw))
+    (second, _) = answers(append(new, fitted, output="logits"), x)
+    torch.testing.assert_close(second, fitted(fitted(raw)))
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="one for logits behind Sigmoid; fit it with `from_logits"):
+        append(model(sigmoid=True), repair())
+    with pytest.raises(ValueError, match=r"have 3 labels in dimension 1.*'answer' with 2"):
+        append(model(labels=2), repair(labels=3))
+    with pytest.raises(ValueError, match="be fitted"):
+        append(model(), TemperatureScaling())
+    with pytest.raises(TypeError, match="be an IsotonicCalibration or a TemperatureScaling"):
+        append(model(), nn.Sigmoid())
+    with pytest.raises(ValueError, match="opset 11 or newer, but got opset 9"):
+        append(model(opset=9), repair())
+    old, other = model(), repair(from_logits=False)
+    with pytest.raises(ValueError, match="hold probabilities in"):
+        check(old, append(old, other), other)
+
+
+def test_a_wrong_model_is_noticed():
+    old, fitted, other = model(), repair("temperature"), repair("isotonic")
+    with pytest.raises(ValueError, match="answer as the repair does in torch"):
+        check(old, append(old, other), fitted)
