@@ -80,6 +80,9 @@ def test_api_page_shows_every_public_name():
         *(f"sc_bce.{name}" for name in sc_bce.__all__),
         *(f"sc_bce.plot.{name}" for name in sc_bce.plot.__all__),
         "sc_bce.integrations.lightning.AdaptivePerturbationCallback",
+        "sc_bce.integrations.onnx.append",
+        "sc_bce.integrations.onnx.check",
+        "sc_bce.integrations.torchmetrics.CalibrationMetric",
     }
     shown = re.findall(r"^::: (\S+)$", page, re.M)
     assert sorted(shown) == sorted(public)

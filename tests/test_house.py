@@ -27,6 +27,7 @@ FLOORS = (
     {"__main__"},
     {"__init__"},
 )
+OUTSIDE = {"__main__", "files", "integrations"}
 APART = {"losses": {"measure"}, "repair": {"functional"}}
 
 EXCEPTIONS = {
@@ -237,7 +238,9 @@ def code_lines(path):
 
 
 def test_the_package_stays_small():
-    counts = {str(path.relative_to(SOURCE)): code_lines(path) for path in FILES}
+    """What measures, repairs and trains; the command line and the integrations stand outside."""
+    core = [path for path in FILES if room(parts(path)) not in OUTSIDE]
+    counts = {str(path.relative_to(SOURCE)): code_lines(path) for path in core}
     total = sum(counts.values())
     largest = sorted(counts.items(), key=lambda item: -item[1])
     found = [f"{count:5} {name}" for name, count in largest]

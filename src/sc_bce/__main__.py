@@ -69,8 +69,8 @@ class Tally:
         if self._pending:
             weight = torch.stack(self._pending).double()
             self._pending = []
-            x = torch.arange(256, dtype=torch.uint8).repeat(2).expand(weight.shape)
-            y = (torch.arange(512) >= 256).to(torch.uint8).expand(weight.shape)
+            x = torch.arange(256, dtype=torch.uint8, device="cpu").repeat(2).expand(weight.shape)
+            y = (torch.arange(512, device="cpu") >= 256).to(torch.uint8).expand(weight.shape)
             self._count(x, y, weight)
 
     def _count(self, x: Tensor, y: Tensor, weight: Tensor | None) -> None:
@@ -89,7 +89,7 @@ class Tally:
     def _summed(self, weight: Tensor) -> ImageHistograms:
         """Images of 8-bit maps: what a histogram sums of each value and label, so many times."""
         if not self._one:
-            values, every = ImageHistograms(), torch.arange(512).view(-1, 1, 1)
+            values, every = ImageHistograms(), torch.arange(512, device="cpu").view(-1, 1, 1)
             values.update((every % 256).to(torch.uint8), every // 256)
             self._one = values.state_dict()
         images, state = ImageHistograms(self.labels), {}

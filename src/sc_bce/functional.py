@@ -44,20 +44,18 @@ def perturb_target(
 
     Args:
         target: labels in [0, 1], of dtype bool, integer (0 and 1 only) or floating point.
-        alpha, beta, prior: as in :func:`sc_bce_with_logits`. Default: 0, None and 1/2.
+        alpha: as in :func:`sc_bce_with_logits`, like ``beta`` and ``prior``. Default: 0.
+        beta: perturbation strength. Default: None.
+        prior: what perturbed labels move towards. Default: 1/2.
         ignore_index: target value that is left unchanged, or ``math.nan``. Default: None.
         dtype: dtype of the result. Default: that of ``target``, or torch's default dtype for
             bool and integer targets, but at least float32.
 
     Shape:
-        - target: :math:`(N, *)` or scalar.
-        - Returns: the same.
+        :math:`(N, *)` or scalar, and the result the same.
 
     Raises:
         ValueError, TypeError: as :func:`sc_bce_with_logits`.
-
-    Note:
-        ``q`` is computed in at least float32: in bfloat16, 1 - 0.001 would round to 1.
 
     References:
         Szegedy et al., CVPR 2016, Section 7 (label smoothing).
@@ -81,6 +79,7 @@ def perturb_target(
         refuse("dtype", "be a floating-point torch.dtype", dtype, error=TypeError)
     void = _inputs.held(target, _errors.ignored(ignore_index))
     legal = _inputs.check_labels(target, void)
+    # In bfloat16, 1 - 0.001 would round to 1.
     y = _inputs.as_labels(target, torch.promote_types(dtype, torch.float32), void, legal)
     valid, q = _inputs.valid_elements(target, void), towards_prior(y, given)
     return (q if valid is None else torch.where(valid, q, y)).to(dtype)

@@ -483,6 +483,9 @@ def test_eval_and_no_grad_are_plain_bce_and_touch_nothing():
         assert_same(criterion, state)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:AdaptivePerturbation has trained past its warm-up"
+)  # two passes
 @pytest.mark.parametrize("warmup", [0, 1, 5])
 @pytest.mark.parametrize("make", [build, published])
 def test_warm_up_is_plain_bce_bit_for_bit_and_moves_nothing(make, warmup):

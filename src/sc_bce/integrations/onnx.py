@@ -205,7 +205,7 @@ def _opset(model: onnx.ModelProto) -> int:
 def _exported(repair: Repair, dtype: torch.dtype, rank: int, opset: int) -> onnx.GraphProto:
     """The repair alone, in the opset of the model."""
     size = [2, repair.num_labels or 3, 4, 5, 6, 7, 8][:rank]
-    example, file = (torch.full(size, 0.5, dtype=dtype),), cast(Any, io.BytesIO())
+    example, file = (torch.full(size, 0.5, dtype=dtype, device="cpu"),), cast(Any, io.BytesIO())
     # The tracer, which writes any opset; torch.export's knows only the newest.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -281,9 +281,9 @@ def _random(value: Any, size: int) -> Any:
     kinds = {"double": torch.float64, "float16": torch.float16, "float": torch.float32}
     shape = [n if isinstance(n, int) else 2 if axis == 0 else size
              for axis, n in enumerate(value.shape)]  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     kind = value.type.removeprefix("tensor(").removesuffix(")")
     if kind in kinds:
-        return torch.randn(shape, generator=generator).to(kinds[kind]).numpy()
-    whole = torch.randint(2, shape, generator=generator).numpy()
+        return torch.randn(shape, generator=generator, device="cpu").to(kinds[kind]).numpy()
+    whole = torch.randint(2, shape, generator=generator, device="cpu").numpy()
     return whole.astype({"uint8": "uint8", "int32": "int32", "bool": "bool"}.get(kind, "int64"))

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import _errors
-from .._inputs import Array
+from .._arrays import Array
 from ..measure import CalibrationHistogram
 
 try:

@@ -70,7 +70,8 @@ class AdaptivePerturbation(Stateful):
             :class:`SCBCEWithLogitsLoss`. Default: ``"sample"``.
         num_labels: number of labels in dimension 1, each with a counted prior of its own; None
             pools them. Default: None.
-        weight, pos_weight: as in torch. Default: None.
+        weight: as in torch. Default: None.
+        pos_weight: as in torch. Default: None.
         ignore_index: target value that is left out of the loss and of all that is counted, an
             int or ``math.nan``. Default: None.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``. Default: ``"mean"``.

@@ -163,7 +163,7 @@ class _Counter:
         if weight is not None:
             values = [weight, wide * weight]
         if most < TAME and high - low > _RANGE:
-            self.tame = 1.0
+            self.tame += len(x)
         else:
             values.append(self._sizes(size, place, far, keep if weight is None else weight, most))
         place.add_(torch.ge(logit, 0, out=part), alpha=2 * (self.grid.size + 1))

@@ -116,7 +116,10 @@ class ImageHistograms:
             input: logits, or probabilities with ``from_logits=False``, (N, C, ...) or (N, H, W);
                 with ``num_labels``, dimension 1 holds the labels, as in (N, C). Without, one or
                 two dimensions are refused: (H, W) would be H images.
-            target, weight, from_logits, ignore_index: as for :class:`CalibrationHistogram`.
+            target: labels of the same size, as for :class:`CalibrationHistogram`.
+            weight: weight of each element, likewise. Default: None.
+            from_logits: whether ``input`` holds logits. Default: True.
+            ignore_index: target value of elements to leave out. Default: None.
 
         Example:
             >>> images = ImageHistograms()

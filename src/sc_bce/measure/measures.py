@@ -329,7 +329,7 @@ class Measures:
             >>> histogram = CalibrationHistogram()
             >>> histogram.update(torch.tensor([2.0, -1.0]), torch.tensor([1, 0]))
             >>> (cells,) = histogram.cells()
-            >>> cells.logit[cells.count > 0]
+            >>> cells.logit[cells.count > 0].round(decimals=4)
             tensor([-1.,  2.], dtype=torch.float64)
         """
         if self._state.counts.is_meta:
