@@ -151,7 +151,8 @@ def test_the_answers(folders, capsys):
     assert "95 % intervals" in printed
     value, low, high = values["intervals"]["slope"]
     assert low < value < high
-    assert value == pytest.approx(float(histogram.slope()))
+    # The histogram of an image has a hundred cells, whose mean logit is told in two ways.
+    assert value == pytest.approx(float(histogram.slope()), rel=2e-3)
     rows = list(csv.DictReader(files[0].read_text("utf-8").splitlines()))
     assert [row["name"] for row in rows] == [str(i) for i in range(6)]
     for name, column in images.per_image().items():
