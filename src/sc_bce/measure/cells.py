@@ -128,7 +128,7 @@ class Counted(NamedTuple):
     """(labels, 2, cells + 1) sums of |logit|; for sure ones the weight of those in 8-bit maps"""
     totals: Tensor
     """(labels, 6) sums of squared error, log loss, logit^2, logit * label; the weight of logits;
-    the number of tame logits, which are not in the sums of |logit| and logit^2"""
+    the weight of tame logits, which are not in the sums of |logit| and logit^2"""
 
     def plus(self, other: Counted) -> Counted:
         return Counted(*(mine + part for mine, part in zip(self, other, strict=True)))

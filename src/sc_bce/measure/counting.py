@@ -163,7 +163,8 @@ class _Counter:
         if weight is not None:
             values = [weight, wide * weight]
         if most < TAME and high - low > _RANGE:
-            self.tame += len(x)
+            whole = keep is None and weight is None
+            self.tame += len(x) if whole else float(values[0].sum())
         else:
             values.append(self._sizes(size, place, far, keep if weight is None else weight, most))
         place.add_(torch.ge(logit, 0, out=part), alpha=2 * (self.grid.size + 1))
