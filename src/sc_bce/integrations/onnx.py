@@ -113,8 +113,10 @@ def check(
     """Run a model and what :func:`append` made of it in onnxruntime, on random input.
 
     Args:
-        model, repair, output: what :func:`append` got.
+        model: what :func:`append` got.
         made: what it returned.
+        repair: as for :func:`append`.
+        output: as for :func:`append`. Default: None.
 
     Returns:
         The largest difference of the repaired output to ``repair`` in torch, beyond what the last
