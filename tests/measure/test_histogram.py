@@ -1002,7 +1002,6 @@ def test_measures_live_where_the_state_does(labels):
         FakeTensorMode(),
         mock.patch.object(measures, "affine", return_value=(0.5, 0.5)),
         mock.patch.object(measures, "cells_of", return_value=[mock.MagicMock()] * (labels or 1)),
-        mock.patch.object(measures, "spread_out"),
         mock.patch.object(measures, "isotonic", return_value=measures.Blocks([], [], [])),
     ):
         histogram = CalibrationHistogram(labels)

@@ -127,8 +127,8 @@ class Counted(NamedTuple):
     sizes: Tensor
     """(labels, 2, cells + 1) sums of |logit|; for sure ones the weight of those in 8-bit maps"""
     totals: Tensor
-    """(labels, 6) sums of squared error, log loss, logit^2, logit * label; the weight of logits;
-    the weight of tame logits, which are not in the sums of |logit| and logit^2"""
+    """(labels, 4) sums of squared error and log loss; the weight of logits; the weight of tame
+    logits, which are not in the sums of |logit|"""
 
     def plus(self, other: Counted) -> Counted:
         return Counted(*(mine + part for mine, part in zip(self, other, strict=True)))
@@ -138,7 +138,7 @@ class Counted(NamedTuple):
 
 
 def nothing(labels: int, cells: Grid, device: torch.device | str = "cpu") -> Counted:
-    shapes = ((2, 2, cells.size + 1), (2, cells.size + 1), (2, cells.size + 1), (6,))
+    shapes = ((2, 2, cells.size + 1), (2, cells.size + 1), (2, cells.size + 1), (4,))
     return Counted(
         *(torch.zeros(labels, *size, dtype=torch.float64, device=device) for size in shapes)
     )

@@ -55,7 +55,7 @@ class _Counter:
     def counted(self, row: Batch) -> tuple[Tensor, ...]:
         self.row, x = row, row.input
         self.sums = x.new_zeros(3, self.threads, 4 * (self.grid.size + 1), dtype=torch.float64)
-        self.totals = x.new_zeros(3, dtype=torch.float64)
+        self.totals = x.new_zeros(2, dtype=torch.float64)
         self.tame = 0.0
         parts = [None if one is None else one.reshape(-1) for one in row[:4]]
         for first in range(0, x.numel(), BLOCK):
@@ -64,10 +64,9 @@ class _Counter:
         sums = self.sums[:, 0] if self.threads == 1 else self.sums.sum(1)
         counts, doubts, sizes = sums.view(3, 2, 2, -1)
         wrong = sum((counts[i, 1 - i].sum() - 2 * doubts[i, 1 - i].sum()) for i in (0, 1))
-        squares, loss, spread = self.totals
-        positive = (sizes[1, 1, :-1] - sizes[0, 1, :-1]).sum()
+        squares, loss = self.totals
         logits, tame = counts.sum() * row.from_logits, torch.full_like(loss, self.tame)
-        totals = torch.stack((squares + wrong, loss, spread, positive, logits, tame))
+        totals = torch.stack((squares + wrong, loss, logits, tame))
         return counts, doubts.sum(1), sizes.sum(1), totals
 
     def _block(self, x: Tensor, y: Tensor, weight: Tensor | None, valid: Tensor | None) -> None:
@@ -191,14 +190,13 @@ class _Counter:
     def _sizes(
         self, size: Tensor, place: Tensor, far: Tensor, weight: Tensor | None, most: float
     ) -> Tensor:
-        """|logit| times the weight, with the cell for what is sure; adds to the sum of squares."""
+        """|logit| times the weight, with the cell for what is sure."""
         far.copy_(size)
         sure = far.isinf() if most == math.inf else None
         if sure is not None:
             far.masked_fill_(sure, 0.0)
             place.add_(sure)
         some = far if weight is None else far * weight
-        self.totals[2] += torch.dot(some, far)
         if sure is not None and self.row.input.dtype == torch.uint8:
             some = some + (sure.double() if weight is None else sure * weight)
         return some

@@ -274,7 +274,7 @@ class CalibrationHistogram(Measures):
             >>> histogram.from_logits
             False
         """
-        given = self._state.totals[:, 4].sum()
+        given = self._state.totals[:, 2].sum()
         return bool((given > 0) | (self._state.counts.sum() == 0))
 
     def to_dict(self) -> dict[str, Any]:

@@ -24,14 +24,11 @@ class Cells(NamedTuple):
     """(cells,) positives in each cell, float64"""
 
 
-def affine(
-    cells: Cells, *, slope: float | None = None, bias: bool = True,
-    limits: tuple[float, float] = (-math.inf, math.inf),
-) -> tuple[float, float]:  # fmt: skip
+def affine(cells: Cells, *, slope: float | None = None, bias: bool = True) -> tuple[float, float]:
     """The (a, b) that minimise the mean loss of a z + b; ``slope`` fixes a, ``bias=False`` b = 0.
 
     nan if the cells determine no line: no element, only one class, or, for a slope, only one
-    logit. If a threshold separates the classes, the slope is infinite, or the end of ``limits``.
+    logit. If a threshold separates the classes, the slope is infinite.
     """
     z, n, k = (part[cells.count > 0] for part in cells)
     total, positive = float(n.sum()), float(k.sum())
@@ -51,12 +48,7 @@ def affine(
         a, b = _newton((z - mean) / scale, n, k, bias)
         a /= scale
         b -= a * mean
-    low, high = limits
-    if low <= a <= high:
-        return a, (b if math.isfinite(a) else math.nan)
-    # The loss is convex, so that within the limits it is least at the nearer end.
-    end = min(max(a, low), high)
-    return end, (_shift(end * z, n, k) if bias else 0.0)
+    return a, (b if math.isfinite(a) else math.nan)
 
 
 def _apart(z: Tensor, n: Tensor, k: Tensor, bias: bool) -> float:

@@ -194,7 +194,7 @@ class Measures:
             >>> histogram.slope()  # logits twice too large
             tensor(0.5000, dtype=torch.float64)
         """
-        return self._values([scores.affine(cells)[0] for cells in self._points()])
+        return self._values([scores.affine(cells)[0] for cells in self.cells()])
 
     def intercept(self, slope: float | None = None) -> Tensor:
         r"""Calibration intercept: the :math:`b` of the fit :math:`\mathrm{logit} P = az + b`.
@@ -213,7 +213,7 @@ class Measures:
         """
         if slope is not None:
             _errors.number("slope", slope, -_errors.LARGE, _errors.LARGE)
-        return self._values([scores.affine(cells, slope=slope)[1] for cells in self._points()])
+        return self._values([scores.affine(cells, slope=slope)[1] for cells in self.cells()])
 
     def decomposition(self, score: str = "log") -> Decomposition:
         r"""Decompose a score into miscalibration - discrimination + uncertainty (CORP).
@@ -338,11 +338,6 @@ class Measures:
         self._suspect(state)
         return scores.cells_of(state, self._grid)
 
-    def _points(self) -> list[Cells]:
-        """The cells, of which those that hide a spread are three points each."""
-        cells, state = self.cells(), self._state.to(torch.device("cpu"))
-        return [scores.spread_out(one, state, self._grid, i) for i, one in enumerate(cells)]
-
     def _blocks(self) -> list[Blocks]:
         return [scores.isotonic(one.count, one.positive) for one in self.cells()]
 
@@ -390,7 +385,7 @@ class Measures:
             return
         self._looked = True
         together = Counted(*(part.sum(0, keepdim=True) for part in state))
-        if not bool(together.counts.sum() == together.totals[0, 4]):
+        if not bool(together.counts.sum() == together.totals[0, 2]):
             return
         looks = scores.like_probabilities(scores.cells_of(together, self._grid)[0])
         if looks:

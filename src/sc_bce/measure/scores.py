@@ -14,8 +14,6 @@ from .line import Cells, affine
 
 __all__ = ["Cells", "Decomposition", "Reliability", "affine"]
 
-_SEEN = 1.2e-16  # share of the squared logits that rounding can leave, for each element summed
-_MATTERS = 1e-4  # share of the logits' variance from which the spread inside the cells counts
 _FROM = 50  # elements from which numbers that look like probabilities are not an accident
 _CROWD = 0.08  # share of the elements in the outer tenths of the range: no heap around 1/2
 _MANY = 1000  # elements from which a quarter of that is a crowd
@@ -98,7 +96,7 @@ def cells_of(state: Counted, grid: Grid) -> list[Cells]:
     count, positive = state.counts.sum(2), state.counts[:, :, 1]
     low, middle = grid.logits()
     seen, mean = count[..., :-1], state.doubts[..., :-1] / count[..., :-1]
-    tame = (state.totals[:, 5] > 0)[:, None, None] & (low < TAME)
+    tame = (state.totals[:, 3] > 0)[:, None, None] & (low < TAME)
     size = torch.where(tame, torch.log1p(-mean) - mean.log(), state.sizes[..., :-1] / seen)
     # Rounding must not move a cell's mean across its neighbour's.
     size = size.maximum(low - 1e-3 * (1 + low))
@@ -143,33 +141,6 @@ def _place_sure(cells: Cells, low: Tensor, count: Tensor, positive: Tensor, byte
         mean = (cells.count[place] * cells.logit[place] + count[side] * sign * size) / total
         cells.logit[place], cells.count[place] = mean, total
         cells.positive[place] += positive[side]
-
-
-def spread_out(cells: Cells, state: Counted, grid: Grid, label: int) -> Cells:
-    """Three points in place of each cell, if logits differ inside the cells and it matters.
-
-    The sums of z^2 and of z y, less those of the cells' means, tell how much of both is inside the
-    cells. It is shared out by the squares of their widths, as points at the mean and at sqrt(3)
-    standard deviations from it, of weights 1, 4 and 1: the moments of a normal distribution.
-    """
-    _, _, squares, products, _, tame = state.totals[label].tolist()
-    z, n, k = cells
-    inside, along = squares - float((n * z * z).sum()), products - float((k * z).sum())
-    total = max(float(n.sum()), 1e-300)
-    variance = squares - float((n * z).sum()) ** 2 / total
-    sure = float(state.counts[label, ..., -1].sum())
-    if tame or sure or not inside > max(_SEEN * (1e4 + total) * squares, _MATTERS * variance):
-        return cells
-    low, _ = grid.logits()
-    width = torch.cat((low.diff(), low[-1:]))  # the last one has no end
-    width = torch.cat((width.flip(0), width))
-    step = width * math.sqrt(3 * min(inside / float((n * width**2).sum()), 0.25))
-    rate = torch.where(n > 0, k / n, 0.0)
-    tilt = (step * along / inside).minimum(rate).minimum(1 - rate)
-    tilt = tilt.maximum(-rate).maximum(rate - 1)
-    shares = ((1, z - step, rate - tilt), (4, z, rate), (1, z + step, rate + tilt))
-    points = ((at, weight * n / 6, weight * n / 6 * share) for weight, at, share in shares)
-    return Cells(*(torch.cat(part) for part in zip(*points, strict=True)))
 
 
 def bins_of(state: Counted, kind: str) -> Bins:
