@@ -183,9 +183,9 @@ class Measures:
         r"""Calibration slope: the :math:`a` of the logistic fit :math:`\mathrm{logit} P = az + b`.
 
         It is 1 if the logits :math:`z` have the right scale. Below 1 the network is over-confident
-        (too sure on both sides) and softer labels help; above 1 it is not sure enough and softer
-        labels would hurt. It is nan if only one class, or only one logit, was seen, and infinite
-        if a threshold on the logits separates the classes.
+        (too sure on both sides); above 1 it is not sure enough, and label smoothing would hurt. It
+        is nan if only one class, or only one logit, was seen, and infinite if a threshold on the
+        logits separates the classes.
 
         Example:
             >>> from sc_bce import CalibrationHistogram

@@ -48,7 +48,7 @@ def summary(labels: list[Values], named: bool) -> str:
 
 
 def advice(values: Values) -> str:
-    """What helps: softer labels, a repair, or nothing."""
+    """What helps: a repair, perhaps label smoothing, or nothing."""
     slope, nll, elements = values["slope"], values["nll"], values["count"]
     if slope != slope:
         return "No advice yet: measure data with both classes and more than one logit."
@@ -62,11 +62,11 @@ def advice(values: Values) -> str:
     rate, error = values["base_rate"], math.sqrt(values["brier"] / elements)
     shift = abs(values["mean_probability"] - rate) > max(0.05 * min(rate, 1 - rate), 2 * error)
     if slope < 0.9:
-        text = "Over-confident (slope below 1): softer labels help, and so does a repair."
+        text = "Over-confident (slope below 1): repair it or stop earlier; label smoothing may help too."
     elif slope > 1.1:
-        text = "Not confident enough (slope above 1): softer labels would hurt; repair it instead."
+        text = "Not confident enough (slope above 1): repair it; label smoothing would hurt."
     elif gain > 0.01 or shift:
-        text = "The slope is right: softer labels would not help; a repair does."
+        text = "The slope is right, the curve is not: repair it; label smoothing would not help."
     else:
         text = "Well calibrated: nothing to repair."
     if shift:
