@@ -897,7 +897,7 @@ def test_probabilities_of_rare_labels_warn_too(p):
         (1.0, 0.0, "Well calibrated: nothing to repair."),
         (2.0, 0.0, "Over-confident (slope below 1)"),
         (0.5, 0.0, "Not confident enough (slope above 1)"),
-        (1.0, 1.0, "The slope is right, the curve is not: repair it; label smoothing would not help. The mean"),
+        (1.0, 1.0, "The slope is right, the curve is not: repair it; label smoothing would not"),
         (-1.0, 0.0, "The logits rank the labels backwards (slope below 0): check the data first."),
     ],
 )

@@ -298,7 +298,7 @@ class CalibrationHistogram(Measures):
             >>> histogram, truth = CalibrationHistogram(), torch.logit(torch.tensor([0.25, 0.75]))
             >>> histogram.update(2 * truth.repeat(4), torch.tensor([0, 1, 0, 1, 0, 1, 1, 0]))
             >>> print(histogram.summary().splitlines()[-1])
-            Over-confident (slope below 1): repair it or stop earlier; label smoothing may help too.
+            Over-confident (slope below 1): repair it or stop earlier; smoothing may help too.
         """
         values = {name: value.reshape(-1).tolist() for name, value in self.measures().items()}
         curves = (isotonic(one.count, one.positive) for one in self.cells())

@@ -62,7 +62,7 @@ def advice(values: Values) -> str:
     rate, error = values["base_rate"], math.sqrt(values["brier"] / elements)
     shift = abs(values["mean_probability"] - rate) > max(0.05 * min(rate, 1 - rate), 2 * error)
     if slope < 0.9:
-        text = "Over-confident (slope below 1): repair it or stop earlier; label smoothing may help too."
+        text = "Over-confident (slope below 1): repair it or stop earlier; smoothing may help too."
     elif slope > 1.1:
         text = "Not confident enough (slope above 1): repair it; label smoothing would hurt."
     elif gain > 0.01 or shift:
