@@ -39,7 +39,7 @@ class FineTuned(nn.Module):
         """Logits (N, 1, H, W); H and W must be multiples of 32."""
         x = images * (0.25 * 255 / 128) + (0.5 * 255 - 127) / 128
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
-        seen = []
+        seen: list[Tensor] = []
         for number, block in enumerate(self.blocks):
             x = block(x)
             if number in TAKEN:

@@ -217,8 +217,8 @@ def _cropped(x: Tensor, y: Tensor, least: float, order: Generator) -> tuple[Tens
     middle = (2 * torch.rand(len(x), 2, generator=order) - 1) * (1 - side)
     window = torch.cat([side[..., None] * torch.eye(2), middle[..., None]], 2)
     grid = F.affine_grid(window, list(x.shape), align_corners=False)
-    inside = {"padding_mode": "border", "align_corners": False}
-    return F.grid_sample(x, grid, **inside), F.grid_sample(y, grid, "nearest", **inside)
+    sampled = partial(F.grid_sample, grid=grid, padding_mode="border", align_corners=False)
+    return sampled(x, mode="bilinear"), sampled(y, mode="nearest")
 
 
 @torch.no_grad()
