@@ -248,7 +248,7 @@ def pretrained(folder: Path) -> Task:
         "pretrained",
         *_parts(data),
         FineTuned,
-        epochs=8,
+        epochs=12,
         batch=8,
         lr=1e-3,
         mirror=True,
