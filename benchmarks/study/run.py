@@ -84,6 +84,7 @@ SEEDS = (3, 4, 5, 6, 7)
 MANY_SEEDS = tuple(range(3, 13))  # of the tables, whose runs take seconds
 FEW_SEEDS = (3, 4, 5)
 DECAY = 0.01  # of the weights, where a pretrained network is fine-tuned: AdamW's own
+SLOWER = 0.05  # the learning rate of its pretrained layers, beside that of the new ones
 MEMBER = 1000  # seeds of an ensemble's members begin at this times its own
 
 # ---------------------------------------------------------------- one training
@@ -119,8 +120,7 @@ def train(task: Task, row: Row, seed: int, on_epoch: Callable[[], None]) -> Trai
     mixing = Generator().manual_seed(seed + 2_000_000)
     prior = base_rate(task.train.target, task.labels)
     criterion = row.build(Setting(task, prior, draws))
-    optimizer = _optimizer(task, row, model)
-    schedule = _schedule(task, optimizer)
+    optimizer, schedule, every = _moved(task, row, model)
     inputs, target = task.train.inputs, task.train.target.float()
     val = task.val.target.float()
     labels = task.labels if task.labels > 1 else None
@@ -130,7 +130,7 @@ def train(task: Task, row: Row, seed: int, on_epoch: Callable[[], None]) -> Trai
     for epoch in range(task.epochs):
         model.train()
         losses = []
-        for index, x, y in _batches(task, inputs, target, order):
+        for done, (index, x, y) in enumerate(_batches(task, inputs, target, order), 1):
             if row.mixup:
                 x, y = rivals.mixed(x, y, row.mixup, mixing)
             logits = model(x)
@@ -139,10 +139,8 @@ def train(task: Task, row: Row, seed: int, on_epoch: Callable[[], None]) -> Trai
             loss.backward()
             optimizer.step()
             losses.append(_plain_loss(logits.detach(), y))
-            if task.fine_tuned:
+            if done % every == 0:
                 schedule.step()
-        if not task.fine_tuned:
-            schedule.step()
         answers = predicted(model, task.val.inputs)
         seen = histogram(answers, val, labels)
         pooled = seen if labels is None else seen.pooled()
@@ -168,19 +166,25 @@ def _network(task: Task, row: Row) -> nn.Module:
     return model
 
 
-def _optimizer(task: Task, row: Row, model: nn.Module) -> torch.optim.Optimizer:
-    decay = row.decay or (DECAY if task.fine_tuned else 0.0)
-    if decay:
-        return torch.optim.AdamW(model.parameters(), lr=task.lr, weight_decay=decay)
-    return torch.optim.Adam(model.parameters(), lr=task.lr)
-
-
-def _schedule(task: Task, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """One cycle moves with every batch, the cosine with every epoch."""
+def _moved(
+    task: Task, row: Row, model: nn.Module
+) -> tuple[torch.optim.Optimizer, LRScheduler, int]:
+    """Optimizer, schedule, and after how many batches the schedule moves."""
+    batches = -(-len(task.train) // task.batch)
     if task.fine_tuned:
-        steps = task.epochs * -(-len(task.train) // task.batch)
-        return OneCycleLR(optimizer, task.lr, total_steps=steps)
-    return CosineAnnealingLR(optimizer, task.epochs)
+        named, rates = list(model.named_parameters()), {True: SLOWER * task.lr, False: task.lr}
+        groups = [
+            {"params": [p for name, p in named if name.startswith("encoder.") == old], "lr": rate}
+            for old, rate in rates.items()
+        ]
+        adamw = torch.optim.AdamW(groups, weight_decay=row.decay or DECAY)
+        return adamw, OneCycleLR(adamw, [*rates.values()], total_steps=task.epochs * batches), 1
+    optimizer = (
+        torch.optim.AdamW(model.parameters(), lr=task.lr, weight_decay=row.decay)
+        if row.decay
+        else torch.optim.Adam(model.parameters(), lr=task.lr)
+    )
+    return optimizer, CosineAnnealingLR(optimizer, task.epochs), batches
 
 
 def _step(criterion: nn.Module, seen: CalibrationHistogram, answers: Tensor, val: Tensor) -> None:
