@@ -1,6 +1,7 @@
 """The study: what it measures, how its runs are kept, and what its page may say."""
 
 import json
+from collections import OrderedDict
 from dataclasses import replace
 
 import numpy as np
@@ -165,24 +166,30 @@ def test_crops_are_windows_whose_masks_move_with_them():
     assert not torch.equal(x, other)
 
 
-def test_a_network_is_fine_tuned_in_one_cycle_with_decay(monkeypatch):
-    task = replace(tasks.digits(), epochs=2, batch=16, lr=0.01, fine_tuned=True)
-    seen = []
-    step = torch.optim.AdamW.step
+def test_a_network_is_fine_tuned_in_one_cycle_its_old_layers_slowly(monkeypatch):
+    def build():
+        layers = {"encoder": torch.nn.Conv2d(3, 4, 1), "head": torch.nn.Conv2d(4, 1, 1, bias=False)}
+        return torch.nn.Sequential(OrderedDict(layers))
+
+    task = replace(tasks.digits(), build=build, epochs=2, batch=16, lr=0.01, fine_tuned=True)
+    seen, step = [], torch.optim.AdamW.step
 
     def watched(self, *args, **kwargs):
-        seen.append(self.param_groups[0]["lr"])
+        seen.append([(group["lr"], len(group["params"])) for group in self.param_groups])
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     run.train(task, ROWS["bce"], 0, lambda: None)
     assert len(seen) == 2 * 3  # batches of 40 samples
-    top = seen.index(max(seen))
+    rates = np.array(seen)[..., 0]
+    np.testing.assert_allclose(rates[:, 0], 0.05 * rates[:, 1])
+    assert (np.array(seen)[..., 1] == [2, 1]).all()  # what the encoder has, and the head
+    top = rates[:, 1].argmax()
     assert 0 < top < 5
-    assert seen[: top + 1] == sorted(seen[: top + 1])
-    assert seen[top:] == sorted(seen[top:], reverse=True)
-    assert max(seen) <= 0.01
-    assert seen[-1] < 1e-5
+    assert (np.diff(rates[: top + 1, 1]) > 0).all()
+    assert (np.diff(rates[top:, 1]) < 0).all()
+    assert rates.max() <= 0.01
+    assert rates[-1, 1] < 1e-5
 
 
 def test_a_task_without_data_is_named(capsys):

@@ -242,7 +242,7 @@ def test_the_pretrained_network_answers_at_full_size_and_classifies_nothing():
     net.eval()
     # Bytes 127 and 255 become 0 and 1, as the weights were trained.
     seen = []
-    net.stem.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    net.encoder[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     net((torch.tensor([127.0, 255.0]).view(2, 1, 1, 1) / 255 - 0.5).expand(2, 3, 32, 32) / 0.25)
     torch.testing.assert_close(seen[0][:, 0, 0, 0], torch.tensor([0.0, 1.0]), atol=1e-6, rtol=0)
 
@@ -251,7 +251,7 @@ def test_the_encoder_starts_from_its_weights_and_the_decoder_from_the_seed():
     for name in NEEDED:
         pytest.importorskip(name)
     one, two = FineTuned(), FineTuned()
-    assert torch.equal(one.stem[0].weight, two.stem[0].weight)
+    assert torch.equal(one.encoder[0][0].weight, two.encoder[0][0].weight)
     assert not torch.equal(one.head.weight, two.head.weight)
     assert {m.momentum for m in one.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
 
