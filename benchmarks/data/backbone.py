@@ -68,4 +68,6 @@ def _encoder(pretrained: bool) -> nn.ModuleList:
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = MOMENTUM
-    return nn.ModuleList([nn.Sequential(net._conv_stem, net._bn0, net._swish), *net._blocks])
+    part = net.get_submodule
+    stem = nn.Sequential(part("_conv_stem"), part("_bn0"), part("_swish"))
+    return nn.ModuleList([stem, *part("_blocks").children()])
