@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Generator, Tensor, nn
 
+from benchmarks.data.backbone import FineTuned
 from benchmarks.data.scenes import (
     VOID,
     Pixels,
@@ -52,6 +53,8 @@ class Task:
     Args:
         labels: how many labels dimension 1 holds that have base rates of their own.
         mirror: whether training samples are mirrored at random.
+        crop: the least share of its area that a training sample is cropped to; 1 for no crops.
+        fine_tuned: whether training is AdamW and a one-cycle schedule; Adam and a cosine else.
         ood: inputs out of distribution, whose labels are all 0.
         chance: the true probabilities of the test data, where they are known.
         wrong: the training samples whose labels were spoilt.
@@ -67,6 +70,8 @@ class Task:
     lr: float
     labels: int = 1
     mirror: bool = False
+    crop: float = 1.0
+    fine_tuned: bool = False
     ood: Part | None = None
     chance: Tensor | None = None
     wrong: Tensor | None = None
@@ -229,6 +234,26 @@ def objects(folder: Path) -> Task:
         batch=16,
         lr=2e-3,
         mirror=True,
+        ood=part_of(data.ood),
+    )
+
+
+def pretrained(folder: Path) -> Task:
+    """The same photographs at 160 pixels, on which a network trained on ImageNet is fine-tuned.
+
+    The epochs were set beforehand, and the rate of learning with them, by plain BCE alone.
+    """
+    data = folder_data(folder, 160, ood=200)
+    return Task(
+        "pretrained",
+        *_parts(data),
+        FineTuned,
+        epochs=10,
+        batch=8,
+        lr=2e-3,
+        mirror=True,
+        crop=0.5,
+        fine_tuned=True,
         ood=part_of(data.ood),
     )
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Tasks = dict[str, Kept]
 
 NAMES = {
+    "pretrained": "pretrained network",
     "digits": "digits",
     "photographs": "photographs",
     "streets": "street scenes",
@@ -29,7 +30,7 @@ NAMES = {
     "digits-replaced": "digits, masks replaced",
     "digits-borders": "digits, borders moved",
 }
-MAIN = tuple(NAMES)[:5]
+MAIN = tuple(NAMES)[:6]
 SMOOTHED, SMOOTHED_BASE, DRAWN_HALF = (
     "smoothing-half-0.1",
     "smoothing-base-0.2",

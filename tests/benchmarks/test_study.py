@@ -1,6 +1,7 @@
 """The study: what it measures, how its runs are kept, and what its page may say."""
 
 import json
+from collections import OrderedDict
 from dataclasses import replace
 
 import numpy as np
@@ -135,6 +136,67 @@ def test_the_base_rate_is_that_of_each_label():
 
 
 # --- runs --------------------------------------------------------------------------------------
+
+
+def moving(task, order):
+    """Each batch of an image of coordinates and of a mask that follows them."""
+    x, y = task.train.inputs, task.train.target.float()
+    return list(run._batches(task, x, y, torch.Generator().manual_seed(order)))
+
+
+def test_crops_are_windows_whose_masks_move_with_them():
+    down, across = torch.meshgrid(*[(torch.arange(32) + 0.5) / 32] * 2, indexing="ij")
+    image = torch.stack([across, down, torch.zeros(32, 32)]).expand(64, 3, 32, 32)
+    part = tasks.Part(image, (image[:, :1] > 0.5).to(torch.uint8))
+    task = tasks.Task("flat", part, part, part, torch.nn.Identity, 1, 64, 0.1, crop=0.25)
+    ((_, x, y),) = moving(task, 0)
+    # The coordinates tell the window: it lies inside, and has a quarter to all of the area.
+    step = x[:, 0, 16, 17] - x[:, 0, 16, 16]
+    torch.testing.assert_close(step, x[:, 1, 17, 16] - x[:, 1, 16, 16], atol=1e-5, rtol=0)
+    area = (32 * step) ** 2
+    assert 0.25 <= area.min() < 0.35
+    assert 0.9 < area.max() <= 1
+    middle = x[:, :2].mean((2, 3))
+    assert ((middle - 0.5).abs() <= (1 - 32 * step[:, None]) / 2 + 1e-3).all()
+    assert middle.std(0).min() > 0.05
+    assert set(y.unique().tolist()) == {0, 1}
+    assert ((y == 1) == (x[:, :1] > 0.5)).float().mean() > 0.98
+    ((_, again, _),), ((_, other, _),) = moving(task, 0), moving(task, 1)
+    assert torch.equal(x, again)
+    assert not torch.equal(x, other)
+
+
+def test_a_network_is_fine_tuned_in_one_cycle_its_old_layers_slowly(monkeypatch):
+    def build():
+        layers = {"encoder": torch.nn.Conv2d(3, 4, 1), "head": torch.nn.Conv2d(4, 1, 1, bias=False)}
+        return torch.nn.Sequential(OrderedDict(layers))
+
+    task = replace(tasks.digits(), build=build, epochs=2, batch=16, lr=0.01, fine_tuned=True)
+    seen, step = [], torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        seen.append([(group["lr"], len(group["params"])) for group in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    run.train(task, ROWS["bce"], 0, lambda: None)
+    assert len(seen) == 2 * 3  # batches of 40 samples
+    rates = np.array(seen)[..., 0]
+    np.testing.assert_allclose(rates[:, 0], 0.05 * rates[:, 1])
+    assert (np.array(seen)[..., 1] == [2, 1]).all()  # what the encoder has, and the head
+    top = rates[:, 1].argmax()
+    assert 0 < top < 5
+    assert (np.diff(rates[: top + 1, 1]) > 0).all()
+    assert (np.diff(rates[top:, 1]) < 0).all()
+    assert rates.max() <= 0.01
+    assert rates[-1, 1] < 1e-5
+
+
+def test_a_task_without_data_is_named(capsys):
+    with pytest.raises(SystemExit):
+        run.main(["--tasks", "pretrained", "digits"])
+    said = capsys.readouterr().err
+    assert "nothing to make pretrained of; photographs and pretrained need --photographs" in said
 
 
 # After one epoch a network may say nothing yet.

