@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.study import contrasts
-from benchmarks.study.answers import COUNTS, MAPS, signs_found
+from benchmarks.study.answers import COUNTS, MAPS, SIGNS, signs_found
 from benchmarks.study.compare import Gap
 from benchmarks.study.contrasts import (
     ENDS,
     MAIN,
     NAMES,
     READINGS,
+    REPAIRED,
     SMOOTHED,
     SPOILT,
     Gaps,
@@ -122,9 +123,8 @@ def _forest(panels: dict[str, Lines], words: str) -> "Figure":
     An interval that is far wider than all differences of its panel is cut.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))[::-1]
-    figure, axes = _figure(
-        max(len(panels), 1), 1.5 * max(len(panels), 2) + 2.2, 0.34 * len(names) + 1.2
-    )
+    height = (0.34 if len(names) < 12 else 0.24) * len(names) + 1.2
+    figure, axes = _figure(max(len(panels), 1), 1.5 * max(len(panels), 2) + 2.2, height)
     for one, (head, lines) in zip(axes, panels.items(), strict=False):
         one.axvline(0, color="#888888", linewidth=1)
         for name, gaps in lines.items():
@@ -142,7 +142,7 @@ def _forest(panels: dict[str, Lines], words: str) -> "Figure":
         one.tick_params(left=one is axes[0], labelleft=one is axes[0])
         one.locator_params(axis="x", nbins=4)
         one.set_title(head, fontsize=9)
-    figure.supxlabel(words, fontsize=8)
+    figure.supxlabel(f"{words} (filled: shown)", fontsize=8)
     for mark, label in zip("os", READINGS, strict=True):
         axes[0].plot([], [], mark, color="#000000", markersize=4, label=label)
     figure.legend(loc="outside upper center", ncols=2, fontsize=7, frameon=False)
@@ -180,7 +180,13 @@ def draws_figure(kept: Tasks) -> "Figure":
 
 
 def rivals_figure(kept: Tasks) -> "Figure":
-    return _forest(_of_rows(contrasts.of_rivals(kept)), "NLL against the adaptive default, %")
+    gaps = contrasts.of_rivals(kept)
+    early = {place: gap.value for place, gap in gaps.items() if place[2] == REPAIRED}
+    order = sorted(
+        gaps, key=lambda place: np.mean([v for p, v in early.items() if p[1] == place[1]])
+    )
+    lowest_first = {place: gaps[place] for place in order}
+    return _forest(_of_rows(lowest_first), "NLL against the adaptive default, %")
 
 
 def corrupted_figure(kept: Tasks) -> "Figure":
@@ -301,7 +307,7 @@ def wrong_figure(kept: Tasks) -> "Figure | None":
         one.axvline(0.5, color="#888888", linewidth=1)
         for y, (words, each) in enumerate(list(found.items())[::-1]):
             mean = float(np.mean(each[task]))
-            colour = COLOURS[5] if words.startswith("the level") else COLOURS[4]
+            colour = COLOURS[5] if words == SIGNS[DEFAULT, "level"] else COLOURS[4]
             one.barh(y, mean - 0.5, left=0.5, height=0.6, color=colour, alpha=0.5)
             one.plot(each[task], [y] * len(each[task]), "o", color="#000000", mfc="none", ms=4)
         one.set_yticks(range(len(found)), list(found)[::-1])
