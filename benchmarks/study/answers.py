@@ -17,7 +17,8 @@ from benchmarks.study.contrasts import (
     FINE_TUNED,
     MAIN,
     NAMES,
-    PAIRS,
+    NO_LEVEL,
+    ONE_LEVEL,
     READINGS,
     REPAIRED,
     SEARCHED,
@@ -107,7 +108,8 @@ def where(gaps: Mapping[str, Gap], of: str = "tasks", on: str = "on") -> str:
     rest = shown(gaps, "undecided")
     if said:
         words = " and ".join(said)
-        return f"{words}, with no difference shown {on} {len(rest)} others" if rest else words
+        others = f"{len(rest)} others" if len(rest) > 1 else "the other"
+        return f"{words}, with no difference shown {on} {others}" if rest else words
     if len(rest) == 1:
         return f"not shown to differ {on} {named(rest[0], gaps[rest[0]])}"
     values = sorted((gaps[name] for name in rest), key=lambda gap: gap.value)
@@ -132,10 +134,9 @@ def beaten(gaps: Mapping[str, Gap]) -> str:
 
 def grid(gaps: Gaps, head: str = "") -> str:
     """A line for each task and line of the family, a column for each reading."""
-    lines = dict.fromkeys(place[:2] for place in gaps)
     rows = [
         [words, NAMES[task], *(cell(gaps[task, words, each]) for each in READINGS)]
-        for task, words in sorted(lines, key=lambda x: [*PAIRS].index(x[1]))
+        for task, words in dict.fromkeys(place[:2] for place in gaps)
     ]
     return report.table([head, "", *READINGS], rows)
 
@@ -251,20 +252,15 @@ def levels(kept: Tasks) -> Answer:
 def samples(kept: Tasks) -> Answer:
     """A level per sample against one for all, and the wrong masks that it finds."""
     gaps, found = contrasts.of_samples(kept), signs_found(kept)
-    if not gaps:
+    shared = contrasts.line(gaps, ONE_LEVEL)
+    if not shared:
         return Answer(NOT_RUN)
-    rows = [
-        [NAMES[name], *(cell(gaps[name, DEFAULT, words]) for words in READINGS)]
-        for name in reading(gaps, AT_END)
-    ]
-    table = report.table(["a level per sample against one for all", *READINGS], rows)
-    early, late = both(gaps)
+    early, late = both(shared)
     line = f"Against one level for all, its NLL is {late}, {SAID[AT_END]}, and {early}, "
     line += SAID[REPAIRED]
     if found:
-        line += f"; it finds {_found(found)}"
-        table += f"\n\n{_signs(found)}"
-    return Answer(f"{line}.", table)
+        return Answer(f"{line}; it finds {_found(found)}.", f"{grid(gaps)}\n\n{signs(found)}")
+    return Answer(f"{line}.", grid(gaps))
 
 
 SIGNS = {
@@ -302,7 +298,7 @@ def _found(found: dict[str, dict[str, list[float]]]) -> str:
     return " and ".join(said)
 
 
-def _signs(found: dict[str, dict[str, list[float]]]) -> str:
+def signs(found: dict[str, dict[str, list[float]]]) -> str:
     rows = [
         [words, *(f"{np.mean(each[task]):.2f}" for task in SPOILT)] for words, each in found.items()
     ]
@@ -490,6 +486,16 @@ def _corrupted(kept: Tasks, gaps: Gaps, tasks: Sequence[str], rows: Sequence[str
 
 
 # ---------------------------------------------------------------- what else is shown
+
+
+def noisy(kept: Tasks) -> str:
+    """What the guide to noisy labels says of masks."""
+    early, late = both(contrasts.line(contrasts.of_samples(kept), NO_LEVEL))
+    return (
+        f"- The level finds {_found(signs_found(kept))}.\n"
+        f"- {capital(SAID[AT_END])}, the NLL of the adaptive loss against plain BCE is {late}.\n"
+        f"- {capital(SAID[REPAIRED])}, it is {early}."
+    )
 
 
 def no_object(kept: Tasks) -> str:

@@ -44,6 +44,7 @@ SMOOTHED, SMOOTHED_BASE, DRAWN_HALF = (
     "smoothing-base-0.2",
     "moderation-half-0.1",
 )
+ONE_LEVEL, NO_LEVEL = "against one level for all", "against plain BCE"
 FIXED = (PLAIN, "moderation-base-0.1", BEST_FIXED, *LEVELS[1:])
 SOFTER = ("decay", SMOOTHED, SMOOTHED_BASE, DRAWN_HALF, BEST_FIXED, DEFAULT, "published")
 RIVALS = tuple(
@@ -119,8 +120,9 @@ def of_levels(kept: Tasks) -> Gaps:
 
 
 def of_samples(kept: Tasks) -> Gaps:
-    """A level per sample against one for all."""
-    return compared(kept, [(task, DEFAULT, DEFAULT, SHARED) for task in (*SEARCHED, *SPOILT)])
+    """A level per sample against one for all and, with wrong masks, against plain BCE."""
+    shared = [(task, ONE_LEVEL, DEFAULT, SHARED) for task in (*SEARCHED, *SPOILT)]
+    return compared(kept, [*shared, *((task, NO_LEVEL, DEFAULT, PLAIN) for task in SPOILT)])
 
 
 def of_slopes(kept: Tasks) -> Gaps:
@@ -152,6 +154,10 @@ def of_repairs(kept: Tasks) -> Gaps:
 def reading(gaps: Gaps, wanted: str, by: int = 0) -> dict[str, Gap]:
     """Of one reading, by task (0) or by line (1)."""
     return {place[by]: gap for place, gap in gaps.items() if place[2] == wanted}
+
+
+def line(gaps: Gaps, wanted: str) -> Gaps:
+    return {place: gap for place, gap in gaps.items() if place[1] == wanted}
 
 
 # ---------------------------------------------------------------- what they are made of
