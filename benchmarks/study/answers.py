@@ -180,7 +180,7 @@ def fine_tuned(kept: Tasks) -> Answer:
     other = "against plain BCE"
     table = report.table(["", "seeds", "slope", AT_END, other, REPAIRED, other, "its F1"], rows)
     if not gaps:
-        return Answer("Not shown: there are fewer than three seeds so far.", table)
+        return Answer("Not shown: there are fewer than two seeds so far.", table)
     said = {(task, short(row), words): gap for (task, row, words), gap in gaps.items()}
     early, late = both(said, 1, "losses and rivals", "with")
     lower = shown(reading(said, REPAIRED, 1), "lower")
@@ -265,12 +265,11 @@ def samples(kept: Tasks) -> Answer:
 
 SIGNS = {
     (DEFAULT, "level"): "its level",
-    (DEFAULT, "loss-last"): "the loss, default, last epoch",
-    (DEFAULT, "loss-best"): "the loss, default, stopped early",
-    (PLAIN, "loss-last"): "the loss, plain BCE, last epoch",
+    (DEFAULT, "loss"): "the loss, default, last epoch",
+    (PLAIN, "loss"): "the loss, plain BCE, last epoch",
     (PLAIN, "loss-best"): "the loss, plain BCE, stopped early",
     (PLAIN, "loss-folds"): "the loss, plain BCE trained without the mask",
-    (PLAIN, "quality-last"): "cleanlab's score, plain BCE, last epoch",
+    (PLAIN, "quality"): "cleanlab's score, plain BCE, last epoch",
     (PLAIN, "quality-best"): "cleanlab's score, plain BCE, stopped early",
     (PLAIN, "quality-folds"): "cleanlab's score, plain BCE trained without the mask",
 }

@@ -77,7 +77,7 @@ def short(name: str) -> str:
 
 
 def having(kept: Tasks, names: Iterable[str], *rows: str) -> Tasks:
-    """The tasks among these that have three seeds or more of all rows."""
+    """The tasks among these that have two seeds or more of all rows."""
     return {name: kept[name] for name in names if name in kept and kept[name].has(*rows)}
 
 
@@ -89,7 +89,7 @@ def compared(
     pairs: Iterable[tuple[str, str, str, str]],
     gap: Callable[[Kept, str, str, str, bool], Gap] = Kept.gap,
 ) -> Gaps:
-    """One family: each (task, line, row, other) that has three seeds, in both readings."""
+    """One family: each (task, line, row, other) that has two seeds, in both readings."""
     return holm(
         {
             (task, line, reading): gap(kept[task], row, other, *how)

@@ -73,7 +73,7 @@ class Kept:
         sets = [set(self.runs.get(self.row(name), {})) for name in names]
         return sorted(set.intersection(*sets))
 
-    def has(self, *names: str, seeds: int = 3) -> bool:
+    def has(self, *names: str, seeds: int = 2) -> bool:
         return len(self.seeds(*names)) >= seeds
 
     def each(self, name: str, seeds: Sequence[int], *keys: str) -> list[Any]:

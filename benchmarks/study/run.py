@@ -268,7 +268,7 @@ def _detection(
 
     inputs, y = task.train.inputs, task.train.target.float()
     signs = {} if levels is None else {"level": levels}
-    answers = {f"-{which}": trained.predict(which)(inputs) for which in EPOCHS}
+    answers = {"": trained.predict("last")(inputs), "-best": trained.predict("best")(inputs)}
     if name == PLAIN:
         answers["-folds"] = _out_of_sample(task, seed)
     for words, logits in answers.items():
