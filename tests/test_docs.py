@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sc_bce.plot
 from benchmarks import calibration
+from benchmarks.study import answers as study_answers
 from benchmarks.study import kept as study_runs
 from benchmarks.study import page as study_page
 from benchmarks.study.run import RESULTS
@@ -155,6 +156,11 @@ def test_the_table_of_the_first_command_is_the_committed_result():
 def test_the_readmes_summary_is_the_committed_result():
     readme = (ROOT / "README.md").read_text("utf-8")
     assert study_page.readme(study_runs.load(RESULTS)) in readme
+
+
+def test_what_the_guide_says_of_wrong_masks_is_the_committed_result():
+    guide = (ROOT / "docs" / "guide" / "noisy.md").read_text("utf-8")
+    assert study_answers.noisy(study_runs.load(RESULTS)) in guide
 
 
 def test_the_guides_timings_are_the_committed_result():

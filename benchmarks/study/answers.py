@@ -1,85 +1,86 @@
-"""The questions of the study, and what its kept runs answer. Nothing is said beyond an interval."""
+"""What the kept runs answer: a sentence and its tables per question.
 
-import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+A row is called lower or higher only where the difference survives the correction of its question.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks import report
-from benchmarks.study.compare import Gap, over_seeds
-from benchmarks.study.judge import IMAGES, RAW, REPAIRS
-from benchmarks.study.kept import SEEDED, Kept
-from benchmarks.study.rows import BEST_FIXED, DEFAULT, FAMILIES, LEVELS, OTHERS, PLAIN, ROWS, SHARED
-from benchmarks.study.run import EPOCHS
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-Tasks = dict[str, Kept]
-
-NAMES = {
-    "pretrained": "pretrained network",
-    "digits": "digits",
-    "photographs": "photographs",
-    "streets": "street scenes",
-    "cancer": "cancer",
-    "rates": "known rates",
-    "digits-25": "digits, 25 %",
-    "digits-50": "digits, 50 %",
-    "digits-replaced": "digits, masks replaced",
-    "digits-borders": "digits, borders moved",
-}
-MAIN = tuple(NAMES)[:6]
-SMOOTHED, SMOOTHED_BASE, DRAWN_HALF = (
-    "smoothing-half-0.1",
-    "smoothing-base-0.2",
-    "moderation-half-0.1",
-)
-FIXED = (PLAIN, "moderation-base-0.1", BEST_FIXED, *LEVELS[1:])
-RIVALS = (
-    "decay",
+from benchmarks.study import contrasts
+from benchmarks.study.compare import Gap
+from benchmarks.study.contrasts import (
+    AT_END,
+    ENDS,
+    FINE_TUNED,
+    MAIN,
+    NAMES,
+    NO_LEVEL,
+    ONE_LEVEL,
+    READINGS,
+    REPAIRED,
+    SEARCHED,
     SMOOTHED,
-    "mixup",
-    "ensemble",
-    "svls",
-    "penalty",
-    "focal",
-    "flsd-53",
-    "adafocal",
-    "brier",
-    "mbls",
-    "nacl",
-    "mmce",
-    "hl1-ace",
-    "dice",
-    "dropout",
-    "inversion",
-    "published",
-    "max-entropy",
+    SMOOTHED_BASE,
+    SOFTER,
+    SPOILT,
+    Gaps,
+    Tasks,
+    having,
+    reading,
+    short,
+    title,
 )
-SOFTER = (PLAIN, "decay", SMOOTHED, SMOOTHED_BASE, DRAWN_HALF, BEST_FIXED, DEFAULT, "published")
+from benchmarks.study.judge import IMAGES, RAW, REPAIRS
+from benchmarks.study.rows import BEST_FIXED, DEFAULT, PLAIN, ROWS
+
+MISSING = "-"
+NOT_RUN = "Not run yet."
+SAID = {AT_END: "after the last epoch and unrepaired", REPAIRED: "stopped early and repaired"}
+COUNTS = (*IMAGES, 150)
+MAPS = {RAW: "no repair", **{repair: repair for repair in REPAIRS}}
+MAPS |= {"affine": "temperature and bias"}
+CODE = {
+    DEFAULT: "AdaptivePerturbation(num_samples)",
+    BEST_FIXED: "SCBCEWithLogitsLoss.moderation(0.2, prior=base_rate)",
+    "temperature": "TemperatureScaling()",
+    "affine": "TemperatureScaling(bias=True)",
+    "flip": "TemperatureScaling(None, bias=True)",
+    "isotonic": "IsotonicCalibration()",
+}
+
+
+class Answer(NamedTuple):
+    """A sentence for the first screen, a table, and what to unfold."""
+
+    line: str
+    table: str = ""
+    more: str = ""
 
 
 # ---------------------------------------------------------------- text
 
 
-def title(name: str) -> str:
-    """Of a row; a family goes by what its members have in common."""
-    if name in FAMILIES:
-        return re.sub(r",? (margin )?[\d.]+$", "", ROWS[FAMILIES[name][0]].title) + ", tuned"
-    return ROWS[name].title
+def percent(gap: Gap) -> str:
+    return f"{gap.value:+.1f} %"
 
 
-def figures(gap: Gap) -> str:
-    if not np.isfinite(gap.low):
-        return f"{gap.value:+.1f} % (one seed)"
-    return f"{gap.value:+.1f} % [{gap.low:+.1f}, {gap.high:+.1f}]"
+def cell(gap: Gap | None) -> str:
+    """With its interval; bold if the difference survives."""
+    if gap is None:
+        return MISSING
+    words = f"{percent(gap)} [{gap.low:+.1f}, {gap.high:+.1f}]"
+    return words if gap.verdict == "undecided" else f"**{words}**"
 
 
-def cell(gap: Gap) -> str:
-    """Bold if the interval excludes 0."""
-    return f"**{figures(gap)}**" if gap.verdict != "undecided" else figures(gap)
+def capital(words: str) -> str:
+    return words[0].upper() + words[1:]
+
+
+def named(task: str, gap: Gap, more: str = "") -> str:
+    return f"{NAMES.get(task, task)} ({percent(gap)}{more})"
 
 
 def listed(names: Iterable[str]) -> str:
@@ -87,325 +88,438 @@ def listed(names: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def by_verdict(gaps: dict[str, Gap], intervals: bool = True) -> str:
-    """On which tasks it is lower, on which higher, on which no difference is shown."""
-    words = {n: figures(gap) if intervals else f"{gap.value:+.1f} %" for n, gap in gaps.items()}
+def ordered(names: Iterable[str]) -> list[str]:
+    """In the order of the tasks."""
+    found = set(names)
+    return [name for name in NAMES if name in found]
+
+
+def shown(gaps: Mapping[str, Gap], verdict: str) -> list[str]:
+    return [name for name, gap in gaps.items() if gap.verdict == verdict]
+
+
+def where(gaps: Mapping[str, Gap], of: str = "tasks", on: str = "on") -> str:
+    """What a thing is: lower on these, higher on those, not shown to differ on the others."""
     said = []
-    for verdict, where in (
-        ("lower", "lower on"),
-        ("higher", "higher on"),
-        ("undecided", "no difference shown on"),
-    ):
-        names = [name for name, gap in gaps.items() if gap.verdict == verdict]
+    for verdict in ("lower", "higher"):
+        names = shown(gaps, verdict)
         if names:
-            said.append(f"{where} " + listed(f"{NAMES[n]} ({words[n]})" for n in names))
-    return "; ".join(said)
+            said.append(f"{verdict} {on} {listed(named(name, gaps[name]) for name in names)}")
+    rest = shown(gaps, "undecided")
+    if said:
+        words = " and ".join(said)
+        others = f"{len(rest)} others" if len(rest) > 1 else "the other"
+        return f"{words}, with no difference shown {on} {others}" if rest else words
+    if len(rest) == 1:
+        return f"not shown to differ {on} {named(rest[0], gaps[rest[0]])}"
+    values = sorted((gaps[name] for name in rest), key=lambda gap: gap.value)
+    ends = f"{percent(values[0])} to {percent(values[-1])}"
+    return f"not shown to differ {on} any of {len(rest)} {of} ({ends})"
 
 
-class Answer(NamedTuple):
-    """Of one question: a line for the first screen, a small table, and the tables to unfold."""
-
-    line: str
-    table: str
-    more: str = ""
+def both(gaps: Gaps, by: int = 0, of: str = "tasks", on: str = "on") -> tuple[str, str]:
+    """Stopped early and repaired, and after the last epoch."""
+    early, late = (where(reading(gaps, words, by), of, on) for words in (REPAIRED, AT_END))
+    return early, late
 
 
-def having(kept: Tasks, names: Iterable[str], *rows: str) -> dict[str, Kept]:
-    """The tasks among these that have three seeds or more of all rows."""
-    return {name: kept[name] for name in names if name in kept and kept[name].has(*rows)}
+def beaten(gaps: Mapping[str, Gap]) -> str:
+    """Whether it is lower: on two tasks or more, and on none higher by more than 1 %."""
+    lower, higher = shown(gaps, "lower"), shown(gaps, "higher")
+    if not lower:
+        return "No" if higher else "Not shown"
+    harm = higher or any(gap.value > 1 for gap in gaps.values())
+    return "Yes" if len(lower) > 1 and not harm else "On some tasks"
+
+
+def grid(gaps: Gaps, head: str = "") -> str:
+    """A line for each task and line of the family, a column for each reading."""
+    rows = [
+        [words, NAMES[task], *(cell(gaps[task, words, each]) for each in READINGS)]
+        for task, words in dict.fromkeys(place[:2] for place in gaps)
+    ]
+    return report.table([head, "", *READINGS], rows)
 
 
 # ---------------------------------------------------------------- the questions
 
 
-def first(kept: Tasks) -> Answer:
-    """Stopped early and repaired, does the default beat plain BCE?"""
-    there = having(kept, MAIN, PLAIN, DEFAULT)
-    gaps = {
-        key: {n: k.gap(DEFAULT, PLAIN, "best", True, key) for n, k in there.items()}
-        for key in ("nll", "brier")
-    }
+def default(kept: Tasks) -> Answer:
+    gaps = contrasts.of_default(kept)
+    if not gaps:
+        return Answer(NOT_RUN)
     rows = []
-    for name, k in there.items():
+    for name in reading(gaps, AT_END):
+        k = kept[name]
         seeds = k.seeds(PLAIN, DEFAULT)
-        maps = [k.best_map(row, "best", seeds) for row in (PLAIN, DEFAULT)]
-        values = [
-            np.mean(k.each(row, seeds, "best", "test", fix, "nll"))
-            for row, fix in zip((PLAIN, DEFAULT), maps, strict=True)
-        ]
-        rows.append(
-            [
-                NAMES[name],
-                str(len(seeds)),
-                f"{values[0]:.4f} ({maps[0]})",
-                f"{values[1]:.4f} ({maps[1]})",
-                cell(gaps["nll"][name]),
-                cell(gaps["brier"][name]),
-                cell(k.gap(DEFAULT)),
-            ]
-        )
-    head = ["", "seeds", "plain BCE", "default", "NLL", "Brier", "NLL, last epoch, raw"]
-    nll = gaps["nll"]
-    lower = {n for n, gap in nll.items() if gap.verdict == "lower" == gaps["brier"][n].verdict}
-    goal = {"digits", "photographs"} <= lower and len(lower) > 2
-    harm = any(gap.verdict == "higher" for gap in nll.values())
-    kind = all(gap.value <= 1 for gap in nll.values())
-    word = "No" if harm else "Yes" if goal and kind else "Undecided"
-    left = [n for n in MAIN if n not in there]
-    line = f"{word}. Its NLL: {by_verdict(nll)}."
-    if left:
-        line += f" Not run yet: {listed(NAMES[n] for n in left)}."
+        rows.append([NAMES[name], str(len(seeds))])
+        for row in (PLAIN, DEFAULT):
+            fix = k.best_map(row, "best", seeds)
+            nll = np.mean(k.each(row, seeds, "best", "test", fix, "nll"))
+            rows[-1].append(f"{nll:.4f} ({fix})")
+        rows[-1] += [cell(gaps[name, DEFAULT, words]) for words in (REPAIRED, AT_END)]
+    head = ["", "seeds", "plain BCE", "default", f"NLL, {REPAIRED}", f"NLL, {AT_END}"]
+    early, late = both(gaps)
+    line = f"{beaten(reading(gaps, REPAIRED))}: its NLL is {early}; {SAID[AT_END]}, it is {late}."
     return Answer(line, report.table(head, rows), truth(kept))
 
 
-PAIRS = (
-    ("draw, towards the base rate", BEST_FIXED, SMOOTHED_BASE),
-    ("draw, towards ½", DRAWN_HALF, SMOOTHED),
-    ("base rate, drawn", BEST_FIXED, DRAWN_HALF),
-    ("base rate, expected", SMOOTHED_BASE, SMOOTHED),
-)
+def fine_tuned(kept: Tasks) -> Answer:
+    if FINE_TUNED not in kept or PLAIN not in kept[FINE_TUNED].runs:
+        return Answer(NOT_RUN)
+    k, gaps, rows = kept[FINE_TUNED], contrasts.of_fine_tuned(kept), []
+    for row in (PLAIN, *(row for row in ROWS if row in k.runs and row != PLAIN)):
+        seeds = k.seeds(row)
+        fix = k.best_map(row, "best", seeds)
+        slope = np.mean([k.runs[row][seed]["history"]["slope"][-1] for seed in seeds])
+        late, early = (cell(gaps.get((FINE_TUNED, row, words))) for words in READINGS)
+        rows.append([title(row), str(len(seeds)), f"{slope:.2f}"])
+        rows[-1] += [f"{k.mean(row, 'last', RAW, 'nll'):.4f}", late]
+        rows[-1] += [f"{k.mean(row, 'best', fix, 'nll'):.4f} ({fix})", early]
+        rows[-1] += [f"{k.mean(row, 'best', fix, 'f1'):.3f}"]
+    other = "against plain BCE"
+    table = report.table(["", "seeds", "slope", AT_END, other, REPAIRED, other, "its F1"], rows)
+    if not gaps:
+        return Answer("Not shown: there are fewer than two seeds so far.", table)
+    said = {(task, short(row), words): gap for (task, row, words), gap in gaps.items()}
+    early, late = both(said, 1, "losses and rivals", "with")
+    lower = shown(reading(said, REPAIRED, 1), "lower")
+    word = capital(listed(lower)) if lower else "Nothing beyond plain BCE is shown to help"
+    line = f"{word}: {SAID[REPAIRED]}, the NLL against plain BCE is {early}; {SAID[AT_END]}, "
+    return Answer(f"{line}it is {late}.", table)
 
 
-def second(kept: Tasks) -> Answer:
-    """Is it the draw, the base rate, or both? Calibration or refinement?"""
-    rows, found = [], {}
-    for words, one, two in PAIRS:
-        for name, k in having(kept, MAIN, one, two).items():
-            last = {key: k.gap(one, two, key=key) for key in ("nll", "nll_refined")}
-            both = k.gap(one, two, "best", True)
-            found[words, name] = last["nll"]
-            rows.append(
-                [words, NAMES[name], cell(last["nll"]), cell(last["nll_refined"]), cell(both)]
-            )
-    head = ["", "", "NLL, last epoch, raw", "of it refinement", "NLL, stopped early, repaired"]
-    shown: dict[str, list[str]] = {words: [] for words, _ in found}
-    for (words, name), gap in found.items():
-        if gap.verdict != "undecided":
-            shown[words].append(f"{NAMES[name]} {gap.value:+.1f} %")
-    lower = {w.split(",")[0] for (w, _), gap in found.items() if gap.verdict == "lower"}
-    word = "Both" if len(lower) > 1 else f"The {lower.pop()}" if lower else "Neither is shown"
-    said = "; ".join(f"{w} ({', '.join(names)})" for w, names in shown.items() if names)
-    line = f"{word}, after the last epoch and unrepaired. What is shown to change the NLL: "
-    line += f"{said or 'nothing'}."
-    without = [words for words, names in shown.items() if not names]
-    if said and without:
-        line += f" Not shown: {'; '.join(without)}."
-    whole = {n: k.gap(BEST_FIXED) for n, k in having(kept, MAIN, BEST_FIXED, PLAIN).items()}
-    gain = [
-        f"{NAMES[n]} {_refined(kept[n]):.1f} of {-gap.value:.1f} %"
-        for n, gap in whole.items()
-        if gap.verdict == "lower"
+def draws(kept: Tasks) -> Answer:
+    """Of a draw and of the base rate, each in two contrasts."""
+    gaps = contrasts.of_draws(kept)
+    if not gaps:
+        return Answer(NOT_RUN)
+    late, early = (_effects(gaps, words) for words in READINGS)
+    lowering = [factor for factor, words in late.items() if words.startswith("lowers")]
+    word = "Both" if len(lowering) > 1 else f"The {lowering[0]}" if lowering else "Neither is shown"
+    said = [
+        ", and ".join(f"the {factor} {words}" for factor, words in each.items())
+        or "neither is shown to change it"
+        for each in (late, early)
     ]
-    if gain:
-        line += f" Of what moderation .2 gains there, refinement is {listed(gain)}."
-    return Answer(line, report.table(head, rows))
+    line = f"{word}: of the NLL {SAID[AT_END]}, {said[0]}; {SAID[REPAIRED]}, {said[1]}."
+    return Answer(line, grid(gaps, "what differs"))
 
 
-def _refined(k: Kept) -> float:
-    """What drawn moderation gains in refinement, in per cent of plain BCE's NLL."""
-    share = k.mean(PLAIN, "last", RAW, "nll_refined") / k.mean(PLAIN, "last", RAW, "nll")
-    return -share * k.gap(BEST_FIXED, key="nll_refined").value
+def _effects(gaps: Gaps, words: str) -> dict[str, str]:
+    """What the draw and the base rate do to the NLL, where it is shown by either contrast."""
+    found = {}
+    for factor in ("draw", "base rate"):
+        acts = []
+        for verdict, verb in (("lower", "lowers it"), ("higher", "raises it")):
+            tasks = ordered(
+                task
+                for (task, line, which), gap in gaps.items()
+                if which == words and line.startswith(factor) and gap.verdict == verdict
+            )
+            if tasks:
+                acts.append(f"{verb} on {listed(tasks)}")
+        if acts:
+            found[factor] = " and ".join(acts)
+    return found
 
 
-def tried(k: Kept) -> dict[str, float]:
-    """Raw NLL at the last epoch of each fixed level, on the seeds of the default."""
-    rows = [row for row in FIXED if k.has(row, DEFAULT)]
-    seeds = k.seeds(DEFAULT, *rows)
-    return {row: float(np.mean(k.each(row, seeds, "last", "test", RAW, "nll"))) for row in rows}
-
-
-def last_levels(k: Kept) -> list[float]:
-    return [run["history"]["level"][-1] for run in k.runs[DEFAULT].values()]
-
-
-def third(kept: Tasks) -> Answer:
-    """Does the adaptive level find the best fixed one? Does a level per sample help?"""
-    rows, gaps = [], {}
-    for name, k in having(kept, MAIN, PLAIN, DEFAULT, BEST_FIXED).items():
-        means = tried(k)
-        best = min(means, key=means.__getitem__)
-        gaps[name] = k.gap(DEFAULT, best)
-        level = last_levels(k)
+def levels(kept: Tasks) -> Answer:
+    gaps = contrasts.of_levels(kept)
+    if not gaps:
+        return Answer(NOT_RUN)
+    rows = []
+    for name in reading(gaps, AT_END):
+        k = kept[name]
+        ends = contrasts.last_levels(k)
         rows.append(
             [
                 NAMES[name],
-                f"{title(best)} (of {len(means)})",
-                f"{min(level):.2f} to {max(level):.2f}",
-                cell(gaps[name]),
-                cell(k.gap(DEFAULT, best, "best", True)),
+                f"{title(contrasts.best_fixed(k))} (of {len(contrasts.tried(k))})",
+                f"{min(ends):.2f} to {max(ends):.2f}",
+                *(cell(gaps[name, DEFAULT, words]) for words in READINGS),
             ]
         )
-    head = [
-        "",
-        "best fixed, by hindsight",
-        "level at the end",
-        "default against it, raw",
-        "stopped early, repaired",
-    ]
-    table = report.table(head, rows)
-    each = having(
-        kept, ("digits", "photographs", "digits-replaced", "digits-borders"), DEFAULT, SHARED
-    )
-    focus = {name: k.gap(DEFAULT, SHARED) for name, k in each.items()}
-    if focus:
-        body = [
-            [NAMES[n], cell(gap), cell(each[n].gap(DEFAULT, SHARED, "best", True)), _found(each[n])]
-            for n, gap in focus.items()
-        ]
-        table += "\n\nA level per sample (the default) against one for all:\n\n"
-        table += report.table(
-            [
-                "",
-                "NLL, last epoch, raw",
-                "stopped early, repaired",
-                "wrong masks found by level (by loss), AUROC",
-            ],
-            body,
-        )
-    beyond = any(gap.low > 2 for gap in gaps.values())
-    within = all(gap.high <= 2 for gap in gaps.values()) and len(gaps) == len(MAIN)
-    word = "No" if beyond else "Yes" if within else "Undecided"
-    line = f"{word}. After the last epoch and unrepaired, its NLL against the best fixed level: "
-    line += f"{by_verdict(gaps)}."
-    if focus:
-        line += f" A level per sample, against one for all: {by_verdict(focus)}."
-    return Answer(line, table)
+    head = ["", "best fixed, by hindsight", "level at the end", *READINGS]
+    late = reading(gaps, AT_END)
+    worse = [name for name in shown(late, "higher") if late[name].low > 2]
+    near = all(gap.high <= 2 for gap in late.values())
+    word = "No" if worse else "Yes" if near else "Not shown"
+    line = f"{word}: {SAID[AT_END]}, its NLL against the best of the fixed levels is {where(late)}."
+    return Answer(line, report.table(head, rows))
 
 
-def _found(k: Kept) -> str:
-    runs = list(k.runs[DEFAULT].values())
-    if "wrong" not in runs[0]:
-        return ""
-    level, loss = (np.mean([run["wrong"][key] for run in runs]) for key in ("level", "loss"))
-    return f"{level:.2f} ({loss:.2f})"
+def samples(kept: Tasks) -> Answer:
+    """A level per sample against one for all, and the wrong masks that it finds."""
+    gaps, found = contrasts.of_samples(kept), signs_found(kept)
+    shared = contrasts.line(gaps, ONE_LEVEL)
+    if not shared:
+        return Answer(NOT_RUN)
+    early, late = both(shared)
+    line = f"Against one level for all, its NLL is {late}, {SAID[AT_END]}, and {early}, "
+    line += SAID[REPAIRED]
+    if found:
+        return Answer(f"{line}; it finds {_found(found)}.", f"{grid(gaps)}\n\n{signs(found)}")
+    return Answer(f"{line}.", grid(gaps))
 
 
-def rivals_tried(kept: Tasks) -> "tuple[dict[str, Kept], list[str]]":
-    there = having(kept, ("digits", "photographs"), PLAIN, DEFAULT)
+SIGNS = {
+    (DEFAULT, "level"): "its level",
+    (DEFAULT, "loss"): "the loss, default, last epoch",
+    (PLAIN, "loss"): "the loss, plain BCE, last epoch",
+    (PLAIN, "loss-best"): "the loss, plain BCE, stopped early",
+    (PLAIN, "loss-folds"): "the loss, plain BCE trained without the mask",
+    (PLAIN, "quality"): "cleanlab's score, plain BCE, last epoch",
+    (PLAIN, "quality-best"): "cleanlab's score, plain BCE, stopped early",
+    (PLAIN, "quality-folds"): "cleanlab's score, plain BCE trained without the mask",
+}
+
+
+def signs_found(kept: Tasks) -> dict[str, dict[str, list[float]]]:
+    """In the words and order of ``SIGNS``, where both tasks have them."""
+    found = contrasts.found_wrong(kept)
+    return {
+        words: found[sign]
+        for sign, words in SIGNS.items()
+        if len(found.get(sign, ())) == len(SPOILT)
+    }
+
+
+def _found(found: dict[str, dict[str, list[float]]]) -> str:
+    """How well the level finds the wrong masks, and what finds them best."""
+    said = []
+    for task in SPOILT:
+        means = {words: float(np.mean(each[task])) for words, each in found.items()}
+        best, level = max(means, key=means.__getitem__), SIGNS[DEFAULT, "level"]
+        more = "the best of all" if best == level else f"{best}: {means[best]:.2f}"
+        kind = NAMES[task].removeprefix("digits with ")
+        said.append(f"{kind} with an AUROC of {means[level]:.2f} ({more})")
+    return " and ".join(said)
+
+
+def signs(found: dict[str, dict[str, list[float]]]) -> str:
     rows = [
-        row
-        for row in dict.fromkeys((*RIVALS, BEST_FIXED, *OTHERS))
-        if any(k.has(row, DEFAULT) for k in there.values())
+        [words, *(f"{np.mean(each[task]):.2f}" for task in SPOILT)] for words, each in found.items()
     ]
-    return there, rows
+    return report.table(["AUROC of the wrong masks by", *(NAMES[task] for task in SPOILT)], rows)
 
 
-def fourth(kept: Tasks) -> Answer:
-    """Which rivals are better, where?"""
-    there, names = rivals_tried(kept)
-    shown: list[list[str]] = []
-    rest: list[list[str]] = []
-    wins: dict[str, list[str]] = {}
-    for row in names:
-        cells, sure = [], False
-        for name, k in there.items():
-            if not k.has(row, DEFAULT):
-                cells += ["", ""]
-                continue
-            raw, both = k.gap(row, DEFAULT), k.gap(row, DEFAULT, "best", True)
-            cells += [cell(raw), cell(both)]
-            sure = sure or both.verdict != "undecided"
-            if both.verdict == "lower":
-                wins.setdefault(name, []).append(f"{title(row)} ({figures(both)})")
-        (shown if sure else rest).append([title(row), *cells])
-    head = [""]
-    for name in there:
-        head += [f"{NAMES[name]}: last epoch, raw", f"{NAMES[name]}: stopped early, repaired"]
-    said = "; ".join(f"on {NAMES[name]} {', '.join(won)}" for name, won in wins.items())
-    line = f"Stopped early and repaired, better than the default: {said or 'none is shown'}."
-    if not shown:
-        return Answer(line, report.table(head, rest))
-    return Answer(line, report.table(head, shown), report.table(head, rest) if rest else "")
-
-
-def fifth(kept: Tasks) -> Answer:
-    """Under corruption and without validation data, which loss is the safest?"""
-    there = having(kept, MAIN, PLAIN, BEST_FIXED)
-    rows = {row: [title(row)] for row in SOFTER}
-    for row, cells in rows.items():
-        for k in there.values():
-            if not k.has(row, PLAIN):
-                cells.append("")
-                continue
-            mean = f"{corrupted(k, row, k.seeds(row)).mean():.4f}"
-            cells.append(mean if row == PLAIN else f"{mean}, {cell(under_corruption(k, row))}")
-    safest: dict[str, list[str]] = {}
-    for name, k in there.items():
-        gaps = {row: under_corruption(k, row) for row in SOFTER if k.has(row, PLAIN)}
-        least = min(gaps, key=lambda row: gaps[row].value)
-        against = "" if least == PLAIN else f" ({figures(gaps[least])})"
-        safest.setdefault(least, []).append(f"{NAMES[name]}{against}")
-    said = "; ".join(f"{title(row)} on {listed(names)}" for row, names in safest.items())
+def repairs(kept: Tasks) -> Answer:
+    gaps, few = contrasts.of_repairs(kept), contrasts.few_images(kept)
+    if not gaps or not few:
+        return Answer(NOT_RUN)
+    rows = [
+        [f"{NAMES[task]}, {end}", *(cell(gaps[task, repair, end]) for repair in REPAIRS)]
+        for task in ordered(place[0] for place in gaps)
+        for end in ENDS.values()
+    ]
+    table = report.table(["all validation data", *(MAPS[repair] for repair in REPAIRS)], rows)
+    body = [
+        [f"{NAMES[name]}, {ENDS[epoch]}", MAPS[repair], f"{raw:.4f}", *(f"{x:.4f}" for x in values)]
+        for (name, epoch, repair), (raw, values) in few.items()
+    ]
+    head = ["NLL of plain BCE", "repair", "raw", *(f"{count} images" for count in COUNTS)]
+    early, late = (_best_of(gaps, ENDS[epoch]) for epoch in ("best", "last"))
+    means = f"stopped early ({early[1]} against no repair, {early[2]}) and"
+    if early[0] == late[0]:
+        means = f"it has the lowest mean NLL over the tasks, {means} after the last epoch "
+        means += f"({late[1]}, {late[2]})"
+    else:
+        means = f"it has the lowest mean NLL over the tasks {means} {late[0]} after the last "
+        means += f"epoch ({late[1]}, {late[2]})"
+    by_count: dict[str, list[str]] = {}
+    for count, best in best_by_count(kept).items():
+        by_count.setdefault(MAPS[best], []).append(str(count))
+    lowest = listed(f"{name} with {listed(counts)}" for name, counts in by_count.items())
     line = (
-        "After the last epoch and unrepaired, the lowest mean NLL on corrupted data (against plain "
-        f"BCE): {said}."
+        f"{capital(early[0])}: of four, {means}; on {listed(SEARCHED)}, stopped early, the lowest "
+        f"is {lowest} images."
     )
-    line += " Stopped early and repaired on clean data"
-    for words, row in ((", the default: ", DEFAULT), (" Moderation .2, drawn: ", BEST_FIXED)):
-        both = {n: under_corruption(k, row, True) for n, k in there.items() if k.has(row, PLAIN)}
-        line += f"{words}{by_verdict(both)}."
-    head = ["", *(NAMES[name] for name in there)]
-    repaired = [
-        [
-            title(row),
-            *(
-                cell(under_corruption(k, row, True)) if k.has(row, PLAIN) else ""
-                for k in there.values()
-            ),
-        ]
-        for row in SOFTER[1:]
+    return Answer(line, table, report.table(head, body))
+
+
+def _best_of(gaps: Gaps, end: str) -> tuple[str, str, str]:
+    """The repair of the least mean NLL, what it changes, and where that is shown."""
+    means = mean_change(gaps, end)
+    best = min(means, key=means.__getitem__)
+    each = {task: gap for (task, repair, e), gap in gaps.items() if (repair, e) == (best, end)}
+    lower = shown(each, "lower")
+    where_lower = f"lower on {listed(lower)}" if lower else "shown on no task"
+    return MAPS[best], f"{means[best]:+.1f} %", where_lower
+
+
+def mean_change(gaps: Gaps, end: str) -> dict[str, float]:
+    """Of each repair, in per cent, over the tasks."""
+    return {
+        repair: float(np.mean([g.value for place, g in gaps.items() if place[1:] == (repair, end)]))
+        for repair in REPAIRS
+    }
+
+
+def best_by_count(kept: Tasks) -> dict[int, str]:
+    """The repair, or none, of the least mean NLL, stopped early, by the number of images."""
+    found = {}
+    for place, count in enumerate(COUNTS):
+        change = {RAW: 0.0}
+        for repair in REPAIRS:
+            each = [
+                few[place] / raw - 1
+                for (_, epoch, which), (raw, few) in contrasts.few_images(kept).items()
+                if (epoch, which) == ("best", repair)
+            ]
+            change[repair] = float(np.mean(each))
+        found[count] = min(change, key=change.__getitem__)
+    return found
+
+
+def slopes(kept: Tasks) -> Answer:
+    """Does the slope tell beforehand where a softening loss helps?"""
+    gaps = contrasts.of_slopes(kept)
+    if not gaps:
+        return Answer(NOT_RUN)
+    late, early = (reading(gaps, words) for words in READINGS)
+    slope = {name: contrasts.slope_of_plain(kept[name]) for name in late}
+    rows = [
+        [NAMES[name], f"{slope[name]:.2f}", cell(late[name]), cell(early[name])] for name in late
     ]
-    few = report.table(head, [rows[row] for row in (PLAIN, SMOOTHED, BEST_FIXED, DEFAULT)])
-    others = report.table(head, list(rows.values()))
-    words = "The same, stopped early and repaired on validation data that are not corrupted:"
-    return Answer(line, few, f"{others}\n\n{words}\n\n{report.table(head, repaired)}")
-
-
-def corrupted(
-    k: Kept, row: str, seeds: Sequence[int], epoch: str = "last", fix: str = RAW
-) -> "NDArray[np.float64]":
-    """NLL of each seed, mean of the kinds and severities."""
-    each = k.each(row, seeds, epoch, "corrupted", fix)
-    return np.array([np.mean([brief[0] for brief in one.values()]) for one in each])
-
-
-def under_corruption(k: Kept, row: str, repaired: bool = False) -> Gap:
-    """Against plain BCE, over the seeds: the last epoch, raw, or stopped early and repaired."""
-    seeds = k.seeds(row, PLAIN)
-    epoch = "best" if repaired else "last"
-    a, b = (
-        corrupted(k, name, seeds, epoch, k.best_map(name, epoch, seeds) if repaired else RAW)
-        for name in (row, PLAIN)
+    decided = {name: gap for name, gap in late.items() if gap.verdict != "undecided"}
+    wrong = [n for n, gap in decided.items() if (slope[n] < 1) != (gap.verdict == "lower")]
+    word = "No" if len(wrong) > 1 else "Not shown" if wrong or len(decided) < 2 else "Yes"
+    helped = shown(early, "lower")
+    line = (
+        f"{word}: {SAID[AT_END]}, a slope below 1 tells whether moderation .2 lowers the NLL on "
+        f"{len(decided) - len(wrong)} of the {len(decided)} tasks where a difference is shown, of "
+        f"{len(late)} tried{', not on ' + listed(wrong) if wrong else ''}; {SAID[REPAIRED]}, it "
+        f"lowers it on {listed(helped) if helped else 'none of them'}."
     )
-    return over_seeds(a, b, SEEDED.get(k.task, 0.0)).percent
+    return Answer(line, report.table(["", "slope of plain BCE", *READINGS], rows))
+
+
+def rivals(kept: Tasks) -> Answer:
+    gaps = contrasts.of_rivals(kept)
+    if not gaps:
+        return Answer(NOT_RUN)
+    tasks, rows = ordered(place[0] for place in gaps), dict.fromkeys(place[1] for place in gaps)
+    said, won = [], any(gap.verdict == "lower" for gap in gaps.values())
+    for words in (REPAIRED, AT_END):
+        wins: dict[str, list[str]] = {}
+        least: dict[str, list[str]] = {}
+        for task in tasks:
+            each = {row: gaps[task, row, words] for row in rows if (task, row, words) in gaps}
+            for row in shown(each, "lower"):
+                wins.setdefault(short(row), []).append(named(task, each[row]))
+            best = min(each, key=lambda row, each=each: each[row].value)  # type: ignore[misc]
+            least.setdefault(short(best), []).append(named(task, each[best]))
+        on = listed(f"{row} on {listed(where)}" for row, where in (wins or least).items())
+        said.append(f"{on}, {SAID[words]}" if wins or not won else "")
+    word = "Shown to be lower is" if won else f"None of {len(rows)} is shown to be; the lowest is"
+    line = f"{word} {', and '.join(part for part in said if part)}."
+    table = report.table(
+        ["", *(f"{NAMES[task]}: {words}" for task in tasks for words in READINGS)],
+        [
+            [title(row), *(cell(gaps.get((task, row, w))) for task in tasks for w in READINGS)]
+            for row in rows
+        ],
+    )
+    return Answer(line, more=table)
+
+
+def corrupted(kept: Tasks) -> Answer:
+    """Under corruption and without validation data, which loss is the safest?"""
+    gaps = contrasts.of_corrupted(kept)
+    if not gaps:
+        return Answer(NOT_RUN)
+    tasks = ordered(place[0] for place in gaps)
+    safest: dict[str, list[str]] = {}
+    for task in tasks:
+        each = {row: gaps[task, row, AT_END] for row in SOFTER if (task, row, AT_END) in gaps}
+        best = min(each, key=lambda row, each=each: each[row].value)  # type: ignore[misc]
+        sure = "" if each[best].verdict == "lower" else ", not shown"
+        if each[best].value >= 0:
+            safest.setdefault(PLAIN, []).append(NAMES[task])
+        else:
+            safest.setdefault(best, []).append(named(task, each[best], sure))
+    repaired = [
+        f"{short(row)} on {named(task, gap)}"
+        for (task, row, words), gap in gaps.items()
+        if words == REPAIRED and gap.verdict == "lower"
+    ]
+    first, *others = sorted(safest, key=lambda row: -len(safest[row]))
+    said = f"its mean NLL is the lowest of {len(SOFTER) + 1}, against plain BCE, on "
+    said += listed(safest[first])
+    if others:
+        said += f", and otherwise {listed(f'{short(n)} on {listed(safest[n])}' for n in others)}"
+    line = (
+        f"{capital(short(first))}: {SAID[AT_END]}, {said}; {SAID[REPAIRED]} on clean data, "
+        f"{listed(repaired) if repaired else 'none'} is shown to be lower."
+    )
+    return Answer(
+        line,
+        _corrupted(kept, gaps, tasks, (SMOOTHED, BEST_FIXED, DEFAULT)),
+        "\n\n".join(
+            [
+                _corrupted(kept, gaps, tasks, SOFTER),
+                "The same, stopped early and repaired on validation data that are not corrupted:",
+                report.table(
+                    ["", *(NAMES[task] for task in tasks)],
+                    [
+                        [title(row), *(cell(gaps.get((task, row, REPAIRED))) for task in tasks)]
+                        for row in SOFTER
+                    ],
+                ),
+            ]
+        ),
+    )
+
+
+def _corrupted(kept: Tasks, gaps: Gaps, tasks: Sequence[str], rows: Sequence[str]) -> str:
+    """After the last epoch, raw."""
+    body = []
+    for row in (PLAIN, *rows):
+        body.append([title(row)])
+        for task in tasks:
+            k, gap = kept[task], gaps.get((task, row, AT_END))
+            mean = f"{contrasts.corrupted(k, row, k.seeds(row)).mean():.4f}" if k.has(row) else ""
+            body[-1].append(", ".join(x for x in (mean, cell(gap) if gap else "") if x) or MISSING)
+    return report.table(["", *(NAMES[task] for task in tasks)], body)
+
+
+# ---------------------------------------------------------------- what else is shown
+
+
+def noisy(kept: Tasks) -> str:
+    """What the guide to noisy labels says of masks."""
+    early, late = both(contrasts.line(contrasts.of_samples(kept), NO_LEVEL))
+    return (
+        f"- The level finds {_found(signs_found(kept))}.\n"
+        f"- {capital(SAID[AT_END])}, the NLL of the adaptive loss against plain BCE is {late}.\n"
+        f"- {capital(SAID[REPAIRED])}, it is {early}."
+    )
 
 
 def no_object(kept: Tasks) -> str:
     """Images that show none of what is looked for, and whether confidence tells them apart."""
     there = having({n: k for n, k in kept.items() if "ood" in k.all[0]["last"]}, MAIN, PLAIN)
     rows = []
-    for row in SOFTER:
-        cells = []
+    for row in (PLAIN, *SOFTER):
+        rows.append([title(row)])
         for k in there.values():
             if not k.has(row):
-                cells += ["", ""]
+                rows[-1] += [MISSING, MISSING]
                 continue
             each = np.array(k.each(row, k.seeds(row), "last", "ood", RAW))
             spread = each.std(0, ddof=1)
-            cells += [
+            rows[-1] += [
                 f"{each[:, 0].mean():.3f} ± {spread[0]:.3f}",
                 f"{each[:, -2].mean():.2f} ± {spread[-2]:.2f}",
             ]
-        rows.append([title(row), *cells])
-    head = [""]
-    for name in there:
-        head += [f"{NAMES[name]}: NLL", f"{NAMES[name]}: AUROC of confidence"]
-    return report.table(head, rows)
+    columns = ("NLL", "AUROC of confidence")
+    return report.table(["", *(f"{NAMES[n]}: {c}" for n in there for c in columns)], rows)
 
 
 def truth(kept: Tasks) -> str:
     """Where the true probabilities are known: the distance from them, in no bins."""
-    if "rates" not in kept or not kept["rates"].has(PLAIN, DEFAULT):
+    if not having(kept, ["rates"], PLAIN, DEFAULT):
         return ""
     k, rows = kept["rates"], []
     for row in (PLAIN, DEFAULT, BEST_FIXED, SMOOTHED, SMOOTHED_BASE):
@@ -413,9 +527,9 @@ def truth(kept: Tasks) -> str:
             continue
         seeds = k.seeds(row)
         for epoch, fix, words in (
-            ("last", RAW, "last epoch, raw"),
+            ("last", RAW, AT_END),
             ("best", RAW, "stopped early, raw"),
-            ("best", k.best_map(row, "best", seeds), "stopped early, repaired"),
+            ("best", k.best_map(row, "best", seeds), REPAIRED),
         ):
             tested = k.each(row, seeds, epoch, "test", fix)
             distance = [
@@ -438,127 +552,98 @@ def truth(kept: Tasks) -> str:
     head = [
         "",
         "",
-        "|p - P|",
+        "&#124;p - P&#124;",
         "1000 (p - P)^2",
         "of it calibration",
         "mean p / base rate, label of .01",
     ]
     words = "Known rates: distance of the answers p from the true chances P, mean of the labels."
-    return f"{words}\n\n{report.table([cell.replace('|', '&#124;') for cell in head], rows)}"
+    return f"{words}\n\n{report.table(head, rows)}"
 
 
-Few = dict[tuple[str, str, str], tuple[float, list[float]]]
-
-
-def few_images(kept: Tasks) -> Few:
-    """Plain BCE's NLL by task, epoch and repair: raw, and repaired from 10, 25, 50, 150 images."""
-    found: Few = {}
-    for name, k in having(kept, ("digits", "photographs"), PLAIN).items():
-        for epoch in EPOCHS:
-            for repair in REPAIRS:
-                few = [
-                    float(
-                        np.mean(
-                            [
-                                score[0]
-                                for scores in k.each(
-                                    PLAIN, k.seeds(PLAIN), epoch, "few", str(count), repair
-                                )
-                                for score in scores
-                            ]
-                        )
-                    )
-                    for count in IMAGES
-                ]
-                raw, full = (k.mean(PLAIN, epoch, fix, "nll") for fix in (RAW, repair))
-                found[name, epoch, repair] = raw, [*few, full]
-    return found
-
-
-ENDS = dict(zip(EPOCHS, ("last epoch", "stopped early"), strict=True))
-
-
-def sixth(kept: Tasks) -> Answer:
-    """How many validation images does each repair need?"""
-    found, counts = few_images(kept), [*IMAGES, 150]
-    enough: dict[str, list[float]] = {}
-    rows = {}
-    for (name, epoch, repair), (raw, few) in found.items():
-        helped = (c for c, x in zip(counts, few, strict=True) if x < raw)
-        enough.setdefault(repair, []).append(next(helped, np.inf))
-        rows[name, epoch, repair] = [
-            f"{NAMES[name]}, {ENDS[epoch]}",
-            repair,
-            f"{raw:.4f}",
-            *(f"{x:.4f}" for x in few),
-        ]
-    said = [
-        f"{repair} {max(least):.0f}" if np.isfinite(max(least)) else f"{repair} more than 150"
-        for repair, least in enough.items()
-    ]
-    line = (
-        "Of 10, 25, 50 and 150 images, the fewest that lower plain BCE's mean NLL on digits and "
-        f"photographs, stopped early or not: {listed(said)}."
-        if said
-        else "Not run yet."
-    )
-    head = ["plain BCE", "repair", "raw", *(f"{count} images" for count in counts)]
-    few_rows = [
-        row
-        for (_, epoch, repair), row in rows.items()
-        if epoch == "best" and repair in ("temperature", "isotonic")
-    ]
-    return Answer(line, report.table(head, few_rows), report.table(head, list(rows.values())))
-
-
-def slopes(kept: Tasks) -> dict[str, tuple[float, Gap, Gap]]:
-    """Plain BCE's slope on validation at the last epoch, and what drawn moderation .2 changes."""
-    return {
-        name: (
-            float(np.mean([run["history"]["slope"][-1] for run in k.runs[PLAIN].values()])),
-            k.gap(BEST_FIXED),
-            k.gap(BEST_FIXED, PLAIN, "best", True),
-        )
-        for name, k in having(kept, NAMES, PLAIN, BEST_FIXED).items()
-    }
-
-
-def seventh(kept: Tasks) -> Answer:
-    """Does the slope tell beforehand where a softening loss helps?"""
-    found = slopes(kept)
+def take(kept: Tasks) -> str:
+    """What to use in which situation, as far as a difference is shown."""
     rows = [
-        [NAMES[name], f"{slope:.2f}", cell(raw), cell(both)]
-        for name, (slope, raw, both) in found.items()
+        ["validation data like the test data", _with_validation(kept)],
+        ["no repair, training to the last epoch, and a slope below 1", _without(kept, True)],
+        ["a slope of 1 or more", _without(kept, False)],
+        ["a pretrained network to fine-tune", _pretrained(kept)],
+        ["compute to spare", _compute(kept)],
     ]
-    head = ["", "slope of plain BCE", "moderation .2, last epoch, raw", "stopped early, repaired"]
-    right = {
-        name: (slope < 1) == (raw.verdict == "lower")
-        for name, (slope, raw, _) in found.items()
-        if raw.verdict != "undecided"
+    table = report.table(["you have", "use"], [row for row in rows if row[1]])
+    return table.replace("--:", "---")
+
+
+def _with_validation(kept: Tasks) -> str:
+    gaps = reading(contrasts.of_default(kept), REPAIRED)
+    wins = beaten(gaps) == "Yes"
+    loss = f"`{CODE[DEFAULT]}`" if wins else "plain BCE"
+    counts = {count: best for count, best in best_by_count(kept).items() if best != RAW}
+    by_count = [
+        f"`{CODE[best]}` from {min(c for c in counts if counts[c] == best)} images on"
+        for best in dict.fromkeys(counts.values())
+    ]
+    words = f"{loss}, stopped at its best validation NLL. Then compare repairs on images that none "
+    words += f"of them was fitted to: {', '.join(by_count)}: question 6. "
+    if not wins:
+        words += "Whether a softer loss adds to it, your own data must show: "
+        words += "`python benchmarks/calibration.py --data FOLDER`: question 1"
+    return words
+
+
+def _without(kept: Tasks, over_confident: bool) -> str:
+    """Of the default and moderation .2: lower on two tasks of this kind, and never higher."""
+    families = {
+        DEFAULT: reading(contrasts.of_default(kept), AT_END),
+        BEST_FIXED: {
+            n: g for n, g in reading(contrasts.of_slopes(kept), AT_END).items() if n in MAIN
+        },
     }
-    wrong = [NAMES[name] for name, good in right.items() if not good]
-    word = "No" if len(wrong) > 1 else "Undecided" if wrong or len(right) < 2 else "Yes"
-    shown = sum(right.values())
-    line = (
-        f"{word}, after the last epoch and unrepaired: a slope below 1 predicts whether moderation "
-        f".2 lowers the NLL on {shown} of the {len(right)} tasks and variants on which a "
-        f"difference is shown, of {len(found)} tried"
-    )
-    line += f"; it is wrong on {listed(wrong)}." if wrong else "."
-    helped = [NAMES[n] for n, (s, _, both) in found.items() if s < 1 and both.verdict == "lower"]
-    line += (
-        " After early stopping and repair it predicts little: a gain is shown on "
-        f"{listed(helped) if helped else 'none of them'}."
-    )
-    return Answer(line, report.table(head, rows))
+    found, harm = [], []
+    for row, gaps in families.items():
+        of_kind = {
+            task: gap
+            for task, gap in gaps.items()
+            if (contrasts.slope_of_plain(kept[task]) < 1) == over_confident
+        }
+        lower = shown(of_kind, "lower")
+        higher = [task for task, gap in of_kind.items() if gap.low > 0]  # without a correction
+        if len(lower) > 1 and not higher:
+            found.append(f"`{CODE[row]}` (lower on {listed(lower)})")
+        if higher:
+            harm.append(f"`{CODE[row]}` is higher on {listed(higher)}")
+    if found:
+        return f"{' or '.join(found)}: questions 1 and 7"
+    return f"plain BCE{'; ' if harm else ''}{' and '.join(harm)}: questions 1 and 7"
 
 
-QUESTIONS: tuple[tuple[str, Callable[[Tasks], Answer]], ...] = (
-    ("Stopped early and repaired, does our default beat plain BCE?", first),
-    ("Is it the draw, the base rate, or both?", second),
-    ("Does the adaptive level find the best fixed one?", third),
-    ("Which rival is better than ours, and on which task?", fourth),
-    ("Which loss is the safest if nothing can be repaired?", fifth),
-    ("How many validation images does a repair need?", sixth),
-    ("Does plain BCE's slope predict when softening helps?", seventh),
-)
+def _pretrained(kept: Tasks) -> str:
+    gaps = contrasts.of_fine_tuned(kept)
+    if not gaps:
+        return ""
+    said = []
+    for words in (REPAIRED, AT_END):
+        lower, higher = (
+            [short(row) for row in shown(reading(gaps, words, by=1), verdict)]
+            for verdict in ("lower", "higher")
+        )
+        said.append(f"{SAID[words]}, {listed(lower) if lower else 'plain BCE'}")
+        said[-1] += f", not {listed(higher)}" if higher else ""
+    return f"{'; '.join(said)}: question 2"
+
+
+def _compute(kept: Tasks) -> str:
+    gaps = contrasts.of_rivals(kept)
+    spent = {place: gap for place, gap in gaps.items() if place[1] in ("ensemble", "mixup")}
+    if not spent:
+        return ""
+    wins = [
+        f"{short(row)} on {NAMES[task]}, {words}"
+        for (task, row, words), gap in spent.items()
+        if gap.verdict == "lower"
+    ]
+    if wins:
+        return f"{'; '.join(wins)}: question 8"
+    least = min(spent, key=lambda place: spent[place].value)
+    low = f"{short(least[1])} on {named(least[0], spent[least])}, {least[2]}"
+    return f"try an ensemble or mixup; none is shown to be lower, the lowest is {low}: question 8"

@@ -1,33 +1,28 @@
 """The figures of the study."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.study.answers import (
-    DRAWN_HALF,
+from benchmarks.study import contrasts
+from benchmarks.study.answers import COUNTS, MAPS, SIGNS, signs_found
+from benchmarks.study.compare import Gap
+from benchmarks.study.contrasts import (
     ENDS,
     MAIN,
     NAMES,
-    PAIRS,
+    READINGS,
+    REPAIRED,
     SMOOTHED,
-    SMOOTHED_BASE,
-    SOFTER,
+    SPOILT,
+    Gaps,
     Tasks,
-    few_images,
     having,
-    last_levels,
-    rivals_tried,
-    slopes,
     title,
-    tried,
-    under_corruption,
 )
-from benchmarks.study.compare import Gap
-from benchmarks.study.judge import IMAGES, RAW, REPAIRS
-from benchmarks.study.kept import Kept
-from benchmarks.study.rows import BEST_FIXED, DEFAULT, FAMILIES, PLAIN
+from benchmarks.study.judge import RAW, REPAIRS
+from benchmarks.study.rows import BEST_FIXED, DEFAULT, FAMILIES, PLAIN, ROWS
 from benchmarks.study.run import EPOCHS
 
 if TYPE_CHECKING:
@@ -68,9 +63,9 @@ def parts_figure(kept: Tasks) -> "Figure":
     figure, axes = _figure(max(len(there), 1), max(1.9 * len(there), 6.0), 3.6)
     for one, (name, k) in zip(axes, there.items(), strict=False):
         for row in k.runs:
-            family = next((f for f, best in k.tuned.items() if best == row), row)
+            family = next((f for f, members in FAMILIES.items() if row in members), row)
             mark, colour, label = MARKS.get(family, (".", "#888888", "other rows"))
-            if any(row in members and k.tuned.get(f) != row for f, members in FAMILIES.items()):
+            if k.row(family) != row:  # not the tuned one
                 continue
             seeds = k.seeds(row)
             if len(seeds) < 2:
@@ -118,95 +113,85 @@ def parts_figure(kept: Tasks) -> "Figure":
     return figure
 
 
-Change = Callable[[Kept, str], "Gap | None"]
+Lines = dict[str, dict[str, Gap]]
+"""The differences in each reading, by what stands beside them."""
 
 
-def _against(other: str, epoch: str, repaired: bool) -> Change:
-    def change(k: Kept, row: str) -> "Gap | None":
-        return k.gap(row, other, epoch, repaired) if k.has(row, other) else None
+def _forest(panels: dict[str, Lines], words: str) -> "Figure":
+    """A line per difference, a mark per reading with its interval; filled if it survives.
 
-    return change
-
-
-def _forest(
-    there: dict[str, Kept],
-    rows: Sequence[tuple[str, str]],
-    changes: Sequence[tuple[str, Change]],
-    words: str,
-) -> "Figure":
-    """A panel per task, a line per row (its words and name), a mark per change with its interval.
-
-    A mark is filled if the interval excludes 0.
+    An interval that is far wider than all differences of its panel is cut.
     """
-    height = 0.24 * len(rows) * len(changes) ** 0.5 + 1.2
-    figure, axes = _figure(max(len(there), 1), 1.5 * max(len(there), 1) + 2.2, height)
-    steps = np.linspace(0.15, -0.15, len(changes)) if len(changes) > 1 else [0.0]
-    for one, k in zip(axes, there.values(), strict=False):
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))[::-1]
+    height = (0.34 if len(names) < 12 else 0.24) * len(names) + 1.2
+    figure, axes = _figure(max(len(panels), 1), 1.5 * max(len(panels), 2) + 2.2, height)
+    for one, (head, lines) in zip(axes, panels.items(), strict=False):
         one.axvline(0, color="#888888", linewidth=1)
-        ends: list[float] = []
-        for place, (_, row) in enumerate(rows[::-1]):
-            for step, mark, (_, change) in zip(steps, "os", changes, strict=False):
-                gap = change(k, row)
-                if gap is None:
-                    continue
-                y, finite = place + step, np.isfinite(gap.low)
-                ends += [gap.value, *((gap.low, gap.high) if finite else ())]
-                if finite:
+        for name, gaps in lines.items():
+            for step, mark, reading in zip((0.15, -0.15), "os", READINGS, strict=True):
+                gap, y = gaps[reading], names.index(name) + step
+                if np.isfinite(gap.low):
                     one.plot([gap.low, gap.high], [y, y], color="#000000", linewidth=0.8)
-                one.plot(
-                    gap.value,
-                    y,
-                    mark,
-                    color="#000000",
-                    markersize=4,
-                    markerfacecolor="#000000" if gap.verdict != "undecided" and finite else "white",
-                )
-        one.set_yticks(range(len(rows)), [words for words, _ in rows[::-1]])
-        one.set_ylim(-0.6, len(rows) - 0.4)
+                face = "white" if gap.verdict == "undecided" else "#000000"
+                one.plot(gap.value, y, mark, color="#000000", markersize=4, markerfacecolor=face)
+        most = max((abs(gap.value) for gaps in lines.values() for gap in gaps.values()), default=0)
+        low, high = one.get_xlim()
+        one.set_xlim(max(low, -3 * most - 1), min(high, 3 * most + 1))
+        one.set_yticks(range(len(names)), names)
+        one.set_ylim(-0.6, len(names) - 0.4)
         one.tick_params(left=one is axes[0], labelleft=one is axes[0])
         one.locator_params(axis="x", nbins=4)
-        one.set_title(NAMES[k.task], fontsize=9)
-    figure.supxlabel(words, fontsize=8)
-    if len(changes) > 1:
-        for mark, (label, _) in zip("os", changes, strict=False):
-            axes[0].plot([], [], mark, color="#000000", markersize=4, label=label)
-        figure.legend(loc="outside upper center", ncols=2, fontsize=7, frameon=False)
+        one.set_title(head, fontsize=9)
+    figure.supxlabel(f"{words} (filled: shown)", fontsize=8)
+    for mark, label in zip("os", READINGS, strict=True):
+        axes[0].plot([], [], mark, color="#000000", markersize=4, label=label)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=7, frameon=False)
     return figure
 
 
-def _both(other: str) -> list[tuple[str, Change]]:
-    return [
-        ("last epoch, raw", _against(other, "last", False)),
-        ("stopped early, repaired", _against(other, "best", True)),
-    ]
+def _of_tasks(gaps: Gaps) -> dict[str, Lines]:
+    """One panel, a line per task."""
+    lines: Lines = {}
+    for (task, _, reading), gap in gaps.items():
+        lines.setdefault(NAMES[task], {})[reading] = gap
+    return {"": lines}
+
+
+def _of_rows(gaps: Gaps) -> dict[str, Lines]:
+    """A panel per task, a line per row or contrast."""
+    panels: dict[str, Lines] = {}
+    for (task, row, reading), gap in gaps.items():
+        words = title(row) if row in ROWS or row in FAMILIES else row
+        panels.setdefault(NAMES[task], {}).setdefault(words, {})[reading] = gap
+    return {name: panels[name] for name in NAMES.values() if name in panels}
 
 
 def gaps_figure(kept: Tasks) -> "Figure":
-    """Against plain BCE, both stopped early and repaired."""
-    names = (DEFAULT, BEST_FIXED, SMOOTHED_BASE, DRAWN_HALF, SMOOTHED, "published", "decay")
-    rows = [(title(name), name) for name in names]
-    there = having(kept, MAIN, PLAIN, DEFAULT)
-    return _forest(there, rows, _both(PLAIN)[1:], "NLL against plain BCE, %")
+    return _forest(_of_tasks(contrasts.of_default(kept)), "NLL of the default against plain BCE, %")
+
+
+def fine_tuned_figure(kept: Tasks) -> "Figure | None":
+    gaps = contrasts.of_fine_tuned(kept)
+    return _forest(_of_rows(gaps), "NLL against plain BCE, %") if gaps else None
 
 
 def draws_figure(kept: Tasks) -> "Figure":
-    """The four contrasts of draw and base rate."""
-    seconds = {words: two for words, _, two in PAIRS}
-    firsts = {words: one for words, one, _ in PAIRS}
+    return _forest(_of_rows(contrasts.of_draws(kept)), "change of NLL, %")
 
-    def change(epoch: str, repaired: bool) -> Change:
-        return lambda k, words: _against(seconds[words], epoch, repaired)(k, firsts[words])
 
-    there = {n: k for n, k in kept.items() if n in having(kept, MAIN, BEST_FIXED, SMOOTHED_BASE)}
-    return _forest(
-        there,
-        [(words, words) for words in firsts],
-        [
-            ("last epoch, raw", change("last", False)),
-            ("stopped early, repaired", change("best", True)),
-        ],
-        "change of NLL, %",
+def rivals_figure(kept: Tasks) -> "Figure":
+    gaps = contrasts.of_rivals(kept)
+    early = {place: gap.value for place, gap in gaps.items() if place[2] == REPAIRED}
+    order = sorted(
+        gaps, key=lambda place: np.mean([v for p, v in early.items() if p[1] == place[1]])
     )
+    lowest_first = {place: gaps[place] for place in order}
+    return _forest(_of_rows(lowest_first), "NLL against the adaptive default, %")
+
+
+def corrupted_figure(kept: Tasks) -> "Figure":
+    words = "NLL on corrupted data against plain BCE, %"
+    return _forest(_of_rows(contrasts.of_corrupted(kept)), words)
 
 
 def _legend(axes: "Axes") -> None:
@@ -219,7 +204,7 @@ def levels_figure(kept: Tasks) -> "Figure":
     there = having(kept, MAIN, PLAIN, DEFAULT, BEST_FIXED)
     figure, axes = _figure(max(len(there), 1), 1.8 * max(len(there), 1) + 0.8, 2.8)
     for one, k in zip(axes, there.values(), strict=False):
-        means = tried(k)
+        means = contrasts.tried(k)
         levels = [0.0 if row == PLAIN else float(row.rsplit("-", 1)[1]) for row in means]
         base = means[PLAIN]
         order = np.argsort(levels)
@@ -236,7 +221,7 @@ def levels_figure(kept: Tasks) -> "Figure":
         seeds = k.seeds(DEFAULT, *means)
         value = np.mean(k.each(DEFAULT, seeds, "last", "test", RAW, "nll"))
         one.plot(
-            float(np.mean(last_levels(k))),
+            float(np.mean(contrasts.last_levels(k))),
             100 * (value / base - 1),
             "*",
             color=COLOURS[5],
@@ -252,27 +237,9 @@ def levels_figure(kept: Tasks) -> "Figure":
     return figure
 
 
-def rivals_figure(kept: Tasks) -> "Figure":
-    there, names = rivals_tried(kept)
-    rows = [(title(name), name) for name in names]
-    return _forest(there, rows, _both(DEFAULT), "NLL against the adaptive default, %")
-
-
-def corrupted_figure(kept: Tasks) -> "Figure":
-    def change(repaired: bool) -> Change:
-        return lambda k, row: under_corruption(k, row, repaired) if k.has(row, PLAIN) else None
-
-    return _forest(
-        having(kept, MAIN, PLAIN, BEST_FIXED),
-        [(title(name), name) for name in SOFTER[1:]],
-        [("last epoch, raw", change(False)), ("stopped early, repaired", change(True))],
-        "NLL on corrupted data against plain BCE, %",
-    )
-
-
 def images_figure(kept: Tasks) -> "Figure":
     """What each repair changes, over the number of validation images."""
-    found = few_images(kept)
+    found = contrasts.few_images(kept)
     panels = list(dict.fromkeys((name, epoch) for name, epoch, _ in found))
     figure, axes = _figure(max(len(panels), 1), 2.2 * max(len(panels), 1) + 0.8, 2.8)
     looks = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"))
@@ -283,18 +250,18 @@ def images_figure(kept: Tasks) -> "Figure":
         ):
             raw, few = found[name, epoch, repair]
             one.plot(
-                [*IMAGES, 150],
+                COUNTS,
                 [100 * (x / raw - 1) for x in few],
                 marker=mark,
                 linestyle=line,
                 color=colour,
                 markersize=4,
                 linewidth=1,
-                label=repair,
+                label=MAPS[repair],
             )
         one.set_title(f"{NAMES[name]}, {ENDS[epoch]}", fontsize=9)
         one.set_xscale("log")
-        one.set_xticks([*IMAGES, 150], [str(count) for count in (*IMAGES, 150)])
+        one.set_xticks(COUNTS, [str(count) for count in COUNTS])
         one.minorticks_off()
     figure.supxlabel("validation images", fontsize=8)
     axes[0].set_ylabel("change of plain BCE's NLL, %", fontsize=8)
@@ -305,44 +272,61 @@ def images_figure(kept: Tasks) -> "Figure":
 def slopes_figure(kept: Tasks) -> "Figure":
     """What moderation .2 changes, over plain BCE's slope."""
     figure, axes = _figure(2, 7.6, 3.2)
-    found = slopes(kept)
-    for one, words in zip(axes, ("last epoch, raw", "stopped early, repaired"), strict=True):
+    gaps = contrasts.of_slopes(kept)
+    most = max((abs(gap.value) for gap in gaps.values()), default=0.0)
+    for one, words in zip(axes, READINGS, strict=True):
         one.axhline(0, color="#888888", linewidth=1)
         one.axvline(1, color="#888888", linewidth=1, linestyle="--")
-        for name, (slope, raw, both) in found.items():
-            gap = raw if one is axes[0] else both
+        for name, gap in contrasts.reading(gaps, words).items():
+            slope = contrasts.slope_of_plain(kept[name])
             one.plot([slope, slope], [gap.low, gap.high], color="#000000", linewidth=1)
-            face = COLOURS[4] if name in MAIN else "white"
-            one.plot(slope, gap.value, "o", color=COLOURS[4], markersize=5, markerfacecolor=face)
+            face = "white" if gap.verdict == "undecided" else COLOURS[4]
+            mark = "o" if name in MAIN else "s"
+            one.plot(slope, gap.value, mark, color=COLOURS[4], markersize=5, markerfacecolor=face)
             if name in MAIN:
                 one.annotate(
                     NAMES[name], (slope, gap.value), (4, 4), textcoords="offset points", fontsize=7
                 )
         one.set_title(words, fontsize=9)
         one.set_xlabel("calibration slope of plain BCE (validation)", fontsize=8)
-        most = max((abs(values[1].value) for values in found.values()), default=0.0)
         one.set_ylim(-1.5 * most - 5, 1.5 * most + 5)  # a wide interval is cut
     axes[0].set_ylabel("NLL of moderation .2 against plain BCE, %", fontsize=8)
-    axes[1].plot(
-        [],
-        [],
-        "o",
-        color=COLOURS[4],
-        markerfacecolor="white",
-        markersize=5,
-        label="digits with fewer or wrong masks",
-    )
+    look: dict[str, Any] = {"color": COLOURS[4], "markerfacecolor": "white", "markersize": 5}
+    axes[1].plot([], [], "s", label="digits with fewer or wrong masks", **look)
     _legend(axes[1])
     return figure
 
 
-FIGURES: dict[str, "tuple[str, Callable[[Tasks], Figure]]"] = {
+def wrong_figure(kept: Tasks) -> "Figure | None":
+    """How well each sign finds the wrong masks: a bar for the mean, a ring per seed."""
+    found = signs_found(kept)
+    if not found:
+        return None
+    figure, axes = _figure(len(SPOILT), 8.0, 0.28 * max(len(found), 1) + 1.0)
+    for one, task in zip(axes, SPOILT, strict=True):
+        one.axvline(0.5, color="#888888", linewidth=1)
+        for y, (words, each) in enumerate(list(found.items())[::-1]):
+            mean = float(np.mean(each[task]))
+            colour = COLOURS[5] if words == SIGNS[DEFAULT, "level"] else COLOURS[4]
+            one.barh(y, mean - 0.5, left=0.5, height=0.6, color=colour, alpha=0.5)
+            one.plot(each[task], [y] * len(each[task]), "o", color="#000000", mfc="none", ms=4)
+        one.set_yticks(range(len(found)), list(found)[::-1])
+        one.tick_params(left=one is axes[0], labelleft=one is axes[0])
+        one.set_xlim(0.3, 1.02)
+        one.set_title(NAMES[task], fontsize=9)
+    figure.supxlabel("AUROC of the wrong masks (.5: chance)", fontsize=8)
+    return figure
+
+
+FIGURES: dict[str, "tuple[str, Callable[[Tasks], Figure | None]]"] = {
     "parts": ("Miscalibration against refinement, one point per row", parts_figure),
-    "gaps": ("NLL against plain BCE, both stopped early and repaired", gaps_figure),
-    "draws": ("What the draw and the base rate each change", draws_figure),
-    "levels": ("NLL over the fixed level, and the adaptive loss at its own", levels_figure),
+    "default": ("NLL of the default against plain BCE", gaps_figure),
+    "fine-tuned": ("NLL against plain BCE on a fine-tuned network", fine_tuned_figure),
+    "draw": ("What the draw and the base rate each change", draws_figure),
+    "level": ("NLL over the fixed level, and the adaptive loss at its own", levels_figure),
+    "wrong": ("How well levels and losses find wrong masks", wrong_figure),
+    "repair": ("Change of NLL by a repair over the number of images", images_figure),
+    "slope": ("Change of NLL over the slope of plain BCE", slopes_figure),
     "rivals": ("NLL of the rivals against the default", rivals_figure),
     "corrupted": ("NLL against plain BCE on corrupted images", corrupted_figure),
-    "images": ("Change of NLL by a repair over the number of images", images_figure),
-    "slopes": ("Change of NLL over the slope of plain BCE", slopes_figure),
 }

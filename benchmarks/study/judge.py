@@ -175,6 +175,15 @@ def separation(inside: Tensor, outside: Tensor) -> list[float]:
     return [pixels, float(roc_auc_score(kinds, np.concatenate(each)))]
 
 
+def label_quality(logits: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:
+    """Of each mask, low where some of its pixels are unlikely: the soft minimum of their chances.
+
+    Lad and Mueller 2023 (arXiv 2307.05080), the default of cleanlab's segmentation.
+    """
+    given = torch.sigmoid(torch.where(target == 1, logits, -logits).double()).flatten(1)
+    return (given * torch.softmax((1 - given) / temperature, 1)).sum(1)
+
+
 # ---------------------------------------------------------------- one network
 
 

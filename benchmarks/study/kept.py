@@ -24,8 +24,8 @@ SEEDED = {"cancer": 219 / 200, "rates": 0.0}  # of other test samples per seed; 
 class Kept:
     """All runs of one task.
 
-    A row is named as in ``rows``, or by its family, and is then that family's tuned member. Runs of
-    rows that are no longer there are left out.
+    A row is named as in ``rows``, or by its family (see ``row``). Runs of rows that are no longer
+    there are left out.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,14 +64,16 @@ class Kept:
         return found
 
     def row(self, name: str) -> str:
-        return self.tuned.get(name, name)
+        """Of a family the tuned member, or the only one that was run."""
+        there = [row for row in FAMILIES.get(name, ()) if row in self.runs]
+        return self.tuned.get(name, there[0] if len(there) == 1 else name)
 
     def seeds(self, *names: str) -> list[int]:
         """That all these rows have."""
         sets = [set(self.runs.get(self.row(name), {})) for name in names]
         return sorted(set.intersection(*sets))
 
-    def has(self, *names: str, seeds: int = 3) -> bool:
+    def has(self, *names: str, seeds: int = 2) -> bool:
         return len(self.seeds(*names)) >= seeds
 
     def each(self, name: str, seeds: Sequence[int], *keys: str) -> list[Any]:

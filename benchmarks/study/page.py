@@ -3,12 +3,14 @@
     python -m benchmarks.study.page
 
 Every number, verdict and picture of ``docs/study.md`` comes from here. The text that does not
-depend on the runs is in ``page.md``, where a line such as ``@answers`` is replaced.
+depend on the runs is in ``page.md``, where a line such as ``@answers`` is replaced. Printed is what
+README takes over.
 """
 
 import argparse
 import csv
 import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +20,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
-from benchmarks.study.answers import MAIN, NAMES, QUESTIONS, Tasks, by_verdict, having, no_object
+from benchmarks.study import answers
+from benchmarks.study.answers import MISSING, SAID, Answer, capital, no_object, take, where
+from benchmarks.study.contrasts import (
+    AT_END,
+    MAIN,
+    NAMES,
+    READINGS,
+    REPAIRED,
+    Tasks,
+    of_default,
+    reading,
+)
 from benchmarks.study.figures import FIGURES
 from benchmarks.study.judge import MAPS, RAW
 from benchmarks.study.kept import SEEDED, load
@@ -27,15 +40,27 @@ from benchmarks.study.run import EPOCHS, RESULTS, is_planned, planned
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
-PICTURES = tuple(FIGURES)[1:]  # of the questions, in their order
+COLUMNS = 4  # of README's table, at most
+QUESTIONS: tuple[tuple[str, str, Callable[[Tasks], Answer]], ...] = (  # and figure, its anchor too
+    ("Stopped early and repaired, does our default beat plain BCE?", "default", answers.default),
+    ("What does a fine-tuned pretrained network need?", "fine-tuned", answers.fine_tuned),
+    ("Is it the draw, the base rate, or both?", "draw", answers.draws),
+    ("Does the adaptive level find the best fixed one?", "level", answers.levels),
+    ("What does a level per sample add?", "wrong", answers.samples),
+    ("Which repair, and for how many validation images?", "repair", answers.repairs),
+    ("Does plain BCE's slope predict when softening helps?", "slope", answers.slopes),
+    ("Which rival is better than our default?", "rivals", answers.rivals),
+    ("Which loss is the safest if nothing can be repaired?", "corrupted", answers.corrupted),
+)
 
 
 # ---------------------------------------------------------------- the parts of the page
 
 
-def answers(kept: Tasks) -> str:
+def sentences(kept: Tasks) -> str:
     return "\n".join(
-        f"{i}. **{asked}** {answer(kept).line}" for i, (asked, answer) in enumerate(QUESTIONS, 1)
+        f"{i}. **[{asked}](#{name})** {answer(kept).line}"
+        for i, (asked, name, answer) in enumerate(QUESTIONS, 1)
     )
 
 
@@ -72,51 +97,47 @@ def made_of(kept: Tasks) -> str:
     return f"Versions: {shown}.\n\nData: {hashes}.\n\nTuned: {tuned}."
 
 
-def section(number: int) -> Callable[[Tasks], str]:
-    """A question's answer, figure and small table, and the rest to unfold."""
-
-    def text(kept: Tasks) -> str:
-        said = QUESTIONS[number - 1][1](kept)
-        more = said.more and (
-            '\n\n<details markdown="1">\n<summary>The whole table</summary>\n\n'
-            f"{said.more}\n\n</details>"
-        )
-        return f"{said.line}\n\n@{PICTURES[number - 1]}\n\n{said.table}{more}"
-
-    return text
+def sections(kept: Tasks) -> str:
+    """Of each question the answer, figure and table, and the rest to unfold."""
+    parts = []
+    for i, (asked, name, answer) in enumerate(QUESTIONS, 1):
+        line, table, more = answer(kept)
+        parts += [f"## {i}. {asked} {{ #{name} }}", line, f"@{name}", table]
+        if more:
+            head = '<details markdown="1">\n<summary>The whole table</summary>'
+            parts.append(f"{head}\n\n{more}\n\n</details>")
+    return "\n\n".join(part for part in parts if part)
 
 
 def readme(kept: Tasks) -> str:
-    """Four rows and at most four columns, mean NLL, and what they show."""
-    there = having(kept, MAIN, PLAIN, DEFAULT)
-    shown = list(there)[:4]
+    """Mean NLL of four rows on the first tasks that there are, and what they show."""
+    names = [n for n in MAIN if n in kept and kept[n].has(PLAIN, seeds=1)][:COLUMNS]
     lines = (
-        ("plain BCE, to the last epoch", PLAIN, "last", False),
-        ("plain BCE, stopped early and repaired", PLAIN, "best", True),
-        ("adaptive, to the last epoch", DEFAULT, "last", False),
-        ("adaptive, stopped early and repaired", DEFAULT, "best", True),
+        ("plain BCE, to the last epoch", PLAIN, AT_END),
+        ("plain BCE, stopped early and repaired", PLAIN, REPAIRED),
+        ("adaptive, to the last epoch", DEFAULT, AT_END),
+        ("adaptive, stopped early and repaired", DEFAULT, REPAIRED),
     )
-    rows = []
-    for words, row, epoch, repaired in lines:
-        cells = []
-        for name in shown:
-            k = there[name]
-            seeds = k.seeds(PLAIN, DEFAULT)
+    head, rows = ["NLL on test data"], [[words] for words, _, _ in lines]
+    for name in names:
+        k = kept[name]
+        seeds = k.seeds(PLAIN, DEFAULT) or k.seeds(PLAIN)
+        head.append(NAMES[name] if len(seeds) > 2 else f"{NAMES[name]} (seeds: {len(seeds)})")
+        for cells, (_, row, words) in zip(rows, lines, strict=True):
+            epoch, repaired = READINGS[words]
+            if not set(seeds) <= set(k.seeds(row)):
+                cells.append(MISSING)
+                continue
             fix = k.best_map(row, epoch, seeds) if repaired else RAW
             cells.append(f"{np.mean(k.each(row, seeds, epoch, 'test', fix, 'nll')):.4f}")
-        rows.append([words, *cells])
-    table = report.table(["NLL on test data", *(NAMES[name] for name in shown)], rows)
-    ends, both = (
-        by_verdict(
-            {name: there[name].gap(DEFAULT, PLAIN, epoch, repaired) for name in shown},
-            intervals=False,
-        )
-        for epoch, repaired in (("last", False), ("best", True))
-    )
-    return (
-        f"{table}\n\nNLL of the adaptive loss against plain BCE:\n\n"
-        f"- both to the last epoch: {ends};\n- both stopped early and repaired: {both}."
-    )
+    gaps = of_default(kept)  # of all tasks, whose number the correction counts
+    said = []
+    for words in (REPAIRED, AT_END):
+        each = {name: gap for name, gap in reading(gaps, words).items() if name in names}
+        if each:
+            said.append(f"{capital(SAID[words])}, its NLL is {where(each)}.")
+    compared = f"Adaptive against plain BCE: {' '.join(said)}" if said else ""
+    return f"{report.table(head, rows)}\n\n{compared}".rstrip()
 
 
 def table_csv(kept: Tasks) -> str:
@@ -142,15 +163,12 @@ def table_csv(kept: Tasks) -> str:
     return text.getvalue()
 
 
-def pictured(name: str, words: str) -> str:
-    return f"![{words}](study/{name}.png)"
-
-
 TEXTS: dict[str, Callable[[Tasks], str]] = {
-    "answers": answers,
+    "sentences": sentences,
     "made-of": made_of,
     "no-object": no_object,
-    **{f"question-{i}": section(i) for i in range(1, len(QUESTIONS) + 1)},
+    "sections": sections,
+    "take": take,
 }
 
 
@@ -164,12 +182,16 @@ def page(words: str, kept: Tasks, folder: Path) -> str:
 
     def drawn(name: str) -> str:
         caption, draw = FIGURES[name]
-        draw(kept).savefig(folder / f"{name}.png", metadata={"Software": None})
-        return pictured(name, caption)
+        figure = draw(kept)
+        if figure is None:
+            return ""
+        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+        return f"![{caption}](study/{name}.png)"
 
     parts: dict[str, Callable[[], str]] = {name: partial(drawn, name) for name in FIGURES}
     parts |= {name: partial(text, kept) for name, text in TEXTS.items()}
-    return report.fill(words.replace("{{state}}", state(kept)), parts)
+    filled = report.fill(words.replace("{{state}}", state(kept)), parts)
+    return re.sub(r"\n{3,}", "\n\n", filled)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -183,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept = {name: kept[name] for name in NAMES if name in kept}
     text = page((HERE / "page.md").read_text("utf-8"), kept, args.out / "study")
     (args.out / "study.md").write_text(text, "utf-8")
-    print(f"written: {args.out / 'study.md'}")
+    print(f"{readme(kept)}\n\nwritten: {args.out / 'study.md'}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,16 +35,27 @@ from tqdm import tqdm
 
 from benchmarks.data import tasks
 from benchmarks.data.backbone import NEEDED
-from benchmarks.data.tasks import IGNORED, Task
+from benchmarks.data.tasks import IGNORED, Part, Task
 from benchmarks.report import rounded, versions
 from benchmarks.study import rivals
-from benchmarks.study.judge import MAPS, SCALE, Judge, Predict, Result, histogram, packed, unpacked
+from benchmarks.study.judge import (
+    MAPS,
+    SCALE,
+    Judge,
+    Predict,
+    Result,
+    histogram,
+    label_quality,
+    packed,
+    unpacked,
+)
 from benchmarks.study.rows import (
     CORE,
     FAMILIES,
     FIRST,
     LEVELS,
     OTHERS,
+    PLAIN,
     ROWS,
     SHARED,
     Row,
@@ -85,6 +96,7 @@ MANY_SEEDS = tuple(range(3, 13))  # of the tables, whose runs take seconds
 FEW_SEEDS = (3, 4, 5)
 DECAY = 0.01  # of the weights, where a pretrained network is fine-tuned: AdamW's own
 SLOWER = 0.05  # the learning rate of its pretrained layers, beside that of the new ones
+FOLDS = 5  # of the training samples, where each is judged by a network that did not see it
 MEMBER = 1000  # seeds of an ensemble's members begin at this times its own
 
 # ---------------------------------------------------------------- one training
@@ -260,7 +272,7 @@ def finish(task: Task, name: str, seed: int, judge: Judge, tick: Callable[[], No
     if levels is not None:
         result["levels"] = sorted(levels.tolist()) if levels.std(correction=0) > 1e-6 else []
     if task.wrong is not None:
-        result["wrong"] = _detection(task, members[0], levels)
+        result["wrong"] = _detection(task, name, seed, members[0], levels)
     result["seconds"] = time.process_time() - started
     return rounded(result, 5), arrays
 
@@ -278,17 +290,39 @@ def mean_of(each: Sequence[Predict]) -> Predict:
     return predict
 
 
-def _detection(task: Task, trained: Trained, levels: Tensor | None) -> dict[str, float]:
-    """AUROC for finding the spoilt masks, by the level of the sample and by its loss."""
+def _detection(
+    task: Task, name: str, seed: int, trained: Trained, levels: Tensor | None
+) -> dict[str, float]:
+    """AUROC for finding the spoilt masks: by the level, and by what a network says of each mask.
+
+    It is the run's own, after either epoch, and for plain BCE one that was trained without the
+    sample too: five of them, stopped early, share out the training samples.
+    """
     from sklearn.metrics import roc_auc_score
 
-    y = task.train.target.float()
-    z = trained.predict("last")(task.train.inputs)
-    loss = F.binary_cross_entropy_with_logits(z, y, reduction="none").flatten(1).mean(1)
+    inputs, y = task.train.inputs, task.train.target.float()
+    signs = {} if levels is None else {"level": levels}
+    answers = {"": trained.predict("last")(inputs), "-best": trained.predict("best")(inputs)}
+    if name == PLAIN:
+        answers["-folds"] = _out_of_sample(task, seed)
+    for words, logits in answers.items():
+        each = F.binary_cross_entropy_with_logits(logits, y, reduction="none").flatten(1)
+        signs |= {f"loss{words}": each.mean(1), f"quality{words}": -label_quality(logits, y)}
     spoilt = np.zeros(len(y), bool)
     spoilt[task.wrong] = True
-    signs = {"loss": loss} | ({} if levels is None else {"level": levels})
     return {key: float(roc_auc_score(spoilt, sign.numpy())) for key, sign in signs.items()}
+
+
+def _out_of_sample(task: Task, seed: int) -> Tensor:
+    """Plain BCE's logits of the training samples, each from a network that did not see it."""
+    inputs, target = task.train.inputs, task.train.target
+    fold = torch.arange(len(inputs)) % FOLDS
+    answers = torch.empty(target.shape)
+    for out in range(FOLDS):
+        seen = Part(inputs[fold != out], target[fold != out])
+        trained = train(replace(task, train=seen), ROWS[PLAIN], seed, lambda: None)
+        answers[fold == out] = trained.predict("best")(inputs[fold == out])
+    return answers
 
 
 # ---------------------------------------------------------------- which runs, in which order

@@ -10,14 +10,16 @@ import torch
 
 from benchmarks.data import tasks
 from benchmarks.data.corruptions import corrupted, from_pixels, to_pixels
-from benchmarks.study import run
-from benchmarks.study.compare import over_both, over_seeds
+from benchmarks.study import answers, page, run
+from benchmarks.study.answers import beaten, where
+from benchmarks.study.compare import Gap, holm, over_both, over_seeds
 from benchmarks.study.judge import (
     MAPS,
     Judge,
     against_chance,
     f1,
     histogram,
+    label_quality,
     packed,
     per_group,
     separation,
@@ -25,22 +27,21 @@ from benchmarks.study.judge import (
     unpacked,
 )
 from benchmarks.study.kept import Kept
-from benchmarks.study.page import main as study_page
 from benchmarks.study.rows import CORE, FAMILIES, OTHERS, ROWS, base_rate
 
 # --- measures ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def answers():
+def drawn():
     rng = torch.Generator().manual_seed(0)
     z = 2 * torch.randn(50, 1, 8, 8, generator=rng)
     y = (torch.rand(z.shape, generator=rng) < torch.sigmoid(z / 2 - 0.5)).float()
     return z, y
 
 
-def test_smooth_ece_is_the_fixed_point_of_its_definition(answers):
-    z, y = answers
+def test_smooth_ece_is_the_fixed_point_of_its_definition(drawn):
+    z, y = drawn
     table = histogram(z, y, None).reliability(1000, "positive_class")
     found = smooth_ece(table.count, table.confidence, table.accuracy)
     p, grid = torch.sigmoid(z).flatten().double().numpy(), (np.arange(2000) + 0.5) / 2000
@@ -52,10 +53,10 @@ def test_smooth_ece_is_the_fixed_point_of_its_definition(answers):
     assert np.abs(smooth).mean() == pytest.approx(found, rel=0.01)
 
 
-def test_f1_and_separation_agree_with_scikit_learn(answers):
+def test_f1_and_separation_agree_with_scikit_learn(drawn):
     from sklearn.metrics import f1_score, roc_auc_score
 
-    z, y = answers
+    z, y = drawn
     want = f1_score(y.flatten().numpy(), (z >= 0).flatten().numpy())
     assert f1(histogram(z, y, None)) == pytest.approx(want)
     outside = z[:20] / 2
@@ -78,8 +79,8 @@ def test_the_truth_has_no_distance_from_the_truth():
     assert min(bent["divergence"]) > 0
 
 
-def test_sums_of_samples_keep_their_digits_and_leave_the_ignored_out(answers):
-    z, y = answers
+def test_sums_of_samples_keep_their_digits_and_leave_the_ignored_out(drawn):
+    z, y = drawn
     y[0] = tasks.IGNORED
     sums = per_group(z, y)
     assert sums.shape == (2, 50)
@@ -89,6 +90,23 @@ def test_sums_of_samples_keep_their_digits_and_leave_the_ignored_out(answers):
     np.testing.assert_allclose(
         unpacked(dict(packed({"raw": sums})), "raw"), sums, atol=sums.max() / 65535
     )
+
+
+def test_the_quality_of_a_mask_is_cleanlabs(drawn):
+    rank = pytest.importorskip("cleanlab.segmentation.rank")
+    z, y = drawn
+    p = torch.sigmoid(z.double())
+    given = y[:, 0].long().numpy(), torch.cat([1 - p, p], 1).numpy()
+    want, _ = rank.get_label_quality_scores(*given, verbose=False)
+    np.testing.assert_allclose(label_quality(z, y), want, rtol=1e-9)
+
+
+def test_the_quality_of_a_mask_is_that_of_its_worst_pixels():
+    z = torch.tensor([[[[2.0, 2.0]]], [[[2.0, -2.0]]]])
+    sure = 1 / (1 + np.exp(-2))
+    weight = np.exp(10 * (2 * sure - 1))  # of the pixel that is unlikely, at a temperature of .1
+    want = [sure, (sure + weight * (1 - sure)) / (1 + weight)]
+    np.testing.assert_allclose(label_quality(z, torch.ones_like(z)), want, rtol=1e-6)
 
 
 # --- data --------------------------------------------------------------------------------------
@@ -249,7 +267,7 @@ def test_runs_are_kept_resumed_collected_and_told(tmp_path):
     for name in MAPS:
         scores = found.samples("bce", "last", name, [3, 4, 5])
         assert scores.mean() == pytest.approx(found.mean("bce", "last", name, "nll"))
-    study_page(["--results", str(tmp_path / "one"), "--out", str(tmp_path)])
+    page.main(["--results", str(tmp_path / "one"), "--out", str(tmp_path)])
     text = (tmp_path / "study.md").read_text("utf-8")
     assert "**Partial:**" in text
     assert "@" not in text
@@ -265,18 +283,146 @@ def test_the_interval_over_seeds_is_students():
     rng = np.random.default_rng(0)
     a, b = rng.normal(1, 1, 5), rng.normal(0, 1, 5)
     gap = over_seeds(a, b)
-    want = ttest_rel(a, b).confidence_interval(0.95)
-    assert (gap.low, gap.high) == pytest.approx((want.low, want.high))
+    want = ttest_rel(a, b)
+    between = want.confidence_interval(0.95)
+    assert (gap.low, gap.high) == pytest.approx((between.low, between.high))
+    assert gap.p == pytest.approx(want.pvalue)
     wide = over_seeds(a, b, overlap=1.0)
     assert wide.high - wide.low == pytest.approx((gap.high - gap.low) * 6**0.5)
     assert gap.percent.value == pytest.approx(100 * (a.mean() - b.mean()) / b.mean())
+    assert over_seeds(a[:1], b[:1]).verdict == "undecided"
 
 
 def test_the_interval_over_seeds_and_images_covers():
     rng = np.random.default_rng(0)
-    hits = []
+    hits, small = [], []
     for _ in range(400):
         noise = rng.normal(0, 1, (5, 1)) + rng.normal(0, 3, (1, 60)) + rng.normal(0, 2, (5, 60))
         gap = over_both(noise + 1, np.zeros_like(noise))
         hits.append(gap.low < 1 < gap.high)
+        small.append(over_both(noise, np.zeros_like(noise)).p)
     assert 0.95 <= np.mean(hits) <= 0.995
+    assert np.mean(np.array(small) < 0.05) == pytest.approx(1 - np.mean(hits))
+    for error in (0.5, 0.2, 0.05):  # at most that often, if nothing differs
+        assert np.mean(np.array(small) < error) <= error + 3 * (error * (1 - error) / 400) ** 0.5
+
+
+def test_p_is_that_of_the_interval_which_just_reaches_0():
+    from scipy.stats import norm, t
+
+    rng = np.random.default_rng(0)
+    for shift in (0.0, 0.2, 0.5, 1.0, 3.0):
+        noise = rng.normal(0, 1, (4, 1)) + rng.normal(0, 1, (1, 30)) + rng.normal(0, 1, (4, 30))
+        gap = over_both(noise + shift, np.zeros_like(noise))
+        seeds, images = noise.mean(1).std(ddof=1) / 2, noise.mean(0).std(ddof=1) / 30**0.5
+        half = np.hypot(t.isf(gap.p / 2, 3) * seeds, norm.isf(gap.p / 2) * images)
+        assert half == pytest.approx(abs(gap.value))
+        assert (gap.p < 0.05) == (gap.low > 0 or gap.high < 0) == (gap.verdict != "undecided")
+    same = over_both(noise, noise)
+    assert (same.value, same.p, same.verdict) == (0, 1, "undecided")
+
+
+def test_holm_is_the_one_of_the_textbook():
+    chances = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}
+    family = {name: Gap(-1, -2, 0, 1, p) for name, p in chances.items()}
+    found = holm(family)
+    assert list(found) == list("abcd")
+    assert [found[name].p for name in "abcd"] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert [found[name].verdict for name in "abcd"] == ["lower", "undecided", "undecided", "lower"]
+    assert (found["b"].low, found["b"].high) == (-2, 0)
+    assert holm({}) == {}
+
+
+def test_a_family_without_differences_is_rarely_called_different():
+    rng = np.random.default_rng(0)
+    alone, corrected = [], []
+    for _ in range(300):
+        rows = rng.normal(0, 1, (12, 5)) + rng.normal(0, 1, 5)  # they share their opponent
+        family = {name: over_seeds(row, np.zeros(5)) for name, row in enumerate(rows)}
+        alone.append(any(gap.verdict != "undecided" for gap in family.values()))
+        corrected.append(any(gap.verdict != "undecided" for gap in holm(family).values()))
+    assert np.mean(alone) > 0.2
+    assert np.mean(corrected) <= 0.06
+
+
+# --- what the page says ------------------------------------------------------------------------
+
+
+def _gaps(**values):
+    """Differences with a p of .01 where the value is a whole number."""
+    return {
+        name: Gap(value, value - 1, value + 1, 100, 0.01 if value == int(value) else 0.4)
+        for name, value in values.items()
+    }
+
+
+def test_where_names_what_is_shown_and_counts_the_rest():
+    assert where(_gaps(digits=-3, cancer=2, rates=-0.5, streets=0.5)) == (
+        "lower on digits (-3.0 %) and higher on cancer (+2.0 %), with no difference shown on 2 "
+        "others"
+    )
+    assert where(_gaps(digits=-0.5, cancer=0.7)) == (
+        "not shown to differ on any of 2 tasks (-0.5 % to +0.7 %)"
+    )
+    assert where(_gaps(rates=0.5)) == "not shown to differ on known rates (+0.5 %)"
+
+
+def test_better_means_lower_on_two_tasks_and_nowhere_worse():
+    assert beaten(_gaps(digits=-3, cancer=-2, rates=0.5)) == "Yes"
+    assert beaten(_gaps(digits=-3, cancer=-2, rates=1.5)) == "On some tasks"
+    assert beaten(_gaps(digits=-3, rates=0.5)) == "On some tasks"
+    assert beaten(_gaps(digits=-0.5)) == "Not shown"
+    assert beaten(_gaps(digits=-0.5, rates=2)) == "No"
+
+
+@pytest.fixture
+def fine_tuned(tmp_path):
+    """The kept runs, those of the photographs passed off as a fine-tuned network's."""
+    path = tmp_path / "pretrained.zip"
+    path.write_bytes((run.RESULTS / "photographs.zip").read_bytes())
+    found = Kept(path)
+    rows = ("bce", "adaptive", "moderation-base-0.2", "published", "mixup-0.3", "ensemble")
+    found.runs = {row: found.runs[row] for row in rows}
+    for seed, one in found.runs["mixup-0.3"].items():
+        assert seed >= 3
+        assert one["row"] == "mixup-0.3"
+    others = ("digits", "photographs", "streets")
+    return {"pretrained": found} | {name: Kept(run.RESULTS / f"{name}.zip") for name in others}
+
+
+def test_readmes_table_has_four_rows_and_a_dash_where_a_row_is_missing(fine_tuned):
+    lines = page.readme(fine_tuned).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[2:-1]] == [
+        "fine-tuned photographs",
+        "digits",
+        "photographs",
+        "street scenes",
+    ]
+    assert sum(line.startswith("|") for line in lines) == 6
+    assert " - " not in lines[4]
+    del fine_tuned["pretrained"].runs["adaptive"]
+    del fine_tuned["pretrained"].runs["bce"][3]
+    lines = page.readme(fine_tuned).splitlines()
+    assert lines[4].split("|")[2] == " - "
+    assert lines[2].split("|")[2] != " - "
+
+
+def test_a_fine_tuned_network_is_told_with_any_number_of_seeds(fine_tuned):
+    kept, k = {"pretrained": fine_tuned["pretrained"]}, fine_tuned["pretrained"]
+    assert "**" in answers.fine_tuned(kept).table
+    assert "mixup 0.3" in answers.fine_tuned(kept).table
+    assert k.row("mixup") == "mixup-0.3"
+    k.runs = {row: {3: runs[3]} for row, runs in k.runs.items()}
+    assert "fewer than two seeds" in answers.fine_tuned(kept).line
+    assert answers.fine_tuned({}).line == answers.NOT_RUN
+
+
+def test_no_advice_for_what_harms(fine_tuned):
+    before = answers.take(fine_tuned)
+    assert "`SCBCEWithLogitsLoss.moderation(0.2, prior=base_rate)` (lower on" in before
+    k = fine_tuned["pretrained"]
+    for one in k.runs["moderation-base-0.2"].values():
+        one["last"]["test"]["raw"]["nll"] *= 2
+    after = answers.take(fine_tuned)
+    assert "moderation(0.2, prior=base_rate)` (lower on" not in after
+    assert "AdaptivePerturbation" in after
