@@ -6,13 +6,10 @@ MathML, so that a page fetches no script to show its formulas.
 
 import html
 import re
-from pathlib import Path
 from typing import Any
 
 import griffe
 from latex2mathml.converter import convert
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
 
 import sc_bce
 
@@ -22,20 +19,11 @@ _FORMULA = re.compile(
 _BLOCK = re.compile(r"\.\. math::\n((?:[ \t]+\S.*\n|[ \t]*\n)+)")
 _INLINE = re.compile(r":math:`([^`]+)`", re.DOTALL)
 _ROLE = re.compile(r":(?:func|class|meth):`([^`]+)`")
-_RESULT = re.compile(r"\]\((benchmarks/[^)#]+)\)")
 _PICTURE = re.compile(r'<img [^>]*src="([^"]+)"[^>]*>')
 _PRINTED = re.compile(
     r'(?<=<div class="language-text highlight"><pre><span></span><code>).*?(?=</code>)', re.DOTALL
 )
 _SENTENCE = re.compile(r"^(?! )(?!.*  ).* .*$", re.MULTILINE)
-
-
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Home shows the top of README: what it links to must lie at the same relative address."""
-    root = Path(config.config_file_path).parent
-    for name in sorted(set(_RESULT.findall((root / "README.md").read_text("utf-8")))):
-        files.append(File.generated(config, name, abs_src_path=str(root / name)))
-    return files
 
 
 def on_page_content(content: str, **_: Any) -> str:
