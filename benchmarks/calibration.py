@@ -21,18 +21,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
 if not __package__:  # run as a file, which puts this folder on the path and not the checkout
     sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.data import tasks
-from benchmarks.data.scenes import SmallUNet, folder_data
+from benchmarks.data.scenes import LAYOUTS, SmallUNet, folder_data
 from benchmarks.data.tasks import Task
 from benchmarks.report import versions
 from benchmarks.study.compare import Array, Gap, over_both
 from benchmarks.study.judge import RAW, unpacked
 from benchmarks.study.rows import DEFAULT, PLAIN
-from benchmarks.study.run import FORMAT, Run, Source, run_all, run_file
+from benchmarks.study.run import EPOCHS, FORMAT, JUDGED, Run, Source, missing, run_all, run_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,21 +75,6 @@ RIVAL, OURS = LINES[1], LINES[4]
 
 
 # ---------------------------------------------------------------- the data
-
-LAYOUTS = """\
-layout of --data, PNG or JPEG files of equal names:
-
-  one label, split 60/15/25 in the order of names:
-    FOLDER/images/NAME.jpg
-    FOLDER/masks/NAME.png          0 and 255, or 0 and 1
-
-  several labels, split by you:
-    FOLDER/train/images/NAME.jpg   and the same in val and test
-    FOLDER/train/labels/NAME.png   0 to LABELS - 1; LABELS or 255 is void
-
-  A map has the size of its image. Of a palette image the indices count, not the colours;
-  transparency is refused. Each part needs pixels of both classes.
-"""
 
 
 def folder_task(folder: Path, size: int, epochs: int, quick: bool, labels: int) -> Task:
@@ -237,7 +223,8 @@ def figure(kept: Kept) -> "Figure":
     return picture
 
 
-def report(kept: Kept, task: Task, seeds: Sequence[int], out: Path) -> None:
+def report(kept: Kept, task: Task, seeds: Sequence[int], out: Path) -> str:
+    """What to print; the files are written."""
     said = sentence(kept, len(task.test), len(seeds))
     lines = {
         line.title: {key: kept.mean(line, key) for _, key, _ in COLUMNS} | {"maps": kept.maps(line)}
@@ -258,7 +245,7 @@ def report(kept: Kept, task: Task, seeds: Sequence[int], out: Path) -> None:
     figure(kept).savefig(out / "calibration.png", metadata={"Software": None})
     told = textwrap.fill(said, 100, break_on_hyphens=False)
     written = ", ".join(str(out / f"calibration.{kind}") for kind in ("png", "json"))
-    print(f"{table(kept)}\n\n{told}\nwritten: {written}")
+    return f"{table(kept)}\n\n{told}\nwritten: {written}"
 
 
 # ---------------------------------------------------------------- command line
@@ -294,11 +281,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"calibration.py: {error}")
     seeds = list(dict.fromkeys(args.seeds or [0]))
     wanted: list[Run] = [(task.name, row, seed) for seed in seeds for row in TRAINED]
+    steps = missing(wanted, runs) * (epochs + len(EPOCHS) * JUDGED) + JUDGED
     try:
-        run_all(wanted, {task.name: source}, runs, args.jobs, epochs)
+        with tqdm(total=steps, desc="train, evaluate, draw", unit=" steps") as bar:
+            run_all(wanted, {task.name: source}, runs, args.jobs, bar, by_epoch=True)
+            told = report(Kept(runs, task.name, seeds), task, seeds, out)
+            bar.update(JUDGED)
     except KeyboardInterrupt:
         sys.exit("calibration.py: stopped; the same line goes on with what is missing")
-    report(Kept(runs, task.name, seeds), task, seeds, out)
+    print(told)
 
 
 if __name__ == "__main__":

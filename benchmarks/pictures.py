@@ -1,4 +1,4 @@
-"""The pictures of the gallery and the one of README, from the built-in scenes.
+"""The pictures of the gallery, of which README shows two, from the built-in scenes.
 
     python -m benchmarks.pictures
 
@@ -37,14 +37,14 @@ DOCS = Path(__file__).parents[1] / "docs"
 TUTORIAL = DOCS / "start.md"
 SEED = 0
 SURE = 0.95  # a pixel is marked if the wrong label has at least this probability
-# Row, epoch and whether an isotonic repair is fitted on the validation images.
+# Row, epoch and whether a repair is fitted on the validation images.
 NETWORKS = {
     "plain BCE": (PLAIN, "last", False),
-    "adaptive": (DEFAULT, "last", False),
     "plain BCE, repaired": (PLAIN, "last", True),
+    "adaptive": (DEFAULT, "last", False),
     "plain BCE, stopped early, repaired": (PLAIN, "best", True),
 }
-BEFORE, OURS, REPAIRED, STOPPED = NETWORKS
+BEFORE, REPAIRED, OURS, STOPPED = NETWORKS
 # Okabe and Ito's palette, told apart by colour-blind readers too; marks and dashes tell it in grey.
 ORANGE = "#D55E00"
 STYLES: dict[str, dict[str, Any]] = {
@@ -63,7 +63,9 @@ class Shown:
         self.trained = {row: train(task, ROWS[row], SEED, lambda: None) for row in (PLAIN, DEFAULT)}
         self.target = task.test.target.float()
         self.repairs = {
-            name: IsotonicCalibration().fit(self.validation(name)) if repaired else nn.Identity()
+            name: TemperatureScaling(bias=True).fit(self.validation(name))
+            if repaired
+            else nn.Identity()
             for name, (_, _, repaired) in NETWORKS.items()
         }
         self.logits = {name: self.answer(name, task.test.inputs) for name in NETWORKS}
@@ -86,9 +88,9 @@ class Shown:
         return torch.where(self.target > 0.5, 1 - p, p) >= SURE
 
     def scenes(self, *quantiles: float) -> list[int]:
-        """Test images, in order of how many such pixels plain BCE has more than the adaptive
-        loss, at the quantiles of this order."""
-        counts = [self.wrong(name).flatten(1).sum(1) for name in (BEFORE, OURS)]
+        """Test images, in order of how many such pixels plain BCE has more before the repair than
+        after it, at the quantiles of this order."""
+        counts = [self.wrong(name).flatten(1).sum(1) for name in (BEFORE, REPAIRED)]
         order = (counts[0] - counts[1]).argsort(stable=True)
         return [int(order[round(q * (len(order) - 1))]) for q in quantiles]
 
@@ -128,22 +130,30 @@ def _line(axes: "Axes", xs: Any, ys: Any, name: str) -> None:
 # ---------------------------------------------------------------- the pictures
 
 
-def problem(shown: Shown) -> "Figure":
-    """README's: the median scene, and the reliability curves of all test images."""
-    figure = _figure(6.4, 3.7)
-    grid = figure.add_gridspec(2, 4)
-    four = [figure.add_subplot(grid[i // 2, i % 2]) for i in range(4)]
-    names = (BEFORE, OURS)
+def hero_maps(shown: Shown) -> "Figure":
+    """README's: the median scene before and after the repair."""
+    figure = _figure(4, 4.3)
+    four = figure.subplots(2, 2).flatten()
+    names = (BEFORE, REPAIRED)
     counts = _scene(four, shown, shown.scenes(0.5)[0], names)
-    for axes, title in zip(four, ("image", "true mask", *names), strict=True):
+    for axes, title in zip(four, ("image", "true mask", "plain BCE", "repaired"), strict=True):
         axes.set_title(title, fontsize=11)
     for axes, count in zip(four[2:], counts, strict=True):
-        axes.set_xlabel(f"sure and wrong\n(orange): {count} px", fontsize=10)
-    curve = figure.add_subplot(grid[:, 2:])
+        axes.set_xlabel(f"sure and wrong: {count} px", fontsize=10, color=ORANGE)
+    return figure
+
+
+def hero_curves(shown: Shown) -> "Figure":
+    """README's other half: the reliability curves of all test images."""
+    figure = _figure(4, 4.3)
+    curve = figure.subplots()
     curve.plot([0.5, 1], [0.5, 1], color="#999999", linewidth=1)
-    for name in names:
-        table = shown.seen[name].reliability(20)
+    for name in (BEFORE, REPAIRED):
+        seen = shown.seen[name]
+        table = seen.reliability(20)
         _line(curve, table.confidence.tolist(), table.accuracy.tolist(), name)
+        line = curve.lines[-1]
+        line.set_label(f"{name.split(', ')[-1]}\nECE {seen.ece():.3f}, NLL {seen.nll():.3f}")
     curve.set(xlim=(0.5, 1), ylim=(0.5, 1), aspect="equal")
     curve.set_xlabel("confidence", fontsize=11)
     curve.set_ylabel("accuracy", fontsize=11)
@@ -153,9 +163,9 @@ def problem(shown: Shown) -> "Figure":
 
 
 def maps(shown: Shown) -> "Figure":
-    """Five scenes in the order of what the adaptive loss changes."""
-    figure = _figure(7.2, 7.2)
-    names = (BEFORE, OURS, STOPPED)
+    """Five scenes in the order of what the repair changes."""
+    figure = _figure(7.2, 8.6)
+    names = (BEFORE, REPAIRED, OURS, STOPPED)
     rows = figure.subplots(2 + len(names), 5)
     for column, i in zip(rows.T, shown.scenes(0.1, 0.3, 0.5, 0.7, 0.9), strict=True):
         _scene(column, shown, i, names)
@@ -170,10 +180,10 @@ def curves(shown: Shown) -> "Figure":
 
 def repair(shown: Shown) -> "Figure":
     """Plain BCE of the last epoch, before and after two repairs."""
-    scaling = TemperatureScaling().fit(shown.validation(BEFORE))
-    after = histogram(scaling(shown.logits[BEFORE]), shown.target, None)
-    named = {"before": shown.seen[BEFORE], "TemperatureScaling": after}
-    named["IsotonicCalibration"] = shown.seen[REPAIRED]
+    curve = IsotonicCalibration().fit(shown.validation(BEFORE))
+    after = histogram(curve(shown.logits[BEFORE]), shown.target, None)
+    named = {"before": shown.seen[BEFORE], "TemperatureScaling": shown.seen[REPAIRED]}
+    named["IsotonicCalibration"] = after
     return reliability_diagram(named, kind="positive_class")
 
 
@@ -233,7 +243,8 @@ def tutorial(path: Path) -> None:
 
 
 FIGURES: "tuple[Callable[[Shown], Figure], ...]" = (
-    problem,
+    hero_maps,
+    hero_curves,
     maps,
     curves,
     repair,

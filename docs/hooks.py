@@ -1,17 +1,15 @@
-"""What the site needs when it is built: README's pictures, formulas as MathML, docstrings' roles.
+"""What the site needs when it is built: README's pictures, formulas as MathML, docstrings' roles,
+pictures that open in full, and printed sentences that wrap.
 
 MathML, so that a page fetches no script to show its formulas.
 """
 
 import html
 import re
-from pathlib import Path
 from typing import Any
 
 import griffe
 from latex2mathml.converter import convert
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
 
 import sc_bce
 
@@ -21,18 +19,22 @@ _FORMULA = re.compile(
 _BLOCK = re.compile(r"\.\. math::\n((?:[ \t]+\S.*\n|[ \t]*\n)+)")
 _INLINE = re.compile(r":math:`([^`]+)`", re.DOTALL)
 _ROLE = re.compile(r":(?:func|class|meth):`([^`]+)`")
-_RESULT = re.compile(r"\]\((benchmarks/[^)#]+)\)")
-
-
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Home shows the top of README: what it links to must lie at the same relative address."""
-    root = Path(config.config_file_path).parent
-    for name in sorted(set(_RESULT.findall((root / "README.md").read_text("utf-8")))):
-        files.append(File.generated(config, name, abs_src_path=str(root / name)))
-    return files
+_PICTURE = re.compile(r'<img [^>]*src="([^"]+)"[^>]*>')
+_PRINTED = re.compile(
+    r'(?<=<div class="language-text highlight"><pre><span></span><code>).*?(?=</code>)', re.DOTALL
+)
+_SENTENCE = re.compile(r"^(?! )(?!.*  ).* .*$", re.MULTILINE)
 
 
 def on_page_content(content: str, **_: Any) -> str:
+    content = content.replace('src="docs/', 'src="')  # README's, which Home shows
+    # On a phone a picture is small: a touch opens it alone.
+    content = _PICTURE.sub(r'<a class="picture" href="\1">\g<0></a>', content)
+    # Of what a program prints, a sentence may wrap; the line of a table may not.
+    content = _PRINTED.sub(
+        lambda block: _SENTENCE.sub(r'<span class="sentence">\g<0></span>', block[0]), content
+    )
+
     def mathml(match: re.Match[str]) -> str:
         display = "block" if match[2] == "[" else "inline"
         formula = convert(html.unescape(match[3]).strip(), display=display) + match[4]
@@ -55,11 +57,11 @@ class TorchRoles(griffe.Extension):
 
 
 def _link(name: str, source: griffe.Object) -> str:
-    """To the name's place on the API page, where it is ours: torch's would need the network."""
+    """To the name's place on the API pages, where it is ours: torch's would need the network."""
     owner = source if source.is_class else source.parent
     if name in sc_bce.__all__:
         return f"[`{name}`][sc_bce.{name}]"
-    if owner is not None and owner.is_class and name in owner.members:
+    if owner is not None and owner.name in sc_bce.__all__ and name in owner.members:
         return f"[`{name}`][sc_bce.{owner.name}.{name}]"
     return f"`{name}`"
 

@@ -203,6 +203,21 @@ def _stroke(size: int, rng: np.random.Generator) -> Image.Image:
 
 # ---------------------------------------------------------------- a folder of images and masks
 
+LAYOUTS = """\
+layouts of a folder, PNG or JPEG files of equal names:
+
+  one label, split 60/15/25 in the order of names:
+    FOLDER/images/NAME.jpg
+    FOLDER/masks/NAME.png          0 and 255, or 0 and 1
+
+  several labels, split by you:
+    FOLDER/train/images/NAME.jpg   and the same in val and test
+    FOLDER/train/labels/NAME.png   0 to LABELS - 1; LABELS or 255 is void
+
+  A map has the size of its image. Of a palette image the indices count, not the colours;
+  transparency is refused. Each part needs pixels of both classes.
+"""
+
 
 def folder_data(folder: Path, size: int, ood: int, seed: int = 0) -> SaliencyData:
     """``folder/images`` and ``folder/masks``, equal stems, split 60/15/25 in the order of names.

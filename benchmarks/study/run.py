@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from benchmarks.data import tasks
 from benchmarks.data.backbone import NEEDED
+from benchmarks.data.scenes import LAYOUTS
 from benchmarks.data.tasks import IGNORED, Part, Task
 from benchmarks.report import rounded, versions
 from benchmarks.study import rivals
@@ -87,6 +88,7 @@ class Source:
 Sources = dict[str, Source]
 
 EPOCHS = ("last", "best")
+JUDGED = 10  # epochs of a small network take as long as judging it once
 GROUPS_KEPT = 125  # of test samples, in what is committed
 FORMAT = 1  # of a kept run: raised when it means something else
 BENCHMARKS = Path(__file__).parents[1]
@@ -246,7 +248,7 @@ def predicted(model: nn.Module, inputs: Tensor) -> Tensor:
 # ---------------------------------------------------------------- one run
 
 
-def finish(task: Task, name: str, seed: int, judge: Judge, tick: Callable[[], None]) -> Any:
+def finish(task: Task, name: str, seed: int, judge: Judge, tick: Callable[..., None]) -> Any:
     """Train and judge: what goes into the JSON, and the sums of the test samples."""
     started, row = time.process_time(), ROWS[name]
     seeds = [seed] if row.members == 1 else [seed * MEMBER + k for k in range(row.members)]
@@ -267,6 +269,7 @@ def finish(task: Task, name: str, seed: int, judge: Judge, tick: Callable[[], No
     for which in EPOCHS:
         predict = mean_of([each.predict(which) for each in members])
         result[which], sums = judge.judge(predict, few, seed)
+        tick(JUDGED)
         arrays |= {f"{which}-{key}": value for key, value in packed(sums)}
     levels = members[0].levels
     if levels is not None:
@@ -444,9 +447,9 @@ class Worker:
             self.held[key] = task, Judge(task, source.corrupt)
         return self.held[key]
 
-    def tick(self) -> None:
+    def tick(self, epochs: int = 1) -> None:
         with self.epochs.get_lock():
-            self.epochs.value += 1
+            self.epochs.value += epochs
 
 
 _worker: list[Worker] = []
@@ -470,21 +473,27 @@ def _run(run: Run) -> Run:
     return run
 
 
+def missing(wanted: Sequence[Run], folder: Path) -> int:
+    return sum(not is_done(folder, run) for run in wanted)
+
+
 def run_all(
-    wanted: Sequence[Run], sources: Sources, folder: Path, jobs: int, epochs: int = 0
+    wanted: Sequence[Run],
+    sources: Sources,
+    folder: Path,
+    jobs: int,
+    bar: Any,
+    by_epoch: bool = False,
 ) -> None:
     """Do what is not yet in ``folder``; a run that fails, or kills its process, is passed over.
 
-    The bar counts runs or, where each has as many, ``epochs``.
+    The bar counts runs or, ``by_epoch``, what each takes: its epochs, and judging it after two.
     """
     folder.mkdir(parents=True, exist_ok=True)
     failed: dict[Run, str] = {}
     died: dict[Run, int] = {}
-    left = len(wanted) - sum(is_done(folder, run) for run in wanted)
-    unit = {"unit": " epochs"} if epochs else {"unit": " runs", "smoothing": 0.05}
-    with tqdm(total=left * max(epochs, 1), desc=f"{left} runs", **unit) as bar:
-        while not _run_pool(wanted, sources, folder, jobs, failed, died, bar, bool(epochs)):
-            pass
+    while not _run_pool(wanted, sources, folder, jobs, failed, died, bar, by_epoch):
+        pass
     if failed:
         sys.exit("; ".join(f"{'--'.join(map(str, run))}: {why}" for run, why in failed.items()))
 
@@ -606,9 +615,13 @@ def _thinned(path: Path) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Do the runs of the study.")
-    parser.add_argument("--photographs", type=Path, help="folder with images/ and masks/")
-    parser.add_argument("--streets", type=Path, help="folder with train/, val/ and test/")
+    parser = argparse.ArgumentParser(
+        description="Do the runs of the study.",
+        epilog=LAYOUTS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--photographs", type=Path, help="folder of one label, as below")
+    parser.add_argument("--streets", type=Path, help="folder of 11 labels, as below")
     parser.add_argument("--tasks", nargs="+", help="default: all that have data")
     parser.add_argument("--rows", nargs="+", help="default: all of the plan")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: all of the plan")
@@ -638,8 +651,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if (args.rows is None or not _names(run[1]).isdisjoint(args.rows))
         and (args.seeds is None or run[2] in args.seeds)
     ]
+    left = missing(wanted, args.out)
     try:
-        run_all(wanted, sources, args.out, args.jobs)
+        with tqdm(total=left, desc=f"{left} runs", unit=" runs", smoothing=0.05) as bar:
+            run_all(wanted, sources, args.out, args.jobs, bar)
     except KeyboardInterrupt:
         sys.exit("run.py: stopped; the same line goes on with what is missing")
 

@@ -12,6 +12,7 @@ from folders import paint
 from PIL import Image
 
 from benchmarks.calibration import LINES, main
+from benchmarks.study import run
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,9 +68,10 @@ def test_a_spoilt_folder_is_refused_in_one_line(tmp_path, what, text):
     assert not (tmp_path / "out").exists()
 
 
-def test_help_shows_how_a_folder_is_laid_out(capsys):
+@pytest.mark.parametrize("command", [main, run.main], ids=["calibration", "study"])
+def test_help_shows_how_a_folder_is_laid_out(command, capsys):
     with pytest.raises(SystemExit):
-        main(["--help"])
+        command(["--help"])
     told = capsys.readouterr().out
     for line in ("FOLDER/masks/NAME.png", "FOLDER/train/labels/NAME.png", "or 255 is void"):
         assert line in told
@@ -106,7 +108,8 @@ def test_a_small_study_writes_its_files_and_goes_on_where_it_stopped(tmp_path, c
         assert measures["nll_refined"] <= measures["nll"]
     with Image.open(tmp_path / "out" / "calibration.png") as image:
         assert min(image.size) > 200
-    printed = capsys.readouterr().out
+    printed, bars = capsys.readouterr()
+    assert " 76/76 " in bars.split("\r")[-1]  # epochs, evaluation of both, pictures
     assert printed.count("stopped early, repaired") == 4
     assert summary["sentence"] in printed.replace("\n", " ")
     with pytest.raises(SystemExit, match="holds runs of other settings"):

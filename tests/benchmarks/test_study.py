@@ -228,7 +228,7 @@ def test_every_row_trains_and_the_same_again_gives_the_same():
     for name in ROWS:
         trained = run.train(task, ROWS[name], 0, lambda: None)
         assert np.isfinite(trained.history["val"]).all(), name
-    one, two = (run.finish(task, "adaptive", 0, judge, lambda: None) for _ in range(2))
+    one, two = (run.finish(task, "adaptive", 0, judge, lambda *_: None) for _ in range(2))
     for result, _ in (one, two):
         del result["seconds"], result["training_seconds"]
     assert json.dumps(one[0]) == json.dumps(two[0])

@@ -181,7 +181,7 @@ class Repair(nn.Module):
         return answer.to(x.dtype)
 
     def store(self, from_logits: bool, fitted: bool, **values: Tensor) -> None:
-        """Fill buffers, all of them with ordinary tensors, in inference mode too."""
+        # Fill buffers, all of them with ordinary tensors, in inference mode too.
         self.takes_logits, self.nll = from_logits, None
         with torch.inference_mode(False), torch.no_grad():
             for name, buffer in list(self.named_buffers()):
