@@ -68,6 +68,5 @@ def _encoder(pretrained: bool) -> nn.ModuleList:
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = MOMENTUM
-    part = net.get_submodule
-    stem = nn.Sequential(part("_conv_stem"), part("_bn0"), part("_swish"))
-    return nn.ModuleList([stem, *part("_blocks").children()])
+    conv, norm, blocks, *_, activation = net.children()
+    return nn.ModuleList([nn.Sequential(conv, norm, activation), *blocks])
