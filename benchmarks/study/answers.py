@@ -256,8 +256,8 @@ def samples(kept: Tasks) -> Answer:
     if not shared:
         return Answer(NOT_RUN)
     early, late = both(shared)
-    line = f"Against one level for all, its NLL is {late}, {SAID[AT_END]}, and {early}, "
-    line += SAID[REPAIRED]
+    line = f"Against one level for all, {SAID[AT_END]}, its NLL is {late}; {SAID[REPAIRED]}, it is "
+    line += early
     if found:
         return Answer(f"{line}; it finds {_found(found)}.", f"{grid(gaps)}\n\n{signs(found)}")
     return Answer(f"{line}.", grid(gaps))

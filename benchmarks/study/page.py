@@ -4,7 +4,7 @@
 
 Every number, verdict and picture of ``docs/study.md`` comes from here. The text that does not
 depend on the runs is in ``page.md``, where a line such as ``@answers`` is replaced. Printed is what
-README takes over.
+README and the guide to noisy labels take over.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks import report
 from benchmarks.study import answers
-from benchmarks.study.answers import MISSING, SAID, Answer, capital, no_object, take, where
+from benchmarks.study.answers import MISSING, SAID, Answer, no_object, take, where
 from benchmarks.study.contrasts import (
     AT_END,
     MAIN,
@@ -135,9 +135,9 @@ def readme(kept: Tasks) -> str:
     for words in (REPAIRED, AT_END):
         each = {name: gap for name, gap in reading(gaps, words).items() if name in names}
         if each:
-            said.append(f"{capital(SAID[words])}, its NLL is {where(each)}.")
-    compared = f"Adaptive against plain BCE: {' '.join(said)}" if said else ""
-    return f"{report.table(head, rows)}\n\n{compared}".rstrip()
+            said.append(f"- {SAID[words]}: {where(each)}")
+    shown = "NLL of the adaptive loss against plain BCE, corrected for the number of comparisons:"
+    return "\n\n".join([report.table(head, rows), *([shown, "\n".join(said)] if said else [])])
 
 
 def table_csv(kept: Tasks) -> str:
@@ -205,7 +205,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept = {name: kept[name] for name in NAMES if name in kept}
     text = page((HERE / "page.md").read_text("utf-8"), kept, args.out / "study")
     (args.out / "study.md").write_text(text, "utf-8")
-    print(f"{readme(kept)}\n\nwritten: {args.out / 'study.md'}")
+    print(f"README:\n\n{readme(kept)}\n\nguide/noisy.md:\n\n{answers.noisy(kept)}\n")
+    print(f"written: {args.out / 'study.md'}")
 
 
 if __name__ == "__main__":
