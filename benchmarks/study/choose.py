@@ -4,12 +4,13 @@
     python -m benchmarks.study.choose --table
 
 The rule. Only validation data count, of seeds 0 to 2 (cancer, whose validation sets are small, of
-13 to 19 too), which the study does not use. Each run is read twice: NLL after the epoch of the least validation NLL and an isotonic repair, fitted and
-measured on different samples (five folds, each a block of neighbours); and raw NLL after the last
-epoch. Both are divided by plain BCE's, as means over the same seeds. Out is a candidate that
-raises either reading by more than 1 % on a task. Chosen is, of the rest, the one with the lowest
-mean over tasks and both readings. If all are out, that is published, and chosen is the simplest
-(``Candidate.parts``) of those whose largest rise is within half a point of the smallest.
+13 to 19 too), which the study does not use. Each run is read twice: NLL after the epoch of the
+least validation NLL and an isotonic repair, fitted and measured on different samples (five folds,
+each a block of neighbours); and raw NLL after the last epoch. Both are divided by plain BCE's, as
+means over the same seeds. Out is a candidate that raises either reading by more than 1 % on a
+task. Chosen is, of the rest, the one with the lowest mean over tasks and both readings. If all are
+out, that is published, and chosen is the simplest (``Candidate.parts``) of those whose largest rise
+is within half a point of the smallest.
 
 Coarse to fine: all candidates on the tasks whose runs take seconds; the first four of these, by
 the same rule, on photographs and street scenes; the first two of these on the pretrained network.
