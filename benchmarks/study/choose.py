@@ -23,7 +23,7 @@ Finished runs are kept under ``--out``, one JSON each, and the same line goes on
 import argparse
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,7 +225,7 @@ def worst(of: Mapping[str, Sequence[float]]) -> float:
     return float(np.max(list(of.values())))
 
 
-def ordered(found: Changes, tasks: Sequence[str]) -> list[str]:
+def ordered(found: Changes, tasks: Collection[str]) -> list[str]:
     """Of the candidates that saw all these tasks: who is in by mean, then who is out by rise."""
     of = {name: {t: by[t] for t in tasks} for name, by in found.items() if by.keys() >= {*tasks}}
     out = {name: worst(of[name]) > WORSE for name in of}
