@@ -12,10 +12,11 @@ task. Chosen is, of the rest, the one with the lowest mean over tasks and both r
 out, that is published, and chosen is the simplest (``Candidate.parts``) of those whose largest rise
 is within half a point of the smallest.
 
-Coarse to fine: all candidates on the tasks whose runs take seconds; the first four of these, by
-the same rule, on photographs and street scenes; the first two of these on the pretrained network.
-A round orders those that are in by their mean, and after them those that are out by their largest
-rise. Each round may stop after any full seed. All tasks so far count, each the same.
+Coarse to fine: all candidates on the tasks whose runs take seconds, seed 0; the better half of them
+on the other seeds; the first four of these on photographs and street scenes; the first two of these
+on the pretrained network. A round orders those that are in by their mean, and after them those that
+are out by their largest rise. It may stop after any full seed. All tasks so far count, each the
+same.
 
 Finished runs are kept under ``--out``, one JSON each, and the same line goes on from there.
 """
@@ -23,6 +24,7 @@ Finished runs are kept under ``--out``, one JSON each, and the same line goes on
 import argparse
 import json
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +44,15 @@ from sc_bce import AdaptivePerturbation, CalibrationHistogram, IsotonicCalibrati
 from sc_bce.losses.rules import FollowSlope
 
 READINGS = ("stopped", "last")
-ROUNDS = (  # tasks, and how many candidates
-    (("digits", "cancer", "rates"), None),
-    (("photographs", "streets"), 4),
-    (("pretrained",), 2),
-)
 SEEDS = (0, 1, 2)
 MORE_SEEDS = {"cancer": tuple(range(13, 20))}
+SMALL = ("digits", "cancer", "rates")
+ROUNDS = (  # tasks, seeds, and how many candidates
+    (SMALL, SEEDS[:1], 18),
+    (SMALL, SEEDS, 9),
+    (("photographs", "streets"), SEEDS, 4),
+    (("pretrained",), SEEDS, 2),
+)
 FOLDS = 5
 WORSE = 0.01  # a rise that is too much
 ALIKE = 0.005
@@ -232,8 +236,10 @@ def ordered(found: Changes, tasks: Collection[str]) -> list[str]:
     return sorted(of, key=lambda n: (out[n], worst(of[n]) if out[n] else mean(of[n])))
 
 
-def chosen(found: Changes) -> str:
-    """By the rule above."""
+def chosen(runs: Sequence[Run]) -> str:
+    """By the rule above, among the candidates that came as far as any."""
+    count = Counter(run["candidate"] for run in runs if run["candidate"] != PLAIN)
+    found = {n: of for n, of in changes(runs).items() if count[n] == max(count.values())}
     order = ordered(found, max(found.values(), key=len).keys())
     low = worst(found[order[0]])
     if low <= WORSE:
@@ -252,7 +258,8 @@ def kept_runs(folder: Path) -> list[Run]:
 def run_round(sources: Sources, names: Sequence[str], seeds: Sequence[int], folder: Path) -> None:
     """Plain BCE and these candidates on these tasks, seed by seed."""
     turns = [(seed, task) for seed in seeds for task in sources]
-    turns += [(seed, task) for task in sources for seed in MORE_SEEDS.get(task, ())]
+    if len(seeds) > 1:
+        turns += [(seed, task) for task in sources for seed in MORE_SEEDS.get(task, ())]
     wanted = [(task, name, seed) for seed, task in turns for name in (PLAIN, *names)]
     paths = {run: folder / ("--".join(map(str, run)).replace(" ", "") + ".json") for run in wanted}
     held: tuple[Any, Task] | None = None
@@ -266,10 +273,11 @@ def run_round(sources: Sources, names: Sequence[str], seeds: Sequence[int], fold
         os.replace(unfinished, paths[run])
 
 
-def told(runs: Iterable[Run]) -> str:
+def told(runs: Sequence[Run]) -> str:
     """All candidates against plain BCE, in per cent: stopped early and repaired · last epoch."""
     found = changes(runs)
-    tasks = [t for some, _ in ROUNDS for t in some if any(t in of for of in found.values())]
+    seen = {run["task"] for run in runs}
+    tasks = [task for task in dict.fromkeys(t for some, *_ in ROUNDS for t in some) if task in seen]
     rows = []
     for name in [n for n in CANDIDATES if n in found]:
         of = found[name]
@@ -284,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--photographs", type=Path, help="folder with images/ and masks/")
     parser.add_argument("--streets", type=Path, help="folder with train/, val/ and test/")
     parser.add_argument("--rounds", type=int, default=len(ROUNDS), help="how many of them")
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many in a round")
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "out" / "choose")
     parser.add_argument("--collect", action="store_true", help="write the kept readings and stop")
     parser.add_argument("--table", action="store_true", help="print those written and stop")
@@ -296,17 +304,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.kept.write_text(f'{{"versions": {parts}, "runs": [\n{lines}\n]}}\n')
     elif args.table:
         runs = json.loads(args.kept.read_text())["runs"]
-        print(f"{told(runs)}\n\nchosen: {chosen(changes(runs))}")
+        print(f"{told(runs)}\n\nchosen: {chosen(runs)}")
     else:
         torch.set_num_threads(1)
         args.out.mkdir(parents=True, exist_ok=True)
         sources = study_tasks(args.photographs, args.streets)
         names, so_far = list(CANDIDATES), list[str]()
-        for tasks, count in ROUNDS[: args.rounds]:
-            if count is not None:
-                names = ordered(changes(kept_runs(args.out)), so_far)[:count]
+        for tasks, seeds, count in ROUNDS[: args.rounds]:
+            if so_far:
+                found = changes(kept_runs(args.out))
+                names = ordered({name: found[name] for name in names}, so_far)[:count]
             here = {task: sources[task] for task in tasks if task in sources}
-            run_round(here, names, args.seeds, args.out)
+            run_round(here, names, seeds[: args.seeds], args.out)
             so_far += here
 
 
