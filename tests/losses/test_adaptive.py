@@ -1204,7 +1204,7 @@ def test_bad_configuration_is_refused_at_construction(call, kind, text):
 def test_the_defaults():
     criterion = AdaptivePerturbation(4)
     assert repr(criterion).startswith(
-        "AdaptivePerturbation(num_samples=4, FollowSlope(level=0.2, focus=2.0), beta=1.0, "
+        "AdaptivePerturbation(num_samples=4, FollowSlope(level=0.2, focus=1.0), beta=1.0, "
         "prior='observed', warmup=1, sampling='sample', reduction='mean'"
     )
     assert AdaptivePerturbation(4, prior=0.5).beta == 2.0

@@ -217,7 +217,7 @@ def test_a_rule_refuses_what_it_cannot_be(call, kind, text):
 
 
 def test_rules_are_values():
-    assert FollowSlope() == FollowSlope(0.2, 2.0) != FollowSlope(0.2, 1.0)
+    assert FollowSlope() == FollowSlope(0.2, 1.0) != FollowSlope(0.2, 2.0)
     assert_close(torch.tensor(hash(Climb())), torch.tensor(hash(Climb("calibration", 0.002, 2e3))))
     with pytest.raises(AttributeError):
         FollowSlope().level = 0.3

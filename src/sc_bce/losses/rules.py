@@ -53,7 +53,7 @@ class FollowSlope:
     """
 
     level: float = 0.2
-    focus: float = 2.0
+    focus: float = 1.0
 
     gain = 0.1
     """change of the mean strength at a slope that is off by 1"""
