@@ -392,11 +392,11 @@ def row(name: str) -> str:
                 if not worker.is_alive():
                     found = [f"ends by {worker.exitcode}"]
         worker.join(5)
-        cells.append(found[0] if isinstance(found[0], str) else f"{found[0][0]:.0e}")
+        cells.append(found[0] if isinstance(found[0], str) else f"{found[0][0]:.1g}")
         if len(found) > 1 and not isinstance(found[1], str):
             special = max(special, found[1][0])
             became |= {f"{one:.3g}" for one in found[1][1]}
-    last = (f"{special:.0e}", ", ".join(sorted(became))) if became else ("", "")
+    last = (f"{special:.1g}", ", ".join(sorted(became))) if became else ("", "")
     package = DESTINATIONS[name].package
     version = f" {importlib.metadata.version(package).split('+')[0]}" if package else ""
     return f"| {name}{version} | {' | '.join((*cells, *last))} |"

@@ -177,7 +177,8 @@ class Repair(nn.Module):
         answer = self._map(x.to(torch.promote_types(x.dtype, torch.float32)))
         if not self.takes_logits:
             # Not sigmoid, which is 0 from -18 on in onnxruntime, and never below 4e-7 in tract.
-            answer = 1 / (1 + torch.exp(-answer))
+            low = math.log(torch.finfo(answer.dtype).tiny)  # beyond it the gradient would be nan
+            answer = 1 / (1 + torch.exp(-answer.clamp(min=low)))
         if x.dtype == torch.float16:  # whose largest number a scale can pass
             answer = answer.clamp(-65504, 65504)
         return answer.to(x.dtype)
