@@ -168,14 +168,17 @@ class Repair(nn.Module):
         return result
 
     def _answer(self, x: Tensor) -> Tensor:
-        # By a comparison, which all runtimes agree on: minima and maxima make anything of nan.
-        known = x == x
-        return torch.where(known, self._known(torch.where(known, x, 0.0)), x)
+        # By the comparison that all runtimes agree on: nan == nan in MNN, nan >= nan in OpenVINO,
+        # and minima and maxima make anything of nan.
+        known = x <= x
+        return torch.where(known, self._known(x.masked_fill(~known, 0.0)), x)
 
     def _known(self, x: Tensor) -> Tensor:
         answer = self._map(x.to(torch.promote_types(x.dtype, torch.float32)))
         if not self.takes_logits:
-            answer = torch.sigmoid(answer)
+            # Not sigmoid, which is 0 from -18 on in onnxruntime, and never below 4e-7 in tract.
+            low = math.log(torch.finfo(answer.dtype).tiny)  # beyond it the gradient would be nan
+            answer = 1 / (1 + torch.exp(-answer.clamp(min=low)))
         if x.dtype == torch.float16:  # whose largest number a scale can pass
             answer = answer.clamp(-65504, 65504)
         return answer.to(x.dtype)

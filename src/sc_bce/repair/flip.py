@@ -50,8 +50,8 @@ def without_flip(z: Tensor, up: Tensor, down: Tensor, clip: Tensor) -> Tensor:
     """
     # A side without a flip is unchanged.
     removed = 1 - up - down
-    low = torch.where(up > 0, _logit(up + removed * clip), -torch.inf)
-    high = torch.where(down > 0, -_logit(down + removed * clip), torch.inf)
+    low = _logit(up + removed * clip).masked_fill(up <= 0, -torch.inf)
+    high = (-_logit(down + removed * clip)).masked_fill(down <= 0, torch.inf)
     z = torch.minimum(torch.maximum(z, low), high)
     right = z >= 0
     near, far = torch.where(right, down, up), torch.where(right, up, down)
@@ -64,8 +64,8 @@ def without_flip(z: Tensor, up: Tensor, down: Tensor, clip: Tensor) -> Tensor:
     wide = size + ((torch.log1p(-far) - torch.log1p(-near)) + torch.log1p(gain / rest))
     u = torch.where(right, wide, -wide)
     bound = -_logit(clip)
-    u = torch.maximum(u, torch.where(up > 0, -bound, -torch.inf))
-    return torch.minimum(u, torch.where(down > 0, bound, torch.inf))
+    u = torch.maximum(u, (-bound).masked_fill(up <= 0, -torch.inf))
+    return torch.minimum(u, bound.masked_fill(down <= 0, torch.inf))
 
 
 def _logit(p: Tensor) -> Tensor:
