@@ -1,3 +1,6 @@
+import copy
+import inspect
+import pickle
 from collections import OrderedDict, namedtuple
 from types import MappingProxyType
 
@@ -223,3 +226,67 @@ def test_a_batch_is_what_its_items_are(form):
 def test_a_batch_of_mappings_with_the_name_taken_is_refused():
     with pytest.raises(ValueError, match="got 'image', which is there"):
         IndexedDataset(Numbers("dict"), key="image").__getitems__([0, 1])
+
+
+class Loaded(Numbers):
+    """Has an epoch and a state, as datasets that loaders resume have."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def state_dict(self):
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state):
+        self.epoch = state["epoch"]
+
+
+def test_an_epoch_and_a_state_are_those_of_the_wrapped_data_set():
+    plain = IndexedDataset(Numbers("tuple"))
+    assert not any(hasattr(plain, n) for n in ("set_epoch", "state_dict", "load_state_dict"))
+    for indexed in (
+        IndexedDataset(Loaded("tuple")),
+        copy.deepcopy(IndexedDataset(Loaded("tuple"))),
+        pickle.loads(pickle.dumps(IndexedDataset(Loaded("tuple")))),
+    ):
+        indexed.set_epoch(3)
+        assert indexed.dataset.epoch == 3
+        assert indexed.state_dict() == {"epoch": 3}
+        indexed.load_state_dict({"epoch": 5})
+        assert indexed.dataset.epoch == 5
+        # Where isinstance looks for a protocol's names from Python 3.12 on: not in __getattr__.
+        inspect.getattr_static(indexed, "state_dict")
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # by torchdata's import
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stateful_loader_resumes_the_wrapped_data_set(workers):
+    loader = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+
+    def loaded():
+        indexed = IndexedDataset(Loaded("tuple"))
+        torch.manual_seed(0)
+        return indexed, loader(indexed, batch_size=2, shuffle=True, num_workers=workers)
+
+    indexed, whole = loaded()
+    indexed.set_epoch(7)
+    batches = iter(whole)
+    before = [next(batches)[-1].tolist() for _ in range(2)]
+    state = whole.state_dict()
+    after = [index.tolist() for *_, index in batches]
+    indexed, rest = loaded()
+    torch.manual_seed(1)
+    rest.load_state_dict(state)
+    assert [index.tolist() for *_, index in rest] == after  # each once, by the same number
+    assert sorted(sum(before + after, [])) == list(range(10))
+    if workers == 0:  # else the workers' copies hold it
+        assert indexed.dataset.epoch == 7
+
+
+def test_accelerate_tells_the_wrapped_data_set_its_epoch():
+    accelerate = pytest.importorskip("accelerate")
+    loader = accelerate.Accelerator(cpu=True).prepare(DataLoader(IndexedDataset(Loaded("tuple"))))
+    loader.set_epoch(4)
+    assert loader.dataset.dataset.epoch == 4

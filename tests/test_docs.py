@@ -43,8 +43,9 @@ def assert_printed(printed, shown):
     assert values == pytest.approx(wanted, rel=0.1, abs=0.02)
 
 
-# frameworks.md runs in test_integrations.py, which also looks at what it leaves behind.
-RUN_HERE = [p for p in PAGES if blocks(p, "python") and p.name != "frameworks.md"]
+# These run in test_integrations.py and test_recipes.py, which also look at what they leave behind.
+ELSEWHERE = {"frameworks.md", "skorch.md"}
+RUN_HERE = [p for p in PAGES if blocks(p, "python") and p.name not in ELSEWHERE]
 
 
 def at_hand():

@@ -26,7 +26,9 @@ class IndexedDataset(Dataset[Any]):
 
     A tuple or list gets the index appended, a namedtuple gets a field and a mapping an entry
     named ``key``. Any other item becomes ``(item, index)``. A namedtuple becomes one of another
-    class, without methods of its own.
+    class, without methods of its own. What loaders ask of a dataset that has an epoch or a state,
+    ``set_epoch``, ``state_dict`` and ``load_state_dict``, are those of the wrapped one if it has
+    them.
 
     Args:
         dataset: an object with ``__getitem__`` and ``__len__``. To join datasets, wrap their
@@ -54,6 +56,10 @@ class IndexedDataset(Dataset[Any]):
         _require_map_style(dataset)
         self.dataset = dataset
         self.key = key
+        # On the instance, so that `hasattr` and a protocol's `isinstance` tell the truth.
+        for name in ("set_epoch", "state_dict", "load_state_dict"):
+            if hasattr(dataset, name):
+                setattr(self, name, getattr(dataset, name))
 
     def __len__(self) -> int:
         return len(self.dataset)

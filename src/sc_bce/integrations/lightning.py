@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch.utils.data import DistributedSampler
+
 from .._errors import refuse
 from ..losses import AdaptivePerturbation, SCBCEWithLogitsLoss
 from ..measure import CalibrationHistogram
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities import CombinedLoader
 except ImportError as error:
     raise ImportError("AdaptivePerturbationCallback needs: pip install lightning") from error
 
@@ -45,8 +48,9 @@ class AdaptivePerturbationCallback(Callback):
         validation loader (out of distribution, for example), return None from
         ``validation_step`` for its batches. Each validation is a step: if there is not exactly
         one per epoch, the criterion's ``warmup`` counts validations. In several processes
-        Lightning's sampler repeats samples until all processes have equally many, and these
-        samples count twice.
+        Lightning's sampler repeats samples until all processes have equally many. ``fit`` leaves
+        these out, as long as dimension 0 of what ``validation_step`` returns counts samples.
+        ``Trainer.validate`` counts them twice; Lightning recommends one device for it.
 
         The criterion is a part of the LightningModule, so that its checkpoint holds the levels.
         A checkpoint that is written after a validation, as ModelCheckpoint does, restores all
@@ -81,6 +85,10 @@ class AdaptivePerturbationCallback(Callback):
         if outputs is None and dataloader_idx > 0:  # a second loader, left out on request
             return
         logits, target = _logits_and_target(outputs)
+        if trainer.state.fn == "fit":
+            loaders = CombinedLoader(trainer.val_dataloaders, "sequential").flattened
+            once = len(logits) - _repeated(loaders[dataloader_idx], batch_idx, len(logits))
+            logits, target = logits[:once], target[:once]
         self.histogram.update(logits, target, ignore_index=self._find(pl_module).ignore_index)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -111,6 +119,19 @@ class AdaptivePerturbationCallback(Callback):
                 f"choose {', '.join(others)}" if others else "assign one in its __init__",
             )
         return found
+
+
+def _repeated(loader: Any, batch_idx: int, rows: int) -> int:
+    """How many rows at the end of a batch are there to give all processes equally many."""
+    sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
+    if not isinstance(sampler, DistributedSampler) or size is None:
+        return 0
+    first: int = batch_idx * size
+    if rows != min(size, sampler.num_samples - first):  # not one row per sample
+        return 0
+    samples = len(sampler.dataset)  # type: ignore[arg-type]  # map-style: it has a length
+    own = len(range(sampler.rank, samples, sampler.num_replicas))
+    return min(rows, max(0, first + rows - own))
 
 
 def _logits_and_target(outputs: object) -> tuple[Any, Any]:
