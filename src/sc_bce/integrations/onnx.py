@@ -177,7 +177,8 @@ def _output(model: onnx.ModelProto, name: str | None) -> onnx.ValueInfoProto:
     if name is None and len(outputs) == 1:
         return next(iter(outputs.values()))
     if name not in outputs:
-        refuse("output", f"be one of {', '.join(map(repr, outputs))}", repr(name))
+        wanted = f"be one of {', '.join(map(repr, outputs))}"
+        refuse("output", wanted, repr(name), "name the one to be repaired")
     return outputs[name]
 
 
