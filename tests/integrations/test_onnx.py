@@ -126,6 +126,29 @@ def test_float16_models(build):
     assert got.dtype == torch.float16
 
 
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_the_side_of_a_step_is_no_difference(from_logits):
+    """Where cells meet, two runtimes may round to either of them."""
+    kind = onnx.TensorProto.FLOAT
+    values = [onnx.helper.make_tensor_value_info(name, kind, [20_000]) for name in "xy"]
+    fitted = repair("isotonic", from_logits)
+    edges = torch.arange(1, 10_000, dtype=torch.float64) / 10_000 + 4.9e-7
+    x = torch.cat((edges, edges + 1e-8)).float()
+    x = torch.logit(x) if from_logits else x
+    # The input is not used, so that the answers are at the edges.
+    constant = onnx.numpy_helper.from_array(torch.nn.functional.pad(x, (0, 2), value=0.5).numpy())
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["edges"], value=constant),
+        onnx.helper.make_node("Mul", ["x", "zero"], ["nothing"]),
+        onnx.helper.make_node("Add", ["nothing", "edges"], ["y"]),
+    ]
+    zero = onnx.helper.make_tensor("zero", kind, [], [0.0])
+    graph = onnx.helper.make_graph(nodes, "edges", values[:1], values[1:], [zero])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    old = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
+    assert check(old, append(old, fitted), fitted) <= 1e-6
+
+
 def test_the_order_of_the_nodes_is_no_matter():
     """As converters leave them, and as onnxruntime takes them, a node can stand before another
     whose answer it needs."""

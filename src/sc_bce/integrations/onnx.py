@@ -148,9 +148,13 @@ def check(
     # whichever side of a step, and of a float16 that onnxruntime did not round, it falls.
     x = raw.to(torch.promote_types(raw.dtype, torch.float32))
     eps = torch.finfo(raw.dtype).eps
-    low, high = x - 2 * eps * x.abs(), x + 2 * eps * x.abs()
+    spread = 2 * eps * x.abs()
+    if isinstance(repair, IsotonicCalibration):  # whose steps are places in the probability
+        steep = (x.sigmoid() * (-x).sigmoid()).clamp(min=1e-4) if repair.takes_logits else 1.0
+        spread += 2 * eps / steep
+    ends = x - spread, x + spread
     with torch.no_grad():
-        low, high = repair(low), repair(high if repair.takes_logits else high.clamp(max=1))
+        low, high = (repair(end if repair.takes_logits else end.clamp(0, 1)) for end in ends)
     # Where a flip is removed, rounding grows a thousandfold in the logits that are near the clip.
     # Their probability, which is what counts, hardly moves.
     same = _beyond(low, repaired, high) <= 1000 * _UNITS * eps * (1 + repaired.abs())
