@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.data import tasks
@@ -27,6 +28,7 @@ from benchmarks.study.judge import histogram
 from benchmarks.study.rows import DEFAULT, PLAIN, ROWS
 from benchmarks.study.run import train
 from sc_bce import CalibrationHistogram, IsotonicCalibration, TemperatureScaling
+from sc_bce.__main__ import main as sc_bce
 from sc_bce.plot import reliability_diagram
 
 if TYPE_CHECKING:
@@ -242,6 +244,21 @@ def tutorial(path: Path) -> None:
     path.write_bytes(drawn)
 
 
+def command(shown: Shown, path: Path) -> None:
+    """What the command line draws of plain BCE's maps, saved as 8-bit PNG."""
+    maps = (255 * torch.sigmoid(shown.logits[BEFORE])).round().to(torch.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, images in (("maps", maps), ("masks", 255 * shown.task.test.target)):
+            (Path(folder) / name).mkdir()
+            for i, image in enumerate(images):
+                Image.fromarray(image[0].numpy()).save(Path(folder) / name / f"{i:03}.png")
+        drawn = f"{folder}/drawn.png"
+        if sc_bce(["measure", f"{folder}/maps", f"{folder}/masks", "--plot", drawn]):
+            raise ValueError("Expected the command to measure the maps, but it refused them")
+        with Image.open(drawn) as picture:
+            picture.save(path)  # without the version of matplotlib
+
+
 FIGURES: "tuple[Callable[[Shown], Figure], ...]" = (
     hero_maps,
     hero_curves,
@@ -264,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shown = Shown(replace(task, epochs=task.epochs if args.epochs is None else args.epochs))
     for draw in FIGURES:
         draw(shown).savefig(args.out / f"{draw.__name__}.png", metadata={"Software": None})
+    command(shown, args.out / "command.png")
     tutorial(args.out.resolve() / "tutorial.png")
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from sc_bce import CalibrationHistogram, ImageHistograms, IsotonicCalibration, TemperatureScaling
-from sc_bce.__main__ import main
+from sc_bce.__main__ import Tally, main
 
 SIZE = (12, 10)
 
@@ -180,6 +181,33 @@ def test_ignored_pixels_and_many_maps(tmp_path):
         assert float(values["measures"][name]) == pytest.approx(value), name
 
 
+@pytest.mark.parametrize(("labels", "bytes"), [(None, True), (2, True), (None, False)])
+def test_memory_does_not_grow_with_the_maps(labels, bytes):
+    """Neighbours become one image of the intervals; the rows of a table stay those of each map."""
+    given = Namespace(labels=labels, logits=False, csv="rows.csv")
+    groups = [Tally(number, given, True).group for number in (3, 1000, 1001, 2000, 10**6)]
+    assert groups == [1, 1, 2, 2, 1024]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (70, labels or 1, 30), generator=generator, dtype=torch.uint8)
+    y = (torch.rand(x.shape, generator=generator) < x / 255).to(torch.uint8)
+    x = x if bytes else x / 255
+    tally = Tally(70, given, True)
+    tally.group = 2
+    for one, label in zip(x, y, strict=True):
+        tally.add(one, label)
+    tally.flush()
+    tally.gather()
+    pairs, each = ImageHistograms(labels), ImageHistograms(labels)
+    each.update(x, y, from_logits=False)
+    two = (one.reshape(35, 2, -1, 30).transpose(1, 2).flatten(2) for one in (x, y))
+    pairs.update(*two, from_logits=False)
+    for name in ("count", "nll", "ece"):
+        got, wanted = tally.images.per_image()[name], pairs.per_image()[name]
+        torch.testing.assert_close(got, wanted)
+        rows = [row[name] for row in tally.rows]
+        assert rows == pytest.approx(each.per_image()[name].flatten().tolist())
+
+
 @pytest.mark.parametrize("indices", [True, False])
 def test_labels(indices, tmp_path, capsys):
     p, _ = data(12, (3, *SIZE))
@@ -285,6 +313,17 @@ def test_masks_that_are_no_labels_are_refused(folders, capsys):
         save(folders / "masks" / f"{i}.png", np.full(SIZE, 255, np.uint8))
     assert "the masks hold no pixel of class 0" in said(np.full(SIZE, 255, np.uint8))
     assert "is it what --ignore leaves out?" in said(mask * 0, "--ignore", 255)
+    # As tifffile writes bools, and as Pillow reads them with black and white exchanged.
+    path = folders / "masks" / "1.tif"
+    Image.fromarray(mask > 0).save(path, tiffinfo={262: 0})
+    (folders / "masks" / "1.png").unlink()
+    text = refused(capsys, "measure", folders / "maps", folders / "masks")
+    assert "1.tif: is a TIFF whose zeros are white" in text
+    path.write_bytes(b"II*\0nothing")
+    text = refused(capsys, "measure", folders / "maps", folders / "masks")
+    assert "1.tif: can't be read" in text
+    assert "a TIFF may hold 8 or 16 bits, or float32" in text
+    path.unlink()
     colour = np.zeros((*SIZE, 3), np.uint8)
     colour[..., 0] = 9
     assert "1.png: is in colour" in said(colour)

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .measure import CalibrationHistogram, ImageHistograms
 from .repair import IsotonicCalibration, TemperatureScaling
 
 _TOGETHER = 64  # 8-bit maps that are counted at once
-_PART = 256  # images whose rows are made at once
+_IMAGES = 1000  # at most, for the intervals
 _DRAWS = 300  # of images, for an interval
 _INTERVALS = ("slope", "nll", "brier", "ece")
 _KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -37,13 +37,17 @@ _STRETCHED = (
 
 
 class Tally:
-    """Counts maps as they come: in fixed memory, and a few kB per map for the intervals."""
+    """Counts ``number`` maps as they come, in fixed memory but for the rows of a table."""
 
-    def __init__(self, labels: int | None, logits: bool, images: bool) -> None:
-        self.labels, self.logits = labels, logits
-        self.total = CalibrationHistogram(labels)
-        self.parts = [ImageHistograms(labels)] if images else []
+    def __init__(self, number: int, args: argparse.Namespace, images: bool) -> None:
+        self.labels, self.logits, self.table = args.labels, args.logits, images and bool(args.csv)
+        self.total = CalibrationHistogram(self.labels)
+        self.images = ImageHistograms(self.labels) if images else None
+        self.rows: list[dict[str, float]] = []
         self.seen = self.stretched = 0
+        # Of very many maps, so many neighbours are one image of the intervals.
+        self.group = 1 << ((number - 1) // _IMAGES).bit_length()
+        self._fresh = ImageHistograms(self.labels)  # images that are not yet grouped
         self._pending: list[Tensor] = []
         self._one: dict[str, Tensor] = {}  # the state of each value and label of an 8-bit map
 
@@ -59,7 +63,7 @@ class Tally:
             self._count(x[None], y[None], None)
             return
         # An 8-bit map has 256 values and two labels: 512 counts say all of it.
-        code = x.to(torch.int32) + 256 * y.to(torch.int32)
+        code = x.to(torch.int64).add_(y, alpha=256)
         self._pending.append(torch.stack([row.bincount(minlength=512)[:512] for row in code]))
         if len(self._pending) == _TOGETHER:
             self.flush()
@@ -75,16 +79,29 @@ class Tally:
 
     def _count(self, x: Tensor, y: Tensor, weight: Tensor | None) -> None:
         kept: dict[str, Any] = {"from_logits": self.logits, "ignore_index": files.IGNORED}
-        if self.parts:
-            if len(self.parts[-1]) >= _PART:
-                self.parts.append(ImageHistograms(self.labels))
+        if self.images is not None:
             if weight is None:
-                self.parts[-1].update(x, y, **kept)
+                self._fresh.update(x, y, **kept)
             else:
-                self.parts[-1].merge(self._summed(weight.flatten(0, 1)))
+                self._fresh.merge(self._summed(weight.flatten(0, 1)))
+            if len(self._fresh) >= max(self.group, _TOGETHER):
+                self.gather()
         if weight is not None:
             x, y, weight = x[:1], y[:1], weight.sum(0, keepdim=True)
         self.total.update(x, y, weight=weight, **kept)
+
+    def gather(self) -> None:
+        """Write the rows of the images that are new, and add them up by group."""
+        if self.images is None or not len(self._fresh):
+            return
+        self.rows += _rows(self._fresh) if self.table else []
+        state, size = {}, self.group * (self.labels or 1)
+        for name, part in self._fresh.state_dict().items():
+            groups = [one.unflatten(0, (-1, self.labels or 1)).sum(0) for one in part.split(size)]
+            state[name] = torch.cat(groups)
+        self._fresh.load_state_dict(state)
+        self.images.merge(self._fresh)
+        self._fresh = ImageHistograms(self.labels)
 
     def _summed(self, weight: Tensor) -> ImageHistograms:
         """Images of 8-bit maps: what a histogram sums of each value and label, so many times."""
@@ -113,12 +130,13 @@ def _tally(args: argparse.Namespace, images: bool, more: int = 0) -> tuple[Tally
     pairs = files.pairs(args.predictions, args.masks)
     files.check_sizes(pairs, args.labels, args.resize)
     masks = files.Masks(args.ignore, args.labels)
-    tally = Tally(args.labels, args.logits, images)
-    bar = _bar(len(pairs) * (1 + images) + more)
+    tally = Tally(len(pairs), args, images)
+    bar = _bar(len(pairs) + more)
     for _, x, y in files.read_all(pairs, masks, args.logits, args.resize):
         tally.add(x, y)
         bar.update()
     tally.flush()
+    tally.gather()
     for one, count in enumerate(masks.classes):
         if not count:
             raise ValueError(
@@ -140,13 +158,7 @@ def _measure(args: argparse.Namespace) -> None:
         _writable(path)
     labels = range(args.labels or 1)
     tally, names, bar = _tally(args, True, len(labels) * len(_INTERVALS))
-    rows = []
-    for part in tally.parts:
-        rows += _rows(part) if args.csv else []
-        bar.update(len(part))
-    every = tally.parts[0]
-    for part in tally.parts[1:]:
-        every.merge(part)
+    every = cast(ImageHistograms, tally.images)
     intervals: list[dict[str, list[float]]] = []
     for label in labels:
         one = every if args.labels is None else every.label(label)
@@ -158,7 +170,7 @@ def _measure(args: argparse.Namespace) -> None:
     print(f"{len(names)} maps\n{tally.total.summary()}")
     _print_intervals(intervals, args.labels is not None)
     if args.csv:
-        _write_csv(args.csv, names, rows, args.labels)
+        _write_csv(args.csv, names, tally.rows, args.labels)
     if args.json:
         kept = {
             "maps": len(names), "stretched": tally.seen > 1 and tally.stretched == tally.seen,

@@ -119,7 +119,11 @@ def size_of(path: Path) -> Size:
             frames = getattr(picture, "n_frames", 1)
             return (frames,) * (frames > 1) + (picture.height, picture.width)
     except OSError as error:
-        raise ValueError(f"{path}: can't be read ({error})") from error
+        raise ValueError(f"{path}: can't be read ({error}){_hint(path)}") from error
+
+
+def _hint(path: Path) -> str:
+    return "; a TIFF may hold 8 or 16 bits, or float32" if ".tif" in path.suffix.lower() else ""
 
 
 def _array(path: Path, head: bool = False) -> Any:
@@ -157,9 +161,12 @@ def _picture(path: Path, mask: bool) -> Any:
                 if frames > 1:
                     picture.seek(frame)
                 pages.append(np.asarray(picture))
-            mode = picture.mode
+            mode, inverted = picture.mode, getattr(picture, "tag_v2", {}).get(262) == 0
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: can't be read ({error})") from error
+        raise ValueError(f"{path}: can't be read ({error}){_hint(path)}") from error
+    if inverted:
+        remedy = "of which some readers exchange black and white; save it as uint8"
+        raise ValueError(f"{path}: is a TIFF whose zeros are white, {remedy}")
     if mode in ("1", "P") and not mask:
         kind = "1-bit decisions" if mode == "1" else "a colour map"
         raise ValueError(f"{path}: holds {kind}, not probabilities; save grey values")

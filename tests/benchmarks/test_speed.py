@@ -10,7 +10,7 @@ import pytest
 import reference as ref
 import torch
 
-from benchmarks.speed import measure, table
+from benchmarks.speed import maps, measure, table
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,3 +106,13 @@ def test_the_cost_of_a_large_table_is_written(tmp_path):
     found = json.loads(out.read_text())
     assert [case["ratio"] > 0 for case in found["steps"]] == [True] * 4
     assert all(4 <= case["bytes_per_row"] < 20 for case in found["epoch"])
+
+
+def test_the_command_is_timed_beside_decoding(tmp_path):
+    out = tmp_path / "maps.json"
+    maps.main(["--maps=3", "--rounds=1", f"--out={out}"])
+    found = json.loads(out.read_text())
+    assert found["seconds"].keys() == {"decode", *maps.COMMANDS}
+    assert all(ratio > 1 for ratio in found["times decoding"].values())
+    assert list(found["peak MiB"]) == ["3", "6", "24"]
+    assert all(peak > 50 for peak in found["peak MiB"].values())
