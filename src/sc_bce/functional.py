@@ -264,9 +264,15 @@ def _by_torch(
         x = x.to(torch.promote_types(x.dtype, torch.float32))
     q = y if given.nothing() else towards_prior(y, given)
     if valid is None:
-        return F.binary_cross_entropy_with_logits(
-            x, q, weight, pos_weight=pos_weight, reduction=reduction
+        whole = reduction == "none" or not torch.compiler.is_compiling()
+        loss = F.binary_cross_entropy_with_logits(
+            x, q, weight, pos_weight=pos_weight, reduction=reduction if whole else "none"
         )
+        if whole:
+            return loss
+        # By sample first: inductor then sums the loss, the hits and the labels in one loop.
+        total = _by_sample(loss).sum(1).sum()
+        return total / loss.numel() if reduction == "mean" else total
     if reduction != "none" and readable(x):
         # The mask as torch's weight: a fifth of the time. Ignored logits must then be finite.
         keep = as_bytes(valid).to(x.dtype)
@@ -336,23 +342,24 @@ def _slopes(
 
 def _hits(batch: Batch, valid: Tensor | None) -> Tensor:
     """Share of each sample's elements that are right at 1/2."""
-    said, true = _at_least(batch.input, 0), _at_least(batch.target, 0.5)
+    said, true = (
+        _at_least(value, bound, batch.plain)
+        for value, bound in ((batch.input, 0.0), (batch.target, 0.5))
+    )
     if said.dtype == true.dtype:
-        hits = said.eq_(true) if readable(said) else said == true
+        hits = said.eq_(true) if batch.plain else said == true
     else:
         hits = (said > 0) == (true > 0)
     return _sample_means(hits, valid)
 
 
-def _at_least(value: Tensor, bound: float) -> Tensor:
+def _at_least(value: Tensor, bound: float, plain: bool) -> Tensor:
     """1 and 0, in the value's own dtype if possible: bools take many times as long."""
     if value.dtype == torch.bool:
         return value
     if value.dtype in UNREDUCIBLE:  # torch can't compare them either
         value = value.float()
-    if readable(value):
-        return torch.ge(value.detach(), bound, out=torch.empty_like(value))
-    return value >= bound
+    return torch.ge(value, bound, out=torch.empty_like(value)) if plain else value >= bound
 
 
 def _sample_means(value: Tensor, valid: Tensor | None) -> Tensor:
@@ -360,6 +367,8 @@ def _sample_means(value: Tensor, valid: Tensor | None) -> Tensor:
     if valid is not None:
         value = value & valid if value.dtype == torch.bool else torch.where(valid, value, 0.0)
     value = _by_sample(value)
+    if valid is None and value.shape[1] == 1 and not torch.compiler.is_compiling():
+        return value[:, 0].float()
     wide = torch.promote_types(value.dtype, torch.float32)
     count: int | Tensor = value.shape[1] if valid is None else _by_sample(valid).sum(1)
     return (value.sum(1, dtype=wide) / count).float()
@@ -374,6 +383,8 @@ def _counts(
 ) -> tuple[float | Tensor, Tensor]:
     """Number of valid elements and sum of their labels, a column for each element of `shape`."""
     target = batch.target
+    if torch.compiler.is_compiling():  # as the loss and the hits read them, in one loop with both
+        target = batch.labels(torch.float32)
     if valid is not None and not target.is_floating_point():
         target = target * valid
     elif valid is not None:
@@ -392,6 +403,9 @@ def _counts(
 def _column_sums(value: Tensor, shape: tuple[int, ...], share: Tensor | None) -> Tensor:
     over = [place for place in range(value.dim()) if not shape or shape[place] == 1]
     if share is None:
+        if not shape:
+            value = _by_sample(value).sum(1)
+            over = [0]
         total = value.sum(over) if over else value
         return total if total.dim() < 2 else total.reshape(-1)
     rest = [place for place in over if place > 0]
