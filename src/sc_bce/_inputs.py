@@ -80,8 +80,7 @@ def batch(input: Tensor, target: Tensor, ignore_index: float | None) -> Batch:
     logits(input)
     label(target)
     same_size(input, target)
-    void = None if ignore_index is None else held(target, ignore_index)
-    plain = readable(input) and readable(target)
+    void, plain = held(target, ignore_index), readable(input) and readable(target)
     return Batch(input, target, void, check_labels(target, void), plain)
 
 
