@@ -34,6 +34,7 @@ class Batch(NamedTuple):
     target: Tensor
     void: float | None  # the target to ignore; None if no element can have it
     legal: bool  # False if the labels could not be read, so that some may be illegal
+    plain: bool = False  # whether both are ordinary tensors of a CPU, in eager code
 
     def dtype(self) -> torch.dtype:
         """Dtype of the loss by torch's rule: the target's, or the input's for bool and integers."""
@@ -79,8 +80,8 @@ def batch(input: Tensor, target: Tensor, ignore_index: float | None) -> Batch:
     logits(input)
     label(target)
     same_size(input, target)
-    void = None if ignore_index is None else held(target, ignore_index)
-    return Batch(input, target, void, check_labels(target, void))
+    void, plain = held(target, ignore_index), readable(input) and readable(target)
+    return Batch(input, target, void, check_labels(target, void), plain)
 
 
 def logits(input: object, name: str = "input") -> None:

@@ -246,11 +246,9 @@ def _by_torch(
     pos_weight: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    dtype, x = batch.dtype(), batch.input
+    dtype, x, bce = batch.dtype(), batch.input, F.binary_cross_entropy_with_logits
     if given.nothing() and batch.void is None:  # torch's own call, in the dtypes that were passed
-        return F.binary_cross_entropy_with_logits(
-            x, batch.labels(dtype), weight, pos_weight=pos_weight, reduction=reduction
-        )
+        return bce(x, batch.labels(dtype), weight, pos_weight=pos_weight, reduction=reduction)
     wide = torch.promote_types(dtype, torch.float32)
     whole = pos_weight is None and reduction != "none"
     if whole and one_pass.applies(x, batch.target, weight, *given.tensors()):
@@ -263,28 +261,27 @@ def _by_torch(
     if x.dtype != torch.float32:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
     q = y if given.nothing() else towards_prior(y, given)
-    if valid is None:
-        return F.binary_cross_entropy_with_logits(
-            x, q, weight, pos_weight=pos_weight, reduction=reduction
-        )
-    if reduction != "none" and readable(x):
+    if valid is None and (reduction == "none" or not torch.compiler.is_compiling()):
+        return bce(x, q, weight, pos_weight=pos_weight, reduction=reduction)
+    if valid is not None and reduction != "none" and readable(x):
         # The mask as torch's weight: a fifth of the time. Ignored logits must then be finite.
         keep = as_bytes(valid).to(x.dtype)
         weighted = keep if weight is None else keep * weight
-        total = F.binary_cross_entropy_with_logits(
-            x, q, weighted, pos_weight=pos_weight, reduction="sum"
-        )
+        total = bce(x, q, weighted, pos_weight=pos_weight, reduction="sum")
         if bool(total.isfinite()):
             return total if reduction == "sum" else total / _number(keep)
     # The logit is replaced before the loss, so that an ignored inf or nan reaches no gradient.
     # The loss is replaced after it, so that an ignored element adds exactly zero.
-    loss = F.binary_cross_entropy_with_logits(
-        torch.where(valid, x, 0.0), q, weight, pos_weight=pos_weight, reduction="none"
-    )
-    loss = torch.where(valid, loss, 0.0)
+    x = x if valid is None else torch.where(valid, x, 0.0)
+    loss = bce(x, q, weight, pos_weight=pos_weight, reduction="none")
+    loss = loss if valid is None else torch.where(valid, loss, 0.0)
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / _number(valid)
+    # By sample first: inductor then sums the loss, the hits and the labels in one loop.
+    total = _by_sample(loss).sum(1).sum() if torch.compiler.is_compiling() else loss.sum()
+    if reduction == "sum":
+        return total
+    return total / (loss.numel() if valid is None else _number(valid))
 
 
 def _number(valid: Tensor) -> Tensor:
@@ -336,23 +333,21 @@ def _slopes(
 
 def _hits(batch: Batch, valid: Tensor | None) -> Tensor:
     """Share of each sample's elements that are right at 1/2."""
-    said, true = _at_least(batch.input, 0), _at_least(batch.target, 0.5)
+    said, true = _at_least(batch.input, 0, batch.plain), _at_least(batch.target, 0.5, batch.plain)
     if said.dtype == true.dtype:
-        hits = said.eq_(true) if readable(said) else said == true
+        hits = said.eq_(true) if batch.plain else said == true
     else:
         hits = (said > 0) == (true > 0)
     return _sample_means(hits, valid)
 
 
-def _at_least(value: Tensor, bound: float) -> Tensor:
+def _at_least(value: Tensor, bound: float, plain: bool) -> Tensor:
     """1 and 0, in the value's own dtype if possible: bools take many times as long."""
     if value.dtype == torch.bool:
         return value
     if value.dtype in UNREDUCIBLE:  # torch can't compare them either
         value = value.float()
-    if readable(value):
-        return torch.ge(value.detach(), bound, out=torch.empty_like(value))
-    return value >= bound
+    return torch.ge(value, bound, out=torch.empty_like(value)) if plain else value >= bound
 
 
 def _sample_means(value: Tensor, valid: Tensor | None) -> Tensor:
@@ -360,6 +355,8 @@ def _sample_means(value: Tensor, valid: Tensor | None) -> Tensor:
     if valid is not None:
         value = value & valid if value.dtype == torch.bool else torch.where(valid, value, 0.0)
     value = _by_sample(value)
+    if valid is None and value.shape[1] == 1 and not torch.compiler.is_compiling():
+        return value[:, 0].float()
     wide = torch.promote_types(value.dtype, torch.float32)
     count: int | Tensor = value.shape[1] if valid is None else _by_sample(valid).sum(1)
     return (value.sum(1, dtype=wide) / count).float()
@@ -374,6 +371,8 @@ def _counts(
 ) -> tuple[float | Tensor, Tensor]:
     """Number of valid elements and sum of their labels, a column for each element of `shape`."""
     target = batch.target
+    if torch.compiler.is_compiling():
+        target = batch.labels(torch.float32)  # as the loss reads them
     if valid is not None and not target.is_floating_point():
         target = target * valid
     elif valid is not None:
@@ -392,6 +391,8 @@ def _counts(
 def _column_sums(value: Tensor, shape: tuple[int, ...], share: Tensor | None) -> Tensor:
     over = [place for place in range(value.dim()) if not shape or shape[place] == 1]
     if share is None:
+        if not shape and torch.compiler.is_compiling():  # as the loss is summed
+            value, over = _by_sample(value).sum(1), [0]
         total = value.sum(over) if over else value
         return total if total.dim() < 2 else total.reshape(-1)
     rest = [place for place in over if place > 0]

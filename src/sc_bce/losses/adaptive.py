@@ -228,7 +228,8 @@ class AdaptivePerturbation(Stateful):
     def forward(
         self, input: Tensor, target: Tensor, index: Tensor | None = None, *, update: bool = True
     ) -> Tensor:
-        weights: dict[str, Any] = {"weight": self.weight, "pos_weight": self.pos_weight}
+        # Not by attribute: what is no attribute of an object is looked for among the levels too.
+        weights: dict[str, Any] = {name: self._buffers[name] for name in ("weight", "pos_weight")}
         weights["reduction"] = self.reduction
         if not (self.training and torch.is_grad_enabled()):
             if not torch.compiler.is_compiling():

@@ -27,13 +27,11 @@ def bernoulli(
     if isinstance(alpha, Tensor) and alpha.dim() == 1:
         alpha = alpha.reshape(alpha.shape[0], *(1 for _ in shape[1:]))
     # Sizes come last: they would specialise a compiled graph.
-    fewest = _DRAWS_PER_LEVEL * alpha.numel() if isinstance(alpha, Tensor) else 0
-    if (
-        torch.compiler.is_compiling()
-        or shape.numel() < max(_BYTES_PAY_FROM, fewest)
-        or not readable(input)
-    ):
+    if not readable(input):
         return _uniform(input, shape, generator) < alpha
+    fewest = _DRAWS_PER_LEVEL * alpha.numel() if isinstance(alpha, Tensor) else 0
+    if shape.numel() < max(_BYTES_PAY_FROM, fewest):
+        return _uniform(input, shape, generator).lt_(alpha)  # as floats: a bool takes longer
     return _by_bytes(alpha, input, shape, generator)
 
 

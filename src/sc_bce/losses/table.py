@@ -61,12 +61,13 @@ class Table:
             column.scatter_(0, rows, new)
             if torch.equal(column.index_select(0, rows), new):
                 return  # no row occurs again with another value
-        if column.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
+        deterministic = column.device.type != "cpu" and torch.are_deterministic_algorithms_enabled()
+        if deterministic or torch.compiler.is_compiling():
             column.index_copy_(0, rows, mean_by_row(rows, values))
         else:
             column.scatter_reduce_(0, rows, values, "mean", include_self=False)
-        if limits is not None:  # after the mean
-            column.index_copy_(0, rows, column.index_select(0, rows).clamp_(*limits))
+        if limits is not None:  # after the mean; all other rows are within them
+            column.clamp_(*limits)
 
     def mark(self, rows: Tensor) -> None:
         """Mark these rows as trained since the last step."""
@@ -171,7 +172,8 @@ def _checked(index: object, shape: torch.Size, num_samples: int) -> Tensor:
         refuse("index", wanted, f"shape {tuple(index.shape)}")
     index = index.to(torch.int64)
     if readable(index) and index.numel():
-        low, high = (int(end) for end in index.aminmax())
+        low, high = index.aminmax()
+        low, high = low.item(), high.item()
         if low < 0 or high >= num_samples:
             refuse(
                 "index", f"be in [0, {num_samples - 1}]", low if low < 0 else high,
