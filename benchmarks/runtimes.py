@@ -118,7 +118,7 @@ def as_int8(module: nn.Module, x: Tensor, folder: Path, operators: list[str] | N
     tools, path = _module("onnxruntime.quantization"), export(module, x, folder / "model.onnx")
     feeds = iter([{by_name(path): x.numpy()}])
 
-    class Reader(tools.CalibrationDataReader):  # type: ignore[misc]
+    class Reader(tools.CalibrationDataReader):  # type: ignore[name-defined,misc]
         def get_next(self) -> dict[str, Any] | None:
             return next(feeds, None)
 
@@ -252,7 +252,8 @@ def xnnpack(module: nn.Module, x: Tensor, folder: Path) -> Answer:
 def inductor(module: nn.Module, x: Tensor, folder: Path) -> Answer:
     program = torch.export.export(module, (x,))
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
-    return torch._inductor.aoti_load_package(path)  # type: ignore[no-any-return]
+    loaded: Answer = torch._inductor.aoti_load_package(path)
+    return loaded
 
 
 _WEB = """
@@ -360,7 +361,9 @@ def seen(name: str, repair: str | None, out: Any) -> None:
     logging.disable(logging.ERROR)
     destination, (model, image) = DESTINATIONS[name], network()
     one, x = fitted(BUILDS[repair]) if repair else (nn.Identity(), image)
-    pairs = [(nn.Sequential(OrderedDict(network=model, repair=one)).eval(), image)]
+    pairs: list[tuple[nn.Module, Tensor]] = [
+        (nn.Sequential(OrderedDict(network=model, repair=one)).eval(), image)
+    ]
     if repair and destination.special:
         pairs.append((one, x))
     found: list[Any] = []

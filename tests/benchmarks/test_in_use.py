@@ -1,6 +1,7 @@
 """The page of a network in use: which images, what they become, and the tables of the results."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def test_fewer_images_are_among_the_more_and_halves_stay_apart(folder):
         assert len(fitted) == len(shown) == size / 2
         assert not set(fitted) & set(shown)
         assert set(worse) <= set(shown)
-    for few, many in zip(picked, picked[1:], strict=False):
+    for few, many in pairwise(picked):
         assert all(set(one) <= set(other) for one, other in zip(few, many, strict=True))
     with pytest.raises(ValueError, match="Expected 10 to 200 images, but got 9"):
         in_use.chosen(folder, 9)
