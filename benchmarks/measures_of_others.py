@@ -5,7 +5,8 @@
     python -m benchmarks.measures_of_others
 
 It computes each number twice, with the other package and with this one, on 2,000 drawn answers,
-and prints a markdown table. What is not installed is left out. rms needs `Rscript` with R's package rms.
+and prints a markdown table. What is not installed is left out. rms needs `Rscript` with R's
+package rms.
 Not run in CI: these packages ask for gigabytes.
 """
 
