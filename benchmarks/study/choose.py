@@ -275,16 +275,17 @@ def run_round(sources: Sources, names: Sequence[str], seeds: Sequence[int], fold
 
 def told(runs: Sequence[Run]) -> str:
     """All candidates against plain BCE, in per cent: stopped early and repaired · last epoch."""
-    found = changes(runs)
+    found, count = changes(runs), Counter(run["candidate"] for run in runs)
     seen = {run["task"] for run in runs}
     tasks = [task for task in dict.fromkeys(t for some, *_ in ROUNDS for t in some) if task in seen]
     rows = []
     for name in [n for n in CANDIDATES if n in found]:
         of = found[name]
         pairs = [" · ".join(f"{100 * x:+.1f}" for x in of.get(task, ())) for task in tasks]
-        rows.append([name, *pairs, f"{100 * mean(of):+.1f}", f"{100 * worst(of):+.1f}"])
-    rows.sort(key=lambda row: (row.count(""), float(row[-2])))
-    return table(["candidate", *tasks, "mean", "largest rise"], rows)
+        ends = f"{100 * mean(of):+.1f}", f"{100 * worst(of):+.1f}", str(count[name])
+        rows.append([name, *pairs, *ends])
+    rows.sort(key=lambda row: (-int(row[-1]), float(row[-3])))
+    return table(["candidate", *tasks, "mean", "largest rise", "runs"], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

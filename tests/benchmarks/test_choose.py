@@ -1,5 +1,6 @@
 """The choice of the defaults: the rule on made readings, and one small round."""
 
+import inspect
 import json
 from dataclasses import replace
 
@@ -11,7 +12,8 @@ from benchmarks.study import choose
 from benchmarks.study.choose import CANDIDATES, Candidate, Rule
 from benchmarks.study.judge import histogram
 from benchmarks.study.rows import PLAIN, Setting
-from benchmarks.study.run import Source
+from benchmarks.study.run import BENCHMARKS, Source
+from sc_bce import AdaptivePerturbation
 from sc_bce.losses.rules import FollowSlope
 
 FULL, FLOOR, SIMPLE, PLAINER = (
@@ -127,3 +129,16 @@ def test_a_round_is_kept_resumed_collected_and_told(tmp_path, monkeypatch, capsy
     told = capsys.readouterr().out
     assert all(name in told for name in few)
     assert f"chosen: {first}" in told
+
+
+def test_the_package_s_defaults_are_what_the_rule_chooses_and_the_page_shows_it():
+    runs = json.loads(choose.KEPT.read_text("utf-8"))["runs"]
+    best = CANDIDATES[choose.chosen(runs)]
+    arguments = inspect.signature(AdaptivePerturbation).parameters
+    for name in ("level", "focus", "sampling", "prior"):
+        assert arguments[name].default == getattr(best, name), name
+    assert FollowSlope() == FollowSlope(best.level, best.focus)
+    assert best.memory == FollowSlope.memory
+    assert best.falls
+    page = (BENCHMARKS.parent / "docs" / "decisions.md").read_text("utf-8")
+    assert choose.told(runs) in page
