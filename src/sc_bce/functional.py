@@ -355,7 +355,7 @@ def _sample_means(value: Tensor, valid: Tensor | None) -> Tensor:
     if valid is not None:
         value = value & valid if value.dtype == torch.bool else torch.where(valid, value, 0.0)
     value = _by_sample(value)
-    if valid is None and value.shape[1] == 1 and not torch.compiler.is_compiling():
+    if valid is None and readable(value) and value.shape[1] == 1:
         return value[:, 0].float()
     wide = torch.promote_types(value.dtype, torch.float32)
     count: int | Tensor = value.shape[1] if valid is None else _by_sample(valid).sum(1)
