@@ -259,12 +259,12 @@ def samples(kept: Tasks) -> Answer:
     line = f"Against one level for all, {SAID[AT_END]}, its NLL is {late}; {SAID[REPAIRED]}, it is "
     line += early
     if found:
-        return Answer(f"{line}; it finds {_found(found)}.", f"{grid(gaps)}\n\n{signs(found)}")
+        return Answer(f"{line}; {_found(found)}.", f"{grid(gaps)}\n\n{signs(found)}")
     return Answer(f"{line}.", grid(gaps))
 
 
 SIGNS = {
-    (DEFAULT, "level"): "its level",
+    (DEFAULT, "level"): "the level",
     (DEFAULT, "loss"): "the loss, default, last epoch",
     (PLAIN, "loss"): "the loss, plain BCE, last epoch",
     (PLAIN, "loss-best"): "the loss, plain BCE, stopped early",
@@ -276,30 +276,29 @@ SIGNS = {
 
 
 def signs_found(kept: Tasks) -> dict[str, dict[str, list[float]]]:
-    """In the words and order of ``SIGNS``, where both tasks have them."""
+    """By the words of ``SIGNS`` and task."""
     found = contrasts.found_wrong(kept)
-    return {
-        words: found[sign]
-        for sign, words in SIGNS.items()
-        if len(found.get(sign, ())) == len(SPOILT)
-    }
+    return {words: found[sign] for sign, words in SIGNS.items() if sign in found}
 
 
 def _found(found: dict[str, dict[str, list[float]]]) -> str:
-    """How well the level finds the wrong masks, and what finds them best."""
+    """What finds the wrong masks best, and how well the level does."""
     said = []
     for task in SPOILT:
-        means = {words: float(np.mean(each[task])) for words, each in found.items()}
+        means = {words: float(np.mean(each[task])) for words, each in found.items() if task in each}
+        if not means:
+            continue
         best, level = max(means, key=means.__getitem__), SIGNS[DEFAULT, "level"]
-        more = "the best of all" if best == level else f"{best}: {means[best]:.2f}"
+        less = f"; {level}: {means[level]:.2f}" if level in means and best != level else ""
         kind = NAMES[task].removeprefix("digits with ")
-        said.append(f"{kind} with an AUROC of {means[level]:.2f} ({more})")
+        said.append(f"{kind} are found best by {best} (AUROC {means[best]:.2f}{less})")
     return " and ".join(said)
 
 
 def signs(found: dict[str, dict[str, list[float]]]) -> str:
     rows = [
-        [words, *(f"{np.mean(each[task]):.2f}" for task in SPOILT)] for words, each in found.items()
+        [words, *(f"{np.mean(each[task]):.2f}" if task in each else MISSING for task in SPOILT)]
+        for words, each in found.items()
     ]
     return report.table(["AUROC of the wrong masks by", *(NAMES[task] for task in SPOILT)], rows)
 
@@ -489,12 +488,15 @@ def _corrupted(kept: Tasks, gaps: Gaps, tasks: Sequence[str], rows: Sequence[str
 
 def noisy(kept: Tasks) -> str:
     """What the guide to noisy labels says of masks."""
-    early, late = both(contrasts.line(contrasts.of_samples(kept), NO_LEVEL))
-    return (
-        f"- The level finds {_found(signs_found(kept))}.\n"
-        f"- {capital(SAID[AT_END])}, the NLL of the adaptive loss against plain BCE is {late}.\n"
-        f"- {capital(SAID[REPAIRED])}, it is {early}."
-    )
+    said = [f"- {capital(_found(signs_found(kept)))}."]
+    gaps = contrasts.line(contrasts.of_samples(kept), NO_LEVEL)
+    if gaps:
+        early, late = both(gaps)
+        said.append(
+            f"- {capital(SAID[AT_END])}, the NLL of the default against plain BCE is {late}."
+        )
+        said.append(f"- {capital(SAID[REPAIRED])}, it is {early}.")
+    return "\n".join(said)
 
 
 def no_object(kept: Tasks) -> str:
