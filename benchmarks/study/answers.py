@@ -34,6 +34,7 @@ from benchmarks.study.contrasts import (
     title,
 )
 from benchmarks.study.judge import IMAGES, RAW, REPAIRS
+from benchmarks.study.kept import Kept
 from benchmarks.study.rows import BEST_FIXED, DEFAULT, PLAIN, ROWS
 
 MISSING = "-"
@@ -180,13 +181,31 @@ def fine_tuned(kept: Tasks) -> Answer:
     other = "against plain BCE"
     table = report.table(["", "seeds", "slope", AT_END, other, REPAIRED, other, "its F1"], rows)
     if not gaps:
-        return Answer("Not shown: there are fewer than two seeds so far.", table)
+        return Answer(f"Not shown: {_one_seed(k)}.", table)
     said = {(task, short(row), words): gap for (task, row, words), gap in gaps.items()}
     early, late = both(said, 1, "losses and rivals", "with")
     lower = shown(reading(said, REPAIRED, 1), "lower")
     word = capital(listed(lower)) if lower else "Nothing beyond plain BCE is shown to help"
     line = f"{word}: {SAID[REPAIRED]}, the NLL against plain BCE is {early}; {SAID[AT_END]}, "
     return Answer(f"{line}it is {late}.", table)
+
+
+def _one_seed(k: Kept) -> str:
+    """Of a single seed the differences, which no interval belongs to."""
+    ends = []
+    for words, how in READINGS.items():
+        changes = {
+            short(row): k.gap(row, PLAIN, *how)
+            for row in k.runs
+            if row != PLAIN and k.has(row, PLAIN, seeds=1)
+        }
+        if not changes:
+            return "plain BCE alone was run"
+        low, high = (pick(changes, key=lambda row: changes[row].value) for pick in (min, max))
+        ends.append(
+            f"{SAID[words]}, from {named(low, changes[low])} to {named(high, changes[high])}"
+        )
+    return f"one seed; its NLL against plain BCE is, {'; '.join(ends[::-1])}"
 
 
 def draws(kept: Tasks) -> Answer:

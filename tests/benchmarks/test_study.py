@@ -351,7 +351,9 @@ def test_a_fine_tuned_network_is_told_with_any_number_of_seeds(fine_tuned):
     assert "mixup 0.3" in answers.fine_tuned(kept).table
     assert k.row("mixup") == "mixup-0.3"
     k.runs = {row: {3: runs[3]} for row, runs in k.runs.items()}
-    assert "fewer than two seeds" in answers.fine_tuned(kept).line
+    assert answers.fine_tuned(kept).line.startswith("Not shown: one seed; its NLL against plain")
+    k.runs = {"bce": k.runs["bce"]}
+    assert answers.fine_tuned(kept).line == "Not shown: plain BCE alone was run."
     assert answers.fine_tuned({}).line == answers.NOT_RUN
 
 
