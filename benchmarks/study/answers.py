@@ -613,36 +613,35 @@ def _with_validation(kept: Tasks) -> str:
 
 
 def _without(kept: Tasks, over_confident: bool) -> str:
-    """Of the default and moderation .2: lower on two tasks of this kind, and never higher."""
-    families = {
-        DEFAULT: reading(contrasts.of_default(kept), AT_END),
-        BEST_FIXED: {
-            n: g for n, g in reading(contrasts.of_slopes(kept), AT_END).items() if n in MAIN
-        },
-    }
+    """Of the default and moderation .2: lower on two tasks of this kind, and never higher.
+
+    Higher is said early, of any interval above 0 that is not corrected.
+    """
+    families = {DEFAULT: contrasts.of_default(kept), BEST_FIXED: contrasts.of_slopes(kept)}
     found, harm = [], []
     for row, gaps in families.items():
         of_kind = {
-            task: gap
-            for task, gap in gaps.items()
-            if (contrasts.slope_of_plain(kept[task]) < 1) == over_confident
+            task: kept[task].gap(row)
+            for task in MAIN
+            if task in kept
+            and kept[task].has(row, PLAIN, seeds=1)
+            and (contrasts.slope_of_plain(kept[task]) < 1) == over_confident
         }
-        lower = shown(of_kind, "lower")
-        higher = [task for task, gap in of_kind.items() if gap.low > 0]  # without a correction
+        lower = [task for task in shown(reading(gaps, AT_END), "lower") if task in of_kind]
+        higher = [task for task, gap in of_kind.items() if gap.low > 0]
         if len(lower) > 1 and not higher:
             found.append(f"`{CODE[row]}` (lower on {listed(lower)})")
         if higher:
-            harm.append(f"`{CODE[row]}` is higher on {listed(higher)}")
-    if found:
-        return f"{' or '.join(found)}: questions 1 and 7"
-    return f"plain BCE{'; ' if harm else ''}{' and '.join(harm)}: questions 1 and 7"
+            harm.append(f"not `{CODE[row]}` (higher on {listed(higher)})")
+    return f"{', '.join([' or '.join(found) or 'plain BCE', *harm])}: questions 1, 2 and 7"
 
 
 def _pretrained(kept: Tasks) -> str:
-    gaps = contrasts.of_fine_tuned(kept)
-    if not gaps:
+    if FINE_TUNED not in kept:
         return ""
-    said = []
+    gaps, said = contrasts.of_fine_tuned(kept), []
+    if not gaps:
+        return "plain BCE: nothing else is shown to help (question 2)"
     for words in (REPAIRED, AT_END):
         lower, higher = (
             [short(row) for row in shown(reading(gaps, words, by=1), verdict)]

@@ -363,6 +363,10 @@ def test_no_advice_for_what_harms(fine_tuned):
     k = fine_tuned["pretrained"]
     for one in k.runs["moderation-base-0.2"].values():
         one["last"]["test"]["raw"]["nll"] *= 2
-    after = answers.take(fine_tuned)
-    assert "moderation(0.2, prior=base_rate)` (lower on" not in after
-    assert "AdaptivePerturbation" in after
+    for seeds in (5, 1):  # a single one is enough to withhold it
+        for row, runs in k.runs.items():
+            k.runs[row] = dict(list(runs.items())[:seeds])
+        after = answers.take(fine_tuned)
+        assert "moderation(0.2, prior=base_rate)` (lower on" not in after
+        assert "moderation(0.2, prior=base_rate)` (higher on fine-tuned photographs)" in after
+        assert "`AdaptivePerturbation(num_samples)` (lower on" in after
