@@ -34,6 +34,7 @@ from benchmarks.study.contrasts import (
     title,
 )
 from benchmarks.study.judge import IMAGES, RAW, REPAIRS
+from benchmarks.study.kept import Kept
 from benchmarks.study.rows import BEST_FIXED, DEFAULT, PLAIN, ROWS
 
 MISSING = "-"
@@ -180,13 +181,31 @@ def fine_tuned(kept: Tasks) -> Answer:
     other = "against plain BCE"
     table = report.table(["", "seeds", "slope", AT_END, other, REPAIRED, other, "its F1"], rows)
     if not gaps:
-        return Answer("Not shown: there are fewer than two seeds so far.", table)
+        return Answer(f"Not shown: {_one_seed(k)}.", table)
     said = {(task, short(row), words): gap for (task, row, words), gap in gaps.items()}
     early, late = both(said, 1, "losses and rivals", "with")
     lower = shown(reading(said, REPAIRED, 1), "lower")
     word = capital(listed(lower)) if lower else "Nothing beyond plain BCE is shown to help"
     line = f"{word}: {SAID[REPAIRED]}, the NLL against plain BCE is {early}; {SAID[AT_END]}, "
     return Answer(f"{line}it is {late}.", table)
+
+
+def _one_seed(k: Kept) -> str:
+    """Of a single seed the differences, which no interval belongs to."""
+    ends = []
+    for words, how in READINGS.items():
+        changes = {
+            short(row): k.gap(row, PLAIN, *how)
+            for row in k.runs
+            if row != PLAIN and k.has(row, PLAIN, seeds=1)
+        }
+        if not changes:
+            return "plain BCE alone was run"
+        low, high = (pick(changes, key=lambda row: changes[row].value) for pick in (min, max))
+        ends.append(
+            f"{SAID[words]}, from {named(low, changes[low])} to {named(high, changes[high])}"
+        )
+    return f"one seed; its NLL against plain BCE is, {'; '.join(ends[::-1])}"
 
 
 def draws(kept: Tasks) -> Answer:
@@ -259,12 +278,12 @@ def samples(kept: Tasks) -> Answer:
     line = f"Against one level for all, {SAID[AT_END]}, its NLL is {late}; {SAID[REPAIRED]}, it is "
     line += early
     if found:
-        return Answer(f"{line}; it finds {_found(found)}.", f"{grid(gaps)}\n\n{signs(found)}")
+        return Answer(f"{line}; {_found(found)}.", f"{grid(gaps)}\n\n{signs(found)}")
     return Answer(f"{line}.", grid(gaps))
 
 
 SIGNS = {
-    (DEFAULT, "level"): "its level",
+    (DEFAULT, "level"): "the level",
     (DEFAULT, "loss"): "the loss, default, last epoch",
     (PLAIN, "loss"): "the loss, plain BCE, last epoch",
     (PLAIN, "loss-best"): "the loss, plain BCE, stopped early",
@@ -276,30 +295,29 @@ SIGNS = {
 
 
 def signs_found(kept: Tasks) -> dict[str, dict[str, list[float]]]:
-    """In the words and order of ``SIGNS``, where both tasks have them."""
+    """By the words of ``SIGNS`` and task."""
     found = contrasts.found_wrong(kept)
-    return {
-        words: found[sign]
-        for sign, words in SIGNS.items()
-        if len(found.get(sign, ())) == len(SPOILT)
-    }
+    return {words: found[sign] for sign, words in SIGNS.items() if sign in found}
 
 
 def _found(found: dict[str, dict[str, list[float]]]) -> str:
-    """How well the level finds the wrong masks, and what finds them best."""
+    """What finds the wrong masks best, and how well the level does."""
     said = []
     for task in SPOILT:
-        means = {words: float(np.mean(each[task])) for words, each in found.items()}
+        means = {words: float(np.mean(each[task])) for words, each in found.items() if task in each}
+        if not means:
+            continue
         best, level = max(means, key=means.__getitem__), SIGNS[DEFAULT, "level"]
-        more = "the best of all" if best == level else f"{best}: {means[best]:.2f}"
+        less = f"; {level}: {means[level]:.2f}" if level in means and best != level else ""
         kind = NAMES[task].removeprefix("digits with ")
-        said.append(f"{kind} with an AUROC of {means[level]:.2f} ({more})")
+        said.append(f"{kind} are found best by {best} (AUROC {means[best]:.2f}{less})")
     return " and ".join(said)
 
 
 def signs(found: dict[str, dict[str, list[float]]]) -> str:
     rows = [
-        [words, *(f"{np.mean(each[task]):.2f}" for task in SPOILT)] for words, each in found.items()
+        [words, *(f"{np.mean(each[task]):.2f}" if task in each else MISSING for task in SPOILT)]
+        for words, each in found.items()
     ]
     return report.table(["AUROC of the wrong masks by", *(NAMES[task] for task in SPOILT)], rows)
 
@@ -489,12 +507,15 @@ def _corrupted(kept: Tasks, gaps: Gaps, tasks: Sequence[str], rows: Sequence[str
 
 def noisy(kept: Tasks) -> str:
     """What the guide to noisy labels says of masks."""
-    early, late = both(contrasts.line(contrasts.of_samples(kept), NO_LEVEL))
-    return (
-        f"- The level finds {_found(signs_found(kept))}.\n"
-        f"- {capital(SAID[AT_END])}, the NLL of the adaptive loss against plain BCE is {late}.\n"
-        f"- {capital(SAID[REPAIRED])}, it is {early}."
-    )
+    said = [f"- {capital(_found(signs_found(kept)))}."]
+    gaps = contrasts.line(contrasts.of_samples(kept), NO_LEVEL)
+    if gaps:
+        early, late = both(gaps)
+        said.append(
+            f"- {capital(SAID[AT_END])}, the NLL of the default against plain BCE is {late}."
+        )
+        said.append(f"- {capital(SAID[REPAIRED])}, it is {early}.")
+    return "\n".join(said)
 
 
 def no_object(kept: Tasks) -> str:
@@ -592,36 +613,35 @@ def _with_validation(kept: Tasks) -> str:
 
 
 def _without(kept: Tasks, over_confident: bool) -> str:
-    """Of the default and moderation .2: lower on two tasks of this kind, and never higher."""
-    families = {
-        DEFAULT: reading(contrasts.of_default(kept), AT_END),
-        BEST_FIXED: {
-            n: g for n, g in reading(contrasts.of_slopes(kept), AT_END).items() if n in MAIN
-        },
-    }
+    """Of the default and moderation .2: lower on two tasks of this kind, and never higher.
+
+    Higher is said early, of any interval above 0 that is not corrected.
+    """
+    families = {DEFAULT: contrasts.of_default(kept), BEST_FIXED: contrasts.of_slopes(kept)}
     found, harm = [], []
     for row, gaps in families.items():
         of_kind = {
-            task: gap
-            for task, gap in gaps.items()
-            if (contrasts.slope_of_plain(kept[task]) < 1) == over_confident
+            task: kept[task].gap(row)
+            for task in MAIN
+            if task in kept
+            and kept[task].has(row, PLAIN, seeds=1)
+            and (contrasts.slope_of_plain(kept[task]) < 1) == over_confident
         }
-        lower = shown(of_kind, "lower")
-        higher = [task for task, gap in of_kind.items() if gap.low > 0]  # without a correction
+        lower = [task for task in shown(reading(gaps, AT_END), "lower") if task in of_kind]
+        higher = [task for task, gap in of_kind.items() if gap.low > 0]
         if len(lower) > 1 and not higher:
             found.append(f"`{CODE[row]}` (lower on {listed(lower)})")
         if higher:
-            harm.append(f"`{CODE[row]}` is higher on {listed(higher)}")
-    if found:
-        return f"{' or '.join(found)}: questions 1 and 7"
-    return f"plain BCE{'; ' if harm else ''}{' and '.join(harm)}: questions 1 and 7"
+            harm.append(f"not `{CODE[row]}` (higher on {listed(higher)})")
+    return f"{', '.join([' or '.join(found) or 'plain BCE', *harm])}: questions 1, 2 and 7"
 
 
 def _pretrained(kept: Tasks) -> str:
-    gaps = contrasts.of_fine_tuned(kept)
-    if not gaps:
+    if FINE_TUNED not in kept:
         return ""
-    said = []
+    gaps, said = contrasts.of_fine_tuned(kept), []
+    if not gaps:
+        return "plain BCE: nothing else is shown to help (question 2)"
     for words in (REPAIRED, AT_END):
         lower, higher = (
             [short(row) for row in shown(reading(gaps, words, by=1), verdict)]

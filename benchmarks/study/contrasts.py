@@ -228,8 +228,8 @@ def few_images(kept: Tasks) -> dict[tuple[str, str, str], tuple[float, list[floa
 def found_wrong(kept: Tasks) -> dict[tuple[str, str], dict[str, list[float]]]:
     """AUROC of each seed in finding wrong masks, by row and sign (see ``run``), then by task."""
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for task, k in having(kept, SPOILT, PLAIN, DEFAULT).items():
-        for row in (DEFAULT, PLAIN):
+    for row in (DEFAULT, PLAIN):
+        for task, k in having(kept, SPOILT, row).items():
             runs = [run["wrong"] for run in k.runs[row].values()]
             for sign in set.intersection(*(set(run) for run in runs)):
                 found.setdefault((row, sign), {})[task] = [run[sign] for run in runs]

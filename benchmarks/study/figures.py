@@ -306,6 +306,8 @@ def wrong_figure(kept: Tasks) -> "Figure | None":
     for one, task in zip(axes, SPOILT, strict=True):
         one.axvline(0.5, color="#888888", linewidth=1)
         for y, (words, each) in enumerate(list(found.items())[::-1]):
+            if task not in each:
+                continue
             mean = float(np.mean(each[task]))
             colour = COLOURS[5] if words == SIGNS[DEFAULT, "level"] else COLOURS[4]
             one.barh(y, mean - 0.5, left=0.5, height=0.6, color=colour, alpha=0.5)
@@ -313,6 +315,7 @@ def wrong_figure(kept: Tasks) -> "Figure | None":
         one.set_yticks(range(len(found)), list(found)[::-1])
         one.tick_params(left=one is axes[0], labelleft=one is axes[0])
         one.set_xlim(0.3, 1.02)
+        one.set_ylim(-0.6, len(found) - 0.4)
         one.set_title(NAMES[task], fontsize=9)
     figure.supxlabel("AUROC of the wrong masks (.5: chance)", fontsize=8)
     return figure

@@ -147,6 +147,7 @@ ROWS: dict[str, Row] = {
         for level in (0.025, 0.05, 0.1)
     },
     "max-entropy": Row("adaptive as published (MEI)", _published("max_entropy"), indexed=True),
+    "adaptive-focus-2": Row("adaptive, focus 2", _adaptive(focus=2.0), indexed=True),
     SHARED: Row("adaptive, one level for all", _adaptive(focus=0.0), indexed=True),
     **{f"dropout-{p:g}": Row(f"dropout {p:g}", _plain, dropout=p) for p in (0.1, 0.3, 0.5)},
     **{
@@ -214,6 +215,7 @@ LEVELS = ("moderation-base-0.1", "moderation-base-0.3", "moderation-base-0.4")
 OTHERS = (
     *LEVELS,
     SHARED,
+    "adaptive-focus-2",
     "svls",
     "mixup",
     "mixup-moderation",

@@ -413,7 +413,9 @@ def test_a_fine_tuned_network_is_told_with_any_number_of_seeds(fine_tuned):
     assert "mixup 0.3" in answers.fine_tuned(kept).table
     assert k.row("mixup") == "mixup-0.3"
     k.runs = {row: {3: runs[3]} for row, runs in k.runs.items()}
-    assert "fewer than two seeds" in answers.fine_tuned(kept).line
+    assert answers.fine_tuned(kept).line.startswith("Not shown: one seed; its NLL against plain")
+    k.runs = {"bce": k.runs["bce"]}
+    assert answers.fine_tuned(kept).line == "Not shown: plain BCE alone was run."
     assert answers.fine_tuned({}).line == answers.NOT_RUN
 
 
@@ -423,6 +425,10 @@ def test_no_advice_for_what_harms(fine_tuned):
     k = fine_tuned["pretrained"]
     for one in k.runs["moderation-base-0.2"].values():
         one["last"]["test"]["raw"]["nll"] *= 2
-    after = answers.take(fine_tuned)
-    assert "moderation(0.2, prior=base_rate)` (lower on" not in after
-    assert "AdaptivePerturbation" in after
+    for seeds in (5, 1):  # a single one is enough to withhold it
+        for row, runs in k.runs.items():
+            k.runs[row] = dict(list(runs.items())[:seeds])
+        after = answers.take(fine_tuned)
+        assert "moderation(0.2, prior=base_rate)` (lower on" not in after
+        assert "moderation(0.2, prior=base_rate)` (higher on fine-tuned photographs)" in after
+        assert "`AdaptivePerturbation(num_samples)` (lower on" in after
