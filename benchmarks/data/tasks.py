@@ -241,7 +241,9 @@ def objects(folder: Path) -> Task:
 def pretrained(folder: Path) -> Task:
     """The same photographs at 160 pixels, on which a network trained on ImageNet is fine-tuned.
 
-    The epochs were set beforehand, and the rate of learning with them, by plain BCE alone.
+    Rates and epochs were set beforehand, by plain BCE's validation NLL with seed 0: one rate of
+    1e-3 for all layers came to .260 in eight epochs; 1e-4 for the pretrained layers and 2e-3 for
+    the others to .246 in six, and was still falling by 1 % per epoch. So these rates, ten epochs.
     """
     data = folder_data(folder, 160, ood=200)
     return Task(
