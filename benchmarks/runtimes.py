@@ -78,6 +78,7 @@ def network() -> tuple[nn.Module, Tensor]:
     with torch.no_grad():
         logits = model(image)
         last.weight.mul_(4 / logits.std())
+        assert last.bias is not None
         last.bias.sub_(logits.mean()).mul_(4 / logits.std())
     return model.eval(), image
 

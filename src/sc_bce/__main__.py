@@ -97,9 +97,8 @@ class Tally:
         self.rows += _rows(self._fresh) if self.table else []
         state, size = {}, self.group * (self.labels or 1)
         for name, part in self._fresh.state_dict().items():
-            groups = [
-                one.unflatten(0, (-1, self.labels or 1)).sum(0) for one in torch.split(part, size)
-            ]
+            shape = (-1, self.labels or 1, *part.shape[1:])
+            groups = [one.reshape(shape).sum(0) for one in torch.split(part, size)]
             state[name] = torch.cat(groups)
         self._fresh.load_state_dict(state)
         self.images.merge(self._fresh)

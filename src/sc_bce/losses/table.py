@@ -172,8 +172,8 @@ def _checked(index: object, shape: torch.Size, num_samples: int) -> Tensor:
         refuse("index", wanted, f"shape {tuple(index.shape)}")
     index = index.to(torch.int64)
     if readable(index) and index.numel():
-        low, high = index.aminmax()
-        low, high = low.item(), high.item()
+        lowest, highest = index.aminmax()
+        low, high = lowest.item(), highest.item()
         if low < 0 or high >= num_samples:
             refuse(
                 "index", f"be in [0, {num_samples - 1}]", low if low < 0 else high,
