@@ -280,7 +280,7 @@ def test_a_stateful_loader_resumes_the_wrapped_data_set(workers):
     torch.manual_seed(1)
     rest.load_state_dict(state)
     assert [index.tolist() for *_, index in rest] == after  # each once, by the same number
-    assert sorted(index for batch in before + after for index in batch) == list(range(10))
+    assert sorted(i for index in before + after for i in index) == list(range(10))
     if workers == 0:  # else the workers' copies hold it
         assert indexed.dataset.epoch == 7
 

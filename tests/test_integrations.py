@@ -7,7 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
@@ -467,6 +467,47 @@ def test_the_trainer_averages_accumulated_gradients(page):
         assert run.state.global_step == 6
         ends.append(run.model.words.weight.detach())
     assert (ends[0] - Plain().words.weight).abs().max() > 0.1
+    torch.testing.assert_close(*ends)
+
+
+def test_the_live_criterion_of_an_averaged_module(page, tmp_path):
+    averaging = getattr(L.pytorch.callbacks, "EMAWeightAveraging", None)
+    if averaging is None:
+        pytest.skip("Lightning 2.6 has it")
+    module = Module()
+    run = trainer(averaging(decay=0.9), ModelCheckpoint(tmp_path, "last"), max_epochs=3)
+    run.fit(module, *data())
+    path = tmp_path / "last.ckpt"
+    same(page["live_criterion"](path), module.criterion.state_dict())
+    assert torch.load(path, weights_only=False)["state_dict"]["criterion.steps"] == 0
+    assert module.criterion.state_dict()["steps"] == 3
+
+
+def test_the_trainer_weights_a_shorter_window_by_its_labels(page, tmp_path):
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.words = nn.Embedding(40, 4)
+
+        def forward(self, input_ids, **kwargs):
+            return SimpleNamespace(logits=self.words(input_ids).mean(1))
+
+    fixed = SCBCEWithLogitsLoss.label_smoothing(0.1)
+    loss = FunctionType(page["compute_loss"].__code__, {"criterion": fixed})
+    ends = []
+    for size, steps in ((32, 1), (8, 4)):  # 44 texts: windows of 4 and 2 batches, the last of 4
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        arguments = page["TrainingArguments"](
+            str(tmp_path), num_train_epochs=1, optim="sgd", max_grad_norm=0.0, learning_rate=10.0,
+            save_strategy="no", report_to="none", **sizes,
+        )  # fmt: skip
+        texts = page["texts"][:44]
+        run = page["Trainer"](Words(), arguments, train_dataset=texts, compute_loss_func=loss)
+        run.train()
+        assert run.state.global_step == 2
+        ends.append(run.model.words.weight.detach())
+    assert (ends[0] - Words().words.weight).abs().max() > 0.01
     torch.testing.assert_close(*ends)
 
 
