@@ -1,6 +1,5 @@
 """The page of a network in use: which images, what they become, and the tables of the results."""
 
-import itertools
 import json
 from itertools import pairwise
 
@@ -26,9 +25,9 @@ def test_fewer_images_are_among_the_more_and_halves_stay_apart(folder):
         assert len(fitted) == len(shown) == size / 2
         assert not set(fitted) & set(shown)
         assert set(worse) <= set(shown)
-    for few, many in itertools.pairwise(picked):
+    for few, many in pairwise(picked):
         assert all(set(one) <= set(other) for one, other in zip(few, many, strict=True))
-    with pytest.raises(ValueError, match="Expected one of .10, 20, 40, 50, 100, 200. images, but"):
+    with pytest.raises(ValueError, match=r"Expected one of .10, 20, 40, 50, 100, 200. images, but"):
         in_use.chosen(folder, 60)
 
 
