@@ -77,7 +77,7 @@ def distributed() -> Iterator[tuple[str, Row]]:
         name = "DistributedSampler" + (", `drop_last=True`" if drop else "")
         yield (
             f"torch {version('torch')}: {name}",
-            (*read(loaders), resumed(lambda one=loaders[0]: one)),
+            (*read(loaders), resumed(lambda one=loaders[0]: one)),  # type: ignore[misc]
         )
     yield f"torch {version('torch')}: DataLoader", (*read([shuffled()]), resumed(shuffled))
 
@@ -98,7 +98,7 @@ def accelerate() -> Iterator[tuple[str, Row]]:
         name = ", ".join(f"`{k}={v}`" for k, v in option.items()) or "default"
         row = (
             *read(make(rank) for rank in range(2)),
-            resumed(lambda make=make: make(0), "use_stateful_dataloader" in option),
+            resumed(lambda make=make: make(0), "use_stateful_dataloader" in option),  # type: ignore[misc]
         )
         yield f"accelerate {version('accelerate')}: {name}", row
 
@@ -115,7 +115,7 @@ def datasets() -> Iterator[tuple[str, Row]]:
         ("`filter`", whole.filter(lambda row: row["value"] > 2)),
         ("`shuffle(seed=0)`", whole.shuffle(seed=0)),
     ):
-        row = (*read([shuffled(pairs(data))]), resumed(lambda data=data: shuffled(pairs(data))))
+        row = (*read([shuffled(pairs(data))]), resumed(lambda data=data: shuffled(pairs(data))))  # type: ignore[misc]
         yield f"datasets {version('datasets')}: {name} before IndexedDataset", row
     try:
         IndexedDataset(whole.to_iterable_dataset())
