@@ -305,7 +305,8 @@ def worse_images(results: dict[str, Any]) -> str:
     for kind in ("clean", *KINDS):
         found = results["worse"][kind]
         cells = [cell(found[name]["nll"], 3) for name in ("before", "affine", "isotonic")]
-        gain = cell(found["affine"]["nll_gain"], 3)
+        # No gain is known where the NLL before is infinite.
+        gain = cell(found["affine"]["nll_gain"], 3) if "nll_gain" in found["affine"] else "-"
         rows.append([kind, cell(found["before"]["slope"], 2), *cells, gain])
     return f"Images: {count} of those shown.\n\n{table(head, rows)}"
 

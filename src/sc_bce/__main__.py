@@ -344,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _data(one)
     one.add_argument("-o", "--output", required=True, metavar="FILE", help="file of the repair")
-    one.add_argument("--kind", choices=_KINDS, default="isotonic", help="default: isotonic")
+    one.add_argument("--kind", choices=_KINDS, default="affine", help="default: affine")
     one = _command(
         some, "apply", _apply,
         "repair maps; pictures become 16-bit PNG, everything else .npy",
