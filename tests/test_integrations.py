@@ -490,7 +490,7 @@ def test_the_trainer_weights_a_shorter_window_by_its_labels(page, tmp_path):
             torch.manual_seed(0)
             self.words = nn.Embedding(40, 4)
 
-        def forward(self, input_ids, **kwargs):
+        def forward(self, input_ids, labels=None, **kwargs):
             return SimpleNamespace(logits=self.words(input_ids).mean(1))
 
     fixed = SCBCEWithLogitsLoss.label_smoothing(0.1)

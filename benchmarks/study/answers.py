@@ -77,7 +77,7 @@ def cell(gap: Gap | None) -> str:
 
 
 def capital(words: str) -> str:
-    return words[0].upper() + words[1:]
+    return words[:1].upper() + words[1:]
 
 
 def named(task: str, gap: Gap, more: str = "") -> str:
@@ -385,7 +385,8 @@ def best_by_count(kept: Tasks) -> dict[int, str]:
                 for (_, epoch, which), (raw, few) in contrasts.few_images(kept).items()
                 if (epoch, which) == ("best", repair)
             ]
-            change[repair] = float(np.mean(each))
+            if each:
+                change[repair] = float(np.mean(each))
         found[count] = min(change, key=change.__getitem__)
     return found
 
@@ -605,7 +606,7 @@ def _with_validation(kept: Tasks) -> str:
         for best in dict.fromkeys(counts.values())
     ]
     words = f"{loss}, stopped at its best validation NLL. Then compare repairs on images that none "
-    words += f"of them was fitted to: {', '.join(by_count)}: question 6. "
+    words += f"of them was fitted to: {', '.join([*by_count, 'question 6'])}. "
     if not wins:
         words += "Whether a softer loss adds to it, your own data must show: "
         words += "`python benchmarks/calibration.py --data FOLDER`: question 1"

@@ -141,6 +141,8 @@ class Climb:
         else:
             over = torch.sub(1 - accuracy, alpha, alpha=cost)
         gain = torch.add(slope, over.clamp(max=0), alpha=self.penalty)
+        new = torch.add(alpha, gain, alpha=self.lr)
+        moves = new * 0 == 0  # finite, in two calls
         if isinstance(cost, Tensor):
-            gain = gain * (cost > 0)
-        return torch.add(alpha, gain.nan_to_num_(0.0, 0.0, 0.0), alpha=self.lr)
+            moves = moves & (cost > 0)
+        return torch.where(moves, new, alpha)
