@@ -71,7 +71,6 @@ def test_ignite(tmp_path, monkeypatch):
 def test_fastai(tmp_path, monkeypatch):
     page = run("fastai", tmp_path, monkeypatch)
     told(page["learn"].loss_func, 4, 64)
-    with page["learn"].no_bar():
-        p, _ = page["learn"].get_preds(act=torch.sigmoid)
+    p, _ = page["learn"].get_preds(act=torch.sigmoid)
     assert ((p > 0) & (p < 1)).all()
     told(page["learn"].loss_func, 4, 64)
