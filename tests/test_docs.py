@@ -78,11 +78,12 @@ def test_code_of_the_page_runs(page, tmp_path, monkeypatch, capsys):
 
 # What torch's exporter uses, and torch deprecates.
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
-def test_the_export_to_onnx_runs(tmp_path, monkeypatch, capsys):
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(name)
+@pytest.mark.parametrize("name", ["repair", "networks-in-use"])
+def test_the_export_to_onnx_runs(name, tmp_path, monkeypatch, capsys):
+    for needed in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
-    page = ROOT / "docs" / "guide" / "repair.md"
+    page = ROOT / "docs" / "guide" / f"{name}.md"
     assert any("onnxruntime" in block for block in blocks(page, "python"))
     run(page, capsys)
 
