@@ -152,9 +152,11 @@ def check(
     if isinstance(repair, IsotonicCalibration):  # whose steps are places in the probability
         steep = (x.sigmoid() * (-x).sigmoid()).clamp(min=1e-4) if repair.takes_logits else 1.0
         spread += 2 * eps / steep
-    ends = x - spread, x + spread
+    ends: Any = (x - spread, x + spread)
+    if not repair.takes_logits:  # which refuses what `x` has beyond 0 and 1
+        ends = (end.clamp(min(0.0, float(x.min())), max(1.0, float(x.max()))) for end in ends)
     with torch.no_grad():
-        low, high = (repair(end if repair.takes_logits else end.clamp(0, 1)) for end in ends)
+        low, high = map(repair, ends)
     # Where a flip is removed, rounding grows a thousandfold in the logits that are near the clip.
     # Their probability, which is what counts, hardly moves.
     same = _beyond(low, repaired, high) <= 1000 * _UNITS * eps * (1 + repaired.abs())
