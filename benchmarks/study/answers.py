@@ -215,7 +215,7 @@ def draws(kept: Tasks) -> Answer:
         return Answer(NOT_RUN)
     late, early = (_effects(gaps, words) for words in READINGS)
     lowering = [factor for factor, words in late.items() if words.startswith("lowers")]
-    word = "Both" if len(lowering) > 1 else f"The {lowering[0]}" if lowering else "Neither is shown"
+    word = "Both" if len(lowering) > 1 else f"The {lowering[0]}" if lowering else "Not shown"
     said = [
         ", and ".join(f"the {factor} {words}" for factor, words in each.items())
         or "neither is shown to change it"
@@ -285,6 +285,9 @@ def samples(kept: Tasks) -> Answer:
 SIGNS = {
     (DEFAULT, "level"): "the level",
     (DEFAULT, "loss"): "the loss, default, last epoch",
+    (DEFAULT, "loss-best"): "the loss, default, stopped early",
+    (DEFAULT, "quality"): "cleanlab's score, default, last epoch",
+    (DEFAULT, "quality-best"): "cleanlab's score, default, stopped early",
     (PLAIN, "loss"): "the loss, plain BCE, last epoch",
     (PLAIN, "loss-best"): "the loss, plain BCE, stopped early",
     (PLAIN, "loss-folds"): "the loss, plain BCE trained without the mask",
@@ -376,17 +379,16 @@ def mean_change(gaps: Gaps, end: str) -> dict[str, float]:
 
 def best_by_count(kept: Tasks) -> dict[int, str]:
     """The repair, or none, of the least mean NLL, stopped early, by the number of images."""
-    found = {}
-    for place, count in enumerate(COUNTS):
+    found, few = {}, contrasts.few_images(kept)
+    for place, count in enumerate(COUNTS if few else ()):
         change = {RAW: 0.0}
         for repair in REPAIRS:
             each = [
-                few[place] / raw - 1
-                for (_, epoch, which), (raw, few) in contrasts.few_images(kept).items()
+                values[place] / raw - 1
+                for (_, epoch, which), (raw, values) in few.items()
                 if (epoch, which) == ("best", repair)
             ]
-            if each:
-                change[repair] = float(np.mean(each))
+            change[repair] = float(np.mean(each))
         found[count] = min(change, key=change.__getitem__)
     return found
 
@@ -508,7 +510,8 @@ def _corrupted(kept: Tasks, gaps: Gaps, tasks: Sequence[str], rows: Sequence[str
 
 def noisy(kept: Tasks) -> str:
     """What the guide to noisy labels says of masks."""
-    said = [f"- {capital(_found(signs_found(kept)))}."]
+    found = signs_found(kept)
+    said = [f"- {capital(_found(found))}."] if found else []
     gaps = contrasts.line(contrasts.of_samples(kept), NO_LEVEL)
     if gaps:
         early, late = both(gaps)
@@ -605,11 +608,13 @@ def _with_validation(kept: Tasks) -> str:
         f"`{CODE[best]}` from {min(c for c in counts if counts[c] == best)} images on"
         for best in dict.fromkeys(counts.values())
     ]
-    words = f"{loss}, stopped at its best validation NLL. Then compare repairs on images that none "
-    words += f"of them was fitted to: {', '.join([*by_count, 'question 6'])}. "
+    words = f"{loss}, stopped at its best validation NLL. "
+    if by_count:
+        words += "Then compare repairs on images that none of them was fitted to: "
+        words += f"{', '.join(by_count)} (question 6). "
     if not wins:
         words += "Whether a softer loss adds to it, your own data must show: "
-        words += "`python benchmarks/calibration.py --data FOLDER`: question 1"
+        words += "`python benchmarks/calibration.py --data FOLDER` (question 1)"
     return words
 
 
@@ -634,7 +639,7 @@ def _without(kept: Tasks, over_confident: bool) -> str:
             found.append(f"`{CODE[row]}` (lower on {listed(lower)})")
         if higher:
             harm.append(f"not `{CODE[row]}` (higher on {listed(higher)})")
-    return f"{', '.join([' or '.join(found) or 'plain BCE', *harm])}: questions 1, 2 and 7"
+    return f"{', '.join([' or '.join(found) or 'plain BCE', *harm])} (questions 1, 2 and 7)"
 
 
 def _pretrained(kept: Tasks) -> str:
@@ -650,7 +655,7 @@ def _pretrained(kept: Tasks) -> str:
         )
         said.append(f"{SAID[words]}, {listed(lower) if lower else 'plain BCE'}")
         said[-1] += f", not {listed(higher)}" if higher else ""
-    return f"{'; '.join(said)}: question 2"
+    return f"{'; '.join(said)} (question 2)"
 
 
 def _compute(kept: Tasks) -> str:
@@ -664,7 +669,7 @@ def _compute(kept: Tasks) -> str:
         if gap.verdict == "lower"
     ]
     if wins:
-        return f"{'; '.join(wins)}: question 8"
+        return f"{'; '.join(wins)} (question 8)"
     least = min(spent, key=lambda place: spent[place].value)
     low = f"{short(least[1])} on {named(least[0], spent[least])}, {least[2]}"
-    return f"try an ensemble or mixup; none is shown to be lower, the lowest is {low}: question 8"
+    return f"try an ensemble or mixup; none is shown to be lower, the lowest is {low} (question 8)"

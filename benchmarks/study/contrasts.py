@@ -231,6 +231,7 @@ def found_wrong(kept: Tasks) -> dict[tuple[str, str], dict[str, list[float]]]:
     for row in (DEFAULT, PLAIN):
         for task, k in having(kept, SPOILT, row).items():
             runs = [run["wrong"] for run in k.runs[row].values()]
-            for sign in set.intersection(*(set(run) for run in runs)):
-                found.setdefault((row, sign), {})[task] = [run[sign] for run in runs]
+            for sign in dict.fromkeys(sign for run in runs for sign in run):
+                each = [run[sign] for run in runs if sign in run]
+                found.setdefault((row, sign), {})[task] = each
     return found
