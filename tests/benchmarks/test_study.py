@@ -428,6 +428,9 @@ def test_no_advice_for_what_harms(fine_tuned):
     for seeds in (5, 1):  # a single one is enough to withhold it
         for row, runs in k.runs.items():
             k.runs[row] = dict(list(runs.items())[:seeds])
+        told = answers.slopes(fine_tuned).line
+        assert told.startswith("Not always") == (seeds > 1), told  # a family takes two seeds
+        assert ("not on fine-tuned photographs" in told) == (seeds > 1)
         after = answers.take(fine_tuned)
         assert "moderation(0.2, prior=base_rate)` (lower on" not in after
         assert "moderation(0.2, prior=base_rate)` (higher on fine-tuned photographs)" in after
