@@ -288,6 +288,22 @@ def told(runs: Sequence[Run]) -> str:
     return table(["candidate", *tasks, "mean", "largest rise", "runs"], rows)
 
 
+def told_means(runs: Sequence[Run], task: str = "rates") -> str:
+    """The mean probability after the last epoch over plain BCE's, label by label."""
+    by: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        if run["task"] == task:
+            by.setdefault(run["candidate"], {})[run["seed"]] = run
+    plain = by.pop(PLAIN)
+    rates = np.mean([run["base_rate"] for run in plain.values()], 0)
+    rows = []
+    for name, of in by.items():
+        own, base = (np.mean([one[seed]["mean"] for seed in of], 0) for one in (of, plain))
+        rows.append([name, *(f"{x:.2f}" for x in own / base), str(len(of))])
+    rows.sort(key=lambda row: (-int(row[-1]), row[0]))
+    return table([f"{task}: mean / plain BCE's", *(f"{x:.2g}" for x in rates), "seeds"], rows)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Choose the defaults by validation data.")
     parser.add_argument("--photographs", type=Path, help="folder with images/ and masks/")
@@ -305,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.kept.write_text(f'{{"versions": {parts}, "runs": [\n{lines}\n]}}\n')
     elif args.table:
         runs = json.loads(args.kept.read_text())["runs"]
-        print(f"{told(runs)}\n\nchosen: {chosen(runs)}")
+        print(f"{told(runs)}\n\nchosen: {chosen(runs)}\n\n{told_means(runs)}")
     else:
         torch.set_num_threads(1)
         args.out.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ def without_flip(z: Tensor, up: Tensor, down: Tensor, clip: Tensor) -> Tensor:
     low = _logit(up + removed * clip).masked_fill(up <= 0, -torch.inf)
     high = (-_logit(down + removed * clip)).masked_fill(down <= 0, torch.inf)
     z = torch.minimum(torch.maximum(z, low), high)
-    right = z >= 0
+    right = z > 0
     near, far = torch.where(right, down, up), torch.where(right, up, down)
     near_odds, far_odds = near / (1 - near), far / (1 - far)
     size = torch.where(right, z, -z)  # abs has no gradient at 0
