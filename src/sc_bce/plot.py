@@ -82,10 +82,10 @@ def reliability_diagram(
 def _figure(
     named: Mapping[str, CalibrationHistogram], num_bins: int, kind: str, measured: str
 ) -> Figure:
-    new_figure, patch = _matplotlib()
-    figure: Figure = new_figure(
-        figsize=(0.6 + 2.9 * len(named), 4.2), dpi=150, layout="constrained"
-    )
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(0.6 + 2.9 * len(named), 4.2), dpi=150, layout="constrained")
     axes = figure.subplots(
         2, len(named), sharex="all", sharey="row", squeeze=False, height_ratios=[4, 1]
     )
@@ -97,11 +97,11 @@ def _figure(
     axes[0, 0].set_ylabel(measured)
     axes[1, 0].set_ylabel("elements")
     entries = {
-        measured: patch(**_BAR), "confidence above it": patch(**_SHORT),
-        "confidence below it": patch(**_OVER),
+        measured: Patch(**_BAR), "confidence above it": Patch(**_SHORT),
+        "confidence below it": Patch(**_OVER),
     }  # fmt: skip
     if kind == "positive_class":
-        entries["isotonic curve"] = patch(color=_CURVE)
+        entries["isotonic curve"] = Patch(color=_CURVE)
     figure.legend(
         list(entries.values()), list(entries), loc="outside upper center",
         ncols=min(len(entries), 1 + len(named)), fontsize="small", frameon=False,
@@ -121,16 +121,6 @@ def _check_histograms(named: Mapping[str, object], ax: Axes | None) -> None:
         if one.num_labels is not None:
             remedy = "pass {name: histogram.label(i)} for some, or `histogram.pooled()`"
             refuse("histogram", "be of one label", f"num_labels={one.num_labels}", remedy)
-
-
-def _matplotlib() -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        message = "reliability_diagram needs matplotlib: pip install matplotlib"
-        raise ImportError(message) from error
-    return Figure, Patch
 
 
 def _panel(

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 from sc_bce import CalibrationHistogram
 from sc_bce.measure import counting
+from sc_bce.measure import measures as measures_of
 from sc_bce.measure import scores as measures
 
 KINDS = ("top_label", "positive_class")
@@ -998,10 +999,11 @@ def test_a_histogram_without_values_says_so():
 @pytest.mark.parametrize("labels", [None, 2])
 def test_measures_live_where_the_state_does(labels):
     """Fake tensors on a stand-in device: torch refuses to mix devices as a real one does."""
+    rows = torch.zeros(2, labels or 1, dtype=torch.float64)
     with (
-        FakeTensorMode(),
-        mock.patch.object(measures, "affine", return_value=(0.5, 0.5)),
-        mock.patch.object(measures, "cells_of", return_value=[mock.MagicMock()] * (labels or 1)),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        mock.patch.object(measures_of, "lines", return_value=tuple(rows)),
+        mock.patch.object(measures, "cells_of", return_value=(rows.T,) * 3),
         mock.patch.object(measures, "isotonic", return_value=measures.Blocks([], [], [])),
     ):
         histogram = CalibrationHistogram(labels)

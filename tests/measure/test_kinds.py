@@ -11,7 +11,7 @@ import torchmetrics.functional.classification as peer
 from torch.testing import assert_close
 
 from sc_bce import CalibrationHistogram, ImageHistograms
-from sc_bce.measure.scores import affine
+from sc_bce.measure.line import affine
 
 
 def seen(input, target, *, num_labels=None, **options):

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
-from devices import tensor
+from devices import array, tensor
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import seeds
 
 from sc_bce import CalibrationHistogram
 from sc_bce.measure import scores as measures
+from sc_bce.measure.line import affine, lines
 from sc_bce.measure.scores import Cells
 
 
@@ -55,8 +56,8 @@ def test_a_shift_is_found_however_sure_the_logits_are(mean, spread, rate):
     y = np.arange(2000) < 2000 * rate
     rng.shuffle(y)
     cells = Cells(*(torch.as_tensor(part, dtype=torch.float64) for part in (z, 0 * z + 1, y)))
-    assert measures.affine(cells, slope=0.0)[1] == pytest.approx(math.log(rate / (1 - rate)))
-    slope, b = measures.affine(cells, slope=1.0)
+    assert affine(cells, slope=0.0)[1] == pytest.approx(math.log(rate / (1 - rate)))
+    slope, b = affine(cells, slope=1.0)
     assert slope == 1
     assert ref.sigmoid(z + b).mean() == pytest.approx(y.mean(), rel=1e-9)
 
@@ -101,7 +102,7 @@ def test_a_slope_without_an_answer():
 def test_a_line_through_the_origin():
     z, y = overfitted(3, 500, 2.0, 0.5)
     cells = Cells(*(tensor(part).double() for part in (z, np.ones(500), y)))
-    a, b = measures.affine(cells, bias=False)
+    a, b = affine(cells, bias=False)
     assert b == 0
     assert a == pytest.approx(ref.logistic(z, y, bias=False)[0], rel=1e-8)
 
@@ -109,8 +110,8 @@ def test_a_line_through_the_origin():
 def test_a_line_of_which_one_part_is_given():
     z = tensor([-1.0, 1.0]).double()
     cells = Cells(z, torch.full_like(z, 8), tensor([2.0, 6.0]).double())
-    assert measures.affine(cells, slope=1.0, bias=False) == (1.0, 0.0)
-    assert measures.affine(cells, slope=2.0) == (2.0, pytest.approx(0.0, abs=1e-9))
+    assert affine(cells, slope=1.0, bias=False) == (1.0, 0.0)
+    assert affine(cells, slope=2.0) == (2.0, pytest.approx(0.0, abs=1e-9))
 
 
 @pytest.mark.parametrize("value", [0.1, -1.7])
@@ -118,10 +119,24 @@ def test_equal_logits_determine_no_line_however_their_mean_is_rounded(value):
     for count in (1, 3, 7):
         z = torch.full((count + 1,), value, dtype=torch.float64)
         cells = Cells(z, torch.ones_like(z), torch.arange(count + 1).clamp(max=1).to(z))
-        assert all(map(math.isnan, measures.affine(cells)))
-        a, b = measures.affine(cells._replace(logit=0 * z), bias=False)
+        assert all(map(math.isnan, affine(cells)))
+        a, b = affine(cells._replace(logit=0 * z), bias=False)
         assert math.isnan(a)
         assert b == 0
+
+
+@given(seeds, st.integers(2, 9))
+def test_the_line_of_each_row_is_that_of_the_row_alone(seed, cells):
+    rng = np.random.default_rng(seed)
+    z = np.sort(rng.normal(size=(7, cells)), 1) * rng.choice([0.1, 1.0, 30.0], (7, 1))
+    n = rng.integers(0, 4, (7, cells)).astype(float)
+    k = rng.binomial(n.astype(int), 0.4).astype(float)
+    k[0], k[1], z[2] = 0, n[1], 0.5  # one class, the other, one logit
+    rows = Cells(*(tensor(part).double() for part in (z, n, k)))
+    for options in ({}, {"bias": False}, {"slope": 0.7}, {"slope": 2.0, "bias": False}):
+        each = [affine(Cells(*row), **options) for row in zip(*rows, strict=True)]
+        for found, alone in zip(lines(rows, **options), zip(*each, strict=True), strict=True):
+            np.testing.assert_allclose(array(found), alone, rtol=1e-6, atol=1e-6)
 
 
 def test_a_line_of_tiny_loss_is_found_to_the_end():
@@ -129,7 +144,7 @@ def test_a_line_of_tiny_loss_is_found_to_the_end():
     z = tensor([-1.0, 1.0]).double()
     positive = torch.tensor([1.0, 1e9 - 1], dtype=torch.float64)
     cells = Cells(z, torch.full_like(z, 1e9), positive)
-    a, b = measures.affine(cells)
+    a, b = affine(cells)
     assert a == pytest.approx(math.log(1e9 - 1), rel=1e-6)
     assert b == pytest.approx(0.0, abs=1e-6)
 

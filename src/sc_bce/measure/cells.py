@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _arrays, _errors, _inputs
 from .._errors import refuse
-from .._torch import UNREDUCIBLE, any_set, float64_device
+from .._torch import UNREDUCIBLE, any_set, float64_device, readable
 
 _SLACK = 4  # units of precision below an edge that count as on it
 _COARSE = 1000  # fewer cells get a short tail, so that a histogram per image stays small
@@ -180,7 +180,7 @@ def batch(input: Any, target: Any, weight: Any, from_logits: bool, ignore_index:
     void = _inputs.held(y, void)
     # Floats are looked at block by block, unless that would round them.
     floating = y.is_floating_point() and y.dtype != torch.float64
-    legal = floating or _inputs.check_labels(y, void)
+    legal = floating or _inputs.check_labels(y, void, readable(y))
     home = float64_device(x.device)
     x, y, valid = x.to(home), y.to(home), None if valid is None else valid.to(home)
     w = None if weight is None else _weights(_arrays.tensor(weight, "weight"), x)

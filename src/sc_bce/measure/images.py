@@ -129,12 +129,9 @@ class ImageHistograms:
         """
         batch = _cells.batch(input, target, weight, from_logits, ignore_index)
         if batch.input.dim() < (3 if self.num_labels is None else 2):
-            wanted, got = (
-                "be a batch of images, (N, C, H, W) or (N, H, W)",
-                tuple(batch.input.shape),
-            )
+            wanted, got = "be a batch of images, (N, C, H, W) or (N, H, W)", batch.input.shape
             remedy = "pass one image as `input[None]`, flattened ones as `input[:, None]`"
-            refuse("input", wanted, f"shape {got}", f"{remedy}, and targets likewise")
+            refuse("input", wanted, f"shape {tuple(got)}", f"{remedy}, and targets likewise")
         _cells.by_label(batch.input, self.num_labels)
         new = count(self._grid, batch.rows(self._rows))
         if len(batch.input):
@@ -318,11 +315,8 @@ class ImageHistograms:
         differ = ((mine - theirs).abs() > 1e-6 * (1 + mine)).any(1)
         if bool(differ.any()):
             first = int(differ.nonzero()[0, 0])
-            wanted, got = (
-                "hold the same images in the same order",
-                f"other labels for image {first}",
-            )
-            refuse("other", wanted, got, "don't shuffle the loader")
+            wanted, remedy = "hold the same images in the same order", "don't shuffle the loader"
+            refuse("other", wanted, f"other labels for image {first}", remedy)
 
     def __len__(self) -> int:
         return len(self._state.counts) // (self.num_labels or 1)

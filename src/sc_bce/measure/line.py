@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _ITERATIONS = 200  # at most, of Newton's method; it usually takes a dozen
+_HALVINGS = 33  # of such a step, which is then 1e-10 of itself
 _TINY = 1e-15  # share of the mean loss: stop if a step promises a smaller gain
 
 
@@ -25,88 +26,110 @@ class Cells(NamedTuple):
 
 
 def affine(cells: Cells, *, slope: float | None = None, bias: bool = True) -> tuple[float, float]:
-    """The (a, b) that minimise the mean loss of a z + b; ``slope`` fixes a, ``bias=False`` b = 0.
+    """As :func:`lines`, of one row."""
+    a, b = lines(Cells(*(part[None] for part in cells)), slope=slope, bias=bias)
+    return float(a), float(b)
 
-    nan if the cells determine no line: no element, only one class, or, for a slope, only one
-    logit. If a threshold separates the classes, the slope is infinite.
+
+def lines(cells: Cells, *, slope: float | None = None, bias: bool = True) -> tuple[Tensor, Tensor]:
+    """The (a, b) of each row that minimise the mean loss of a z + b.
+
+    ``slope`` fixes a, ``bias=False`` b = 0. nan if the cells of a row determine no line: no
+    element, only one class, or, for a slope, only one logit. If a threshold separates the
+    classes, the slope is infinite.
     """
-    z, n, k = (part[cells.count > 0] for part in cells)
-    total, positive = float(n.sum()), float(k.sum())
-    if not 0 < positive < total:  # nan comes here too
-        return (math.nan if slope is None else slope), math.nan
+    kept = (cells.count > 0).any(0)
+    kept[:1] = True  # so that something is left
+    z, n, k = (part[:, kept] for part in cells)
+    total, positive = n.sum(-1), k.sum(-1)
+    both = (positive > 0) & (positive < total)  # nan is not
+    a, b = torch.full_like(total, math.nan), torch.full_like(total, math.nan)
     if slope is not None:
-        return slope, (_shift(slope * z, n, k) if bias else 0.0)
+        a[:], b[both] = slope, _shift(slope * z[both], n[both], k[both]) if bias else 0.0
+        return a, b
+    b[both] = math.nan if bias else 0.0
+    (low, high), (least, most) = _ends(z, n > 0), _ends(z, k > 0)
     # Compared, since the rounded mean of equal logits need not be equal to them.
-    alike = not bool((z != (z[0] if bias else 0.0)).any())
+    alike = (low == high) if bias else (low == 0) & (high == 0)
     # Centred, so that logits that differ little beside their mean can be told apart.
-    mean = float((n * z).sum() / total) if bias else 0.0
-    scale = 0.0 if alike else float((n * (z - mean) ** 2).sum() / total) ** 0.5
-    if scale == 0:
-        return math.nan, (math.nan if bias else 0.0)
-    a, b = _apart(z, n, k, bias), 0.0
-    if not a:
-        a, b = _newton((z - mean) / scale, n, k, bias)
-        a /= scale
-        b -= a * mean
-    return a, (b if math.isfinite(a) else math.nan)
+    mean = (n * z).sum(-1) / total if bias else torch.zeros_like(total)
+    scale = ((n * (z - mean[:, None]) ** 2).sum(-1) / total).sqrt()
+    known = both & ~alike & (scale > 0)
+    # An infinite slope if some logit (without a bias: 0) separates the classes.
+    low, high = _ends(z, n > k)
+    up = high <= least if bias else (high <= 0) & (least >= 0)
+    down = most <= low if bias else (most <= 0) & (low >= 0)
+    a[known & down], a[known & up] = -math.inf, math.inf
+    b[known & (up | down)] = math.nan
+    fit = known & ~up & ~down
+    mean, scale = mean[fit], scale[fit]
+    a[fit], b[fit] = _newton((z[fit] - mean[:, None]) / scale[:, None], n[fit], k[fit], bias)
+    a[fit] /= scale
+    b[fit] -= a[fit] * mean
+    return a, b
 
 
-def _apart(z: Tensor, n: Tensor, k: Tensor, bias: bool) -> float:
-    """An infinite slope if some logit (without a bias: 0) separates the classes, otherwise 0."""
-    negative, positive = (z[part].aminmax() for part in (n > k, k > 0))
-    for low, high, end in ((negative, positive, math.inf), (positive, negative, -math.inf)):
-        between = low.max <= high.min if bias else low.max <= 0 <= high.min
-        if bool(between):
-            return end
-    return 0.0
+def _ends(z: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest of the marked ones of each row; inf and -inf if there are none."""
+    return z.where(where, math.inf).amin(-1), z.where(where, -math.inf).amax(-1)
 
 
-def _shift(z: Tensor, n: Tensor, k: Tensor) -> float:
+def _shift(z: Tensor, n: Tensor, k: Tensor) -> Tensor:
     """The b that minimises the mean loss of z + b, at which the mean probability is the base rate.
 
     By bisection, since Newton's method gets nowhere from where all probabilities are 0 or 1.
     """
-    n, k = n / n.sum(), k / n.sum()
-    rate = float(k.sum())
-    middle = math.log(rate / (1 - rate))
-    low, high = middle - float(z.max()), middle - float(z.min())
+    least, most = _ends(z, n > 0)
+    total = n.sum(-1, keepdim=True)
+    n, k = n / total, k / total
+    middle = torch.logit(k.sum(-1))
+    low, high, going = middle - most, middle - least, torch.ones_like(middle, dtype=torch.bool)
     while True:
         b = (low + high) / 2
         # Each class alone: a difference would lose the digits of what is sure and right.
-        over = float(((n - k) * torch.sigmoid(z + b)).sum())
-        under = float((k * torch.sigmoid(-z - b)).sum())
-        done = not low < b < high or high - low < 1e-12 * max(1.0, abs(b))
-        if done or over == under:
+        over = ((n - k) * torch.sigmoid(z + b[:, None])).sum(-1)
+        under = (k * torch.sigmoid(-z - b[:, None])).sum(-1)
+        going = going & (low < b) & (b < high) & (high - low >= 1e-12 * b.abs().clamp(min=1.0))
+        going = going & (over != under)
+        if not bool(going.any()):
             return b
-        low, high = (b, high) if over < under else (low, b)
+        low = torch.where(going & (over < under), b, low)
+        high = torch.where(going & (over > under), b, high)
 
 
-def _newton(z: Tensor, n: Tensor, k: Tensor, bias: bool) -> tuple[float, float]:
+def _newton(z: Tensor, n: Tensor, k: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     """Newton's method with steps halved until the loss falls, which is safe for a convex loss."""
-    n, k = n / n.sum(), k / n.sum()
-    x = torch.stack((z, torch.ones_like(z))[: 1 + bias], 1)
-    theta = torch.stack((0 * k.sum(), torch.logit(k.sum())))[: 1 + bias]
+    total = n.sum(-1, keepdim=True)
+    n, k = n / total, k / total
+    x = torch.stack((z, torch.ones_like(z))[: 1 + bias], -1)
+    rate = k.sum(-1)
+    theta = torch.stack((0 * rate, torch.logit(rate))[: 1 + bias], -1)
 
-    def loss(theta: Tensor) -> float:
-        line = x @ theta
+    def loss(theta: Tensor) -> Tensor:
+        line = (x @ theta[..., None])[..., 0]
         # Each class alone: a difference would lose the digits of what is sure and right.
-        return float(((n - k) * F.softplus(line) + k * F.softplus(-line)).sum())
+        return ((n - k) * F.softplus(line) + k * F.softplus(-line)).sum(-1)
 
-    value = loss(theta)
+    value, going = loss(theta), torch.ones_like(rate, dtype=torch.bool)
     for _ in range(_ITERATIONS):
-        p = torch.sigmoid(x @ theta)
-        gradient, hessian = (n * p - k) @ x, (x.T * (n * p * (1 - p))) @ x
+        p = torch.sigmoid((x @ theta[..., None])[..., 0])
+        gradient = ((n * p - k)[:, None] @ x)[:, 0]
+        hessian = (x.mT * (n * p * (1 - p))[:, None]) @ x
+        diagonal = hessian.diagonal(dim1=-2, dim2=-1)
         # A little more on the diagonal, in case the Hessian is flat.
-        hessian.diagonal().add_(1e-300 + 1e-14 * hessian.trace())
-        step = torch.linalg.pinv(hessian, hermitian=True) @ gradient
-        promise, size = float(gradient @ step), 1.0
-        if not promise > _TINY * max(value, 1e-300):
+        diagonal += 1e-300 + 1e-14 * diagonal.sum(-1, keepdim=True)
+        step = (torch.linalg.pinv(hessian, hermitian=True) @ gradient[..., None])[..., 0]
+        promise = (gradient * step).sum(-1)
+        going = going & (promise > _TINY * value.clamp(min=1e-300))
+        if not bool(going.any()):
             break
-        while size > 1e-10 and not loss(theta - size * step) <= value - 1e-4 * size * promise:
-            size /= 2
-        if size <= 1e-10:
-            break
-        theta = theta - size * step
+        size = torch.ones_like(value)
+        for _ in range(_HALVINGS):
+            fell = loss(theta - size[:, None] * step) <= value - 1e-4 * size * promise
+            if bool((fell | ~going).all()):
+                break
+            size = torch.where(fell, size, size / 2)
+        going = going & fell
+        theta = torch.where(going[:, None], theta - size[:, None] * step, theta)
         value = loss(theta)
-    a, b = (*theta.tolist(), 0.0)[:2]
-    return a, b
+    return theta[:, 0], theta[:, 1] if bias else torch.zeros_like(rate)

@@ -12,7 +12,8 @@ from .._errors import refuse
 from .._torch import has_values
 from . import scores
 from .cells import Counted, Grid
-from .scores import Bins, Blocks, Cells, Decomposition, Reliability
+from .line import Cells, lines
+from .scores import Bins, Blocks, Decomposition, Reliability
 
 _KINDS = ("top_label", "positive_class")
 _SCORES = ("log", "brier")
@@ -194,7 +195,7 @@ class Measures:
             >>> histogram.slope()  # logits twice too large
             tensor(0.5000, dtype=torch.float64)
         """
-        return self._values([scores.affine(cells)[0] for cells in self.cells()])
+        return self._values(lines(self._cells())[0])
 
     def intercept(self, slope: float | None = None) -> Tensor:
         r"""Calibration intercept: the :math:`b` of the fit :math:`\mathrm{logit} P = az + b`.
@@ -213,7 +214,7 @@ class Measures:
         """
         if slope is not None:
             _errors.number("slope", slope, -_errors.LARGE, _errors.LARGE)
-        return self._values([scores.affine(cells, slope=slope)[1] for cells in self.cells()])
+        return self._values(lines(self._cells(), slope=slope)[1])
 
     def decomposition(self, score: str = "log") -> Decomposition:
         r"""Decompose a score into miscalibration - discrimination + uncertainty (CORP).
@@ -332,6 +333,9 @@ class Measures:
             >>> cells.logit[cells.count > 0].round(decimals=4)
             tensor([-1.,  2.], dtype=torch.float64)
         """
+        return [Cells(*row) for row in zip(*self._cells(), strict=True)]
+
+    def _cells(self) -> Cells:
         if self._state.counts.is_meta:
             refuse("histogram", "hold values", "one on device meta")
         state = self._state.to(torch.device("cpu"))
@@ -369,9 +373,9 @@ class Measures:
         device = self._state.counts.device
         return torch.arange(num_bins + 1, dtype=torch.float64, device=device) / num_bins
 
-    def _values(self, each: list[float]) -> Tensor:
+    def _values(self, each: list[float] | Tensor) -> Tensor:
         device = self._state.counts.device
-        return self._shaped(torch.tensor(each, dtype=torch.float64, device=device))
+        return self._shaped(torch.as_tensor(each, dtype=torch.float64, device=device))
 
     def _shaped(self, value: Tensor) -> Tensor:
         return value[0] if self.num_labels is None else value
@@ -387,7 +391,8 @@ class Measures:
         together = Counted(*(part.sum(0, keepdim=True) for part in state))
         if not bool(together.counts.sum() == together.totals[0, 2]):
             return
-        looks = scores.like_probabilities(scores.cells_of(together, self._grid)[0])
+        (cells,) = zip(*scores.cells_of(together, self._grid), strict=True)
+        looks = scores.like_probabilities(Cells(*cells))
         if looks:
             them = "these" if looks == "probabilities" else "their `exp()`"
             text = f"The logits look as if they were {looks}; pass {them} with `from_logits=False`"

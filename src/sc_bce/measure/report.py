@@ -70,7 +70,7 @@ def advice(values: Values) -> str:
     else:
         text = "Well calibrated: nothing to repair."
     if shift:
-        text += " The mean probability is not the base rate."
+        text += " The mean probability is not the base rate, which takes a repair with a bias."
     if nll == math.inf:
         text += (
             " A probability of exactly 0 or 1 is wrong, so the NLL is infinite: measure logits, or"

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .cells import Counted, Grid
 from .counting import TAME
-from .line import Cells, affine
+from .line import Cells, lines
 
-__all__ = ["Cells", "Decomposition", "Reliability", "affine"]
+__all__ = ["Cells", "Decomposition", "Reliability"]
 
 _FROM = 50  # elements from which numbers that look like probabilities are not an accident
 _CROWD = 0.08  # share of the elements in the outer tenths of the range: no heap around 1/2
@@ -91,8 +91,8 @@ class Bins(NamedTuple):
 # --- reading the counts ---------------------------------------------------------------------------
 
 
-def cells_of(state: Counted, grid: Grid) -> list[Cells]:
-    """Mean logit, elements and positives of each cell, label by label; the state is on the CPU."""
+def cells_of(state: Counted, grid: Grid) -> Cells:
+    """Mean logit, elements and positives of the cells, a row per label; the state is on the CPU."""
     count, positive = state.counts.sum(2), state.counts[:, :, 1]
     low, middle = grid.logits()
     seen, mean = count[..., :-1], state.doubts[..., :-1] / count[..., :-1]
@@ -104,11 +104,9 @@ def cells_of(state: Counted, grid: Grid) -> list[Cells]:
     # From the surest negative to the surest positive.
     signed = torch.stack((-size[:, 0], size[:, 1]), 1)
     columns = (signed, count[..., :-1], positive[..., :-1])
-    rows = zip(*(torch.cat((part[:, 0].flip(-1), part[:, 1]), -1) for part in columns), strict=True)
-    cells = [Cells(*row) for row in rows]
-    for label in (count[..., -1].sum(-1) > 0).nonzero()[:, 0].tolist():
-        sure = (count[label, :, -1], positive[label, :, -1], state.sizes[label, :, -1])
-        _place_sure(cells[label], low, *sure)
+    cells = Cells(*(torch.cat((part[:, 0].flip(-1), part[:, 1]), -1) for part in columns))
+    if bool((count[..., -1] > 0).any()):
+        _place_sure(cells, low, count[..., -1], positive[..., -1], state.sizes[..., -1])
     return cells
 
 
@@ -121,26 +119,23 @@ def _place_sure(cells: Cells, low: Tensor, count: Tensor, positive: Tensor, byte
     too many are wrong. Without such a line it is the mean logit, if all of [1 - h, 1] are alike
     likely: the entropy of h over h.
     """
-    z, n, k = (part[cells.count > 0].clone() for part in cells)
-    slope, bias = affine(Cells(z, n, k))
+    slope, bias = lines(cells)
+    line, far = (slope > 0) & (slope < math.inf), cells.logit.new_tensor(-math.inf)
+    seen = [torch.where(cells.count > 0, sign * cells.logit, far).amax(-1) for sign in (-1, 1)]
     for side, sign in enumerate((-1, 1)):
-        if not count[side] > 0:
-            continue
-        nearest = float((sign * z).max()) if len(z) else -math.inf
-        half = 0.5 / (1 + math.exp(min(nearest, 700.0)))
-        if bytes[side] > 0:
-            half = min(half, 0.5 / 255)
-        size = max(math.log((1 - half) / half), nearest)
-        share = (float(positive[side]) + 0.5) / (float(count[side]) + 1)
-        if 0 < slope < math.inf:
-            size = max(size, sign * (math.log(share / (1 - share)) - bias) / slope)
-        else:
-            size -= math.log1p(-half) / half
-        place = len(low) - 1 + sign * int((low <= size).sum()) + (side == 0)
-        total = cells.count[place] + count[side]
-        mean = (cells.count[place] * cells.logit[place] + count[side] * sign * size) / total
-        cells.logit[place], cells.count[place] = mean, total
-        cells.positive[place] += positive[side]
+        nearest, share = seen[side], (positive[:, side] + 0.5) / (count[:, side] + 1)
+        half = 0.5 / (1 + nearest.clamp(max=700.0).exp())
+        half = torch.where(bytes[:, side] > 0, half.clamp(max=0.5 / 255), half)
+        size = torch.maximum(-torch.logit(half), nearest)
+        on_line = torch.maximum(size, sign * (torch.logit(share) - bias) / slope)
+        size = torch.where(line, on_line, size - torch.log1p(-half) / half)
+        place = len(low) - 1 + sign * (low <= size[:, None]).sum(-1) + (side == 0)
+        rows = (count[:, side] > 0).nonzero()[:, 0]
+        at, new = (rows, place[rows]), count[rows, side]
+        total = cells.count[at] + new
+        cells.logit[at] = (cells.count[at] * cells.logit[at] + new * sign * size[rows]) / total
+        cells.count[at] = total
+        cells.positive[at] += positive[rows, side]
 
 
 def bins_of(state: Counted, kind: str) -> Bins:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _errors
-from ..measure.scores import Cells, affine
+from ..measure.line import Cells, affine
 from .fit import Fits, Repair, mean_loss
 from .flip import best_pair, flip_rates, without_flip
 
@@ -19,7 +19,7 @@ _FEW = 20  # elements of the rarer class below which labels are too few to be be
 _CLIP = 1e-3  # share of the rarer class's base rate: the least probability after a removed flip
 _SLOPES = (1e-3, 1e3)  # limits of 1 / temperature, for logits of standard deviation 1
 _HALF = 1 / (4 * math.e)  # of the precision: a float just below 1 is half of it away
-_BACKWARDS = "upper limit: the logits rank the labels backwards, if at all. Check their sign"
+_BACKWARDS = "upper limit: the logits rank the labels backwards, if at all. Check sign and number"
 _APART = "lower limit: a threshold all but separates the classes. Fit to more data"
 _BUFFERS = ("flip_rates", "clip", "temperature", "bias", "ends")
 
