@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     target: Tensor
     void: float | None  # the target to ignore; None if no element can have it
     legal: bool  # False if the labels could not be read, so that some may be illegal
-    plain: bool = False  # whether both are ordinary tensors of a CPU, in eager code
+    plain: bool  # whether both are ordinary tensors of a CPU, in eager code
 
     def dtype(self) -> torch.dtype:
         """Dtype of the loss by torch's rule: the target's, or the input's for bool and integers."""
@@ -80,8 +80,9 @@ def batch(input: Tensor, target: Tensor, ignore_index: float | None) -> Batch:
     logits(input)
     label(target)
     same_size(input, target)
-    void, plain = held(target, ignore_index), readable(input) and readable(target)
-    return Batch(input, target, void, check_labels(target, void), plain)
+    void, open_labels = held(target, ignore_index), readable(target)
+    legal = check_labels(target, void, open_labels)
+    return Batch(input, target, void, legal, open_labels and readable(input))
 
 
 def logits(input: object, name: str = "input") -> None:
@@ -151,7 +152,7 @@ def valid_elements(target: Tensor, void: float | None) -> Tensor | None:
     return ~target.isnan() if void != void else target != void
 
 
-def check_labels(target: Tensor, void: float | None) -> bool:
+def check_labels(target: Tensor, void: float | None, plain: bool) -> bool:
     """Refuse a label outside [0, 1], and an integer other than 0 and 1, on any CPU.
 
     nan passes, as in torch. Returns False if integers could not be looked at without waiting.
@@ -161,7 +162,7 @@ def check_labels(target: Tensor, void: float | None) -> bool:
     floating = target.is_floating_point()
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         return floating  # nothing waits
-    if readable(target) and target.dtype not in UNREDUCIBLE:
+    if plain and target.dtype not in UNREDUCIBLE:
         for part in _parts(target, void):
             low, high = part.aminmax()
             if low.item() < 0 or high.item() > 1:
@@ -275,10 +276,10 @@ class Perturbation(NamedTuple):
     def tensors(self) -> list[Tensor]:
         return [value for value in self if isinstance(value, Tensor)]
 
-    def replaces(self) -> bool:
-        """Whether a drawn label becomes the prior itself."""
-        drawn = isinstance(self.alpha, Tensor) and self.alpha.dtype == torch.bool
-        return drawn and not isinstance(self.beta, Tensor) and self.beta == 1
+    def draw(self) -> Tensor | None:
+        """Alpha, if it says which labels become the prior itself."""
+        alpha, whole = self.alpha, not isinstance(self.beta, Tensor) and self.beta == 1
+        return alpha if whole and isinstance(alpha, Tensor) and alpha.dtype == torch.bool else None
 
     def strength(self, dtype: torch.dtype) -> float | Tensor:
         """alpha * beta, in a dtype of at least float32."""
@@ -296,13 +297,10 @@ class Perturbation(NamedTuple):
 def perturbation(
     alpha: float | Tensor, beta: float | Tensor | None, prior: float | Tensor, size: torch.Size
 ) -> Perturbation:
-    """Check shapes, and a tensor alpha on a CPU; (N,) tensors then broadcast along dimension 0.
+    """Check shapes; (N,) tensors then broadcast along dimension 0.
 
-    Numbers have passed `numbers`, which leaves beta None only for a tensor prior.
+    The values have passed `ranges`, which leaves beta None only for a tensor prior.
     """
-    if isinstance(alpha, Tensor):
-        remedy = "the third argument is alpha; pass a weight as `weight=`"
-        _in_unit("alpha", alpha, remedy)
     if isinstance(prior, Tensor):
         prior = prior_of(prior, size)
     if beta is None:
@@ -313,10 +311,10 @@ def perturbation(
     return Perturbation(_by_sample("alpha", alpha, size), beta, prior)
 
 
-def numbers(
+def ranges(
     alpha: float | Tensor, beta: float | Tensor | None, prior: float | Tensor, every: bool = False
 ) -> float | Tensor | None:
-    """Check the ranges of numbers. Returns beta, which is None only for a tensor prior.
+    """Check the ranges of what is passed. Returns beta, which is None only for a tensor prior.
 
     Two numbers must also keep the order of the labels, alpha * beta <= 1. A tensor may hold drawn
     zeros and ones, at which single labels are flipped. A prior of the batch's size is like
@@ -331,7 +329,9 @@ def numbers(
         _errors.inside("prior", prior, 0.0, 1.0, remedy="pass `torch.as_tensor(prior)`")
         limit = 1 / max(prior, 1 - prior)
         beta = limit if beta is None else beta
-    if not isinstance(alpha, Tensor):
+    if isinstance(alpha, Tensor):
+        _in_unit("alpha", alpha, "the third argument is alpha; pass a weight as `weight=`")
+    else:
         _errors.number("alpha", alpha, 0.0, 1.0, remedy="pass `torch.as_tensor(alpha)`")
     if beta is not None and not isinstance(beta, Tensor):
         _errors.number("beta", beta, 0.0, limit, remedy="pass `torch.as_tensor(beta)`")

@@ -31,7 +31,7 @@ def readable(value: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and value.device.type == "cpu"
+        and value.is_cpu
         and type(value) in (Tensor, nn.Parameter)
         and not value.is_inference()
         and not transformed()
@@ -44,19 +44,14 @@ def transformed() -> bool:
     The only use of torch's private names. Without them everything counts as transformed, which
     only costs speed.
     """
-    try:
-        return functional_transform() or torch._C._len_torch_dispatch_stack() > 0
-    except AttributeError:
-        return True
+    return functional_transform() or getattr(torch._C, "_len_torch_dispatch_stack", object)() != 0
 
 
 def functional_transform() -> bool:
     """The same without the modes, which an autograd.Function does not mind."""
-    try:
-        tracing = torch._C._get_tracing_state() is not None
-        return tracing or torch._C._are_functorch_transforms_active()
-    except AttributeError:
+    if getattr(torch._C, "_get_tracing_state", object)() is not None:
         return True
+    return bool(getattr(torch._C, "_are_functorch_transforms_active", object)())
 
 
 def has_values(value: Tensor) -> bool:

@@ -31,7 +31,7 @@ VOID = 7
 def swept(x, y, alpha=0.0, beta=2.0, prior=0.5, *, void=None, weight=None, wanted=None):
     """The summed loss of a batch, and what it shows; None where the sweep steps aside."""
     alpha = torch.as_tensor(alpha, dtype=torch.float64)  # a number 0 would be torch's own call
-    batch, given = Batch(x, y, void, True), Perturbation(alpha, beta, prior)
+    batch, given = Batch(x, y, void, True, True), Perturbation(alpha, beta, prior)
     return cpu.sweep(batch, given, weight, None, "sum", wanted or Wanted())
 
 
@@ -92,7 +92,7 @@ def test_what_a_batch_shows_is_that_of_the_formulas(
         loss, seen = swept(
             x, y, alpha, 1.0, prior, void=void, weight=weight, wanted=wanted
         )  # fmt: skip
-    plain = look(Batch(x, y, void, True), prior, weight, wanted)
+    plain = look(Batch(x, y, void, True, True), prior, weight, wanted)
     x, y = x.numpy(), np.where(valid, y.numpy(), 0.0)
     want = ref.sc_bce(x, y, alpha, 1.0, w, valid=valid, prior=array, reduction="sum")
     np.testing.assert_allclose(loss, want, rtol=1e-9, atol=1e-8)
@@ -118,7 +118,7 @@ def test_what_is_not_wanted_is_not_shown():
         assert swept(x, y, 0.1)[1] == (None, None, None)
         seen = swept(x, y, 0.1, wanted=Wanted(hits=True))[1]
     assert (seen.slopes, seen.counts) == (None, None)
-    assert look(Batch(x, y, None, True), 0.5, None, Wanted()) == (None, None, None)
+    assert look(Batch(x, y, None, True, True), 0.5, None, Wanted()) == (None, None, None)
 
 
 @given(

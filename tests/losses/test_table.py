@@ -69,6 +69,18 @@ def test_rows_that_cannot_be_read_are_written_alike():
     assert other.visited.tolist() == table.visited.tolist() == [2, 2, 2, 0, 0]
 
 
+def test_a_table_of_millions_is_clipped_where_it_was_written():
+    rows, values = torch.tensor([2, 0, 2, 2, 1]), torch.tensor([0.1, 0.2, 9.0, -9.4, 0.3])
+    small, large = made(), made((1 << 20) + 1)
+    large.columns["alpha"][9] = 7.0  # beyond the limits, but no row of the batch
+    for table in (small, large):
+        table.write("alpha", rows, values, LIMITS)
+        table.write("alpha", torch.tensor([4, 4]), torch.tensor([0.3, 0.9]), LIMITS)
+    assert large.columns["alpha"][:5].tolist() == small.columns["alpha"].tolist()
+    assert large.columns["alpha"][4] == LIMITS[1]
+    assert large.columns["alpha"][9] == 7.0
+
+
 def test_rows_are_written_alike_where_torch_is_asked_to_be_deterministic():
     table = made()
     torch.use_deterministic_algorithms(True)
@@ -208,8 +220,9 @@ BAD = [
 
 @pytest.mark.parametrize(("index", "kind", "text"), BAD, ids=range(len(BAD)))
 def test_a_bad_index_is_refused(index, kind, text):
+    table = made()
     with pytest.raises(kind, match=text):
-        rows_of(index, X, made(), False)
+        table.look_up("alpha", rows_of(index, X, table, False))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])

@@ -23,16 +23,15 @@ from .._torch import functional_transform
 __all__ = ["applies", "reduced_loss"]
 
 _LINEAR = 40.0  # from here on softplus(x) is x in float64 as well; torch's 20 is 2e-9 off
-_SURE = -1e4  # a logit whose softplus and sigmoid are 0: with a target of 0 it adds nothing
 
 
-def applies(*tensors: Tensor | None) -> bool:
+def applies(x: Tensor, *tensors: Tensor | None) -> bool:
     """Whether this is eager code for which it pays, and only the first tensor needs a gradient."""
-    x, *others = (value for value in tensors if value is not None)
+    if torch.compiler.is_compiling() or (x.is_cpu and x.dtype.itemsize >= 4):
+        return False
+    others = [value for value in tensors if value is not None]
     return (
-        not torch.compiler.is_compiling()
-        and (x.device.type != "cpu" or x.dtype.itemsize < 4)
-        and type(x) in (Tensor, nn.Parameter)
+        type(x) in (Tensor, nn.Parameter)
         and not functional_transform()
         and not any(value.requires_grad for value in others)
         and not any(forward_ad.unpack_dual(value).tangent is not None for value in (x, *others))  # type: ignore[no-untyped-call]
@@ -42,13 +41,9 @@ def applies(*tensors: Tensor | None) -> bool:
 def reduced_loss(
     x: Tensor, q: Tensor, weight: Tensor | None, ignored: Tensor | None, mean: bool
 ) -> Tensor:
-    """Sum or mean of weight BCE(x, q) over the elements that are not ignored, in float32.
-
-    ``q`` is a float tensor that nobody else holds: where elements are ignored it is overwritten.
-    """
+    """Sum or mean of weight BCE(x, q) over the elements that are not ignored, in float32."""
     count: float | Tensor = x.numel()
     if ignored is not None:
-        q.masked_fill_(ignored, 0.0)
         # If all elements are ignored, 0 / 1; an empty batch stays torch's 0 / 0.
         count = (x.numel() - ignored.sum()).clamp(min=min(1, x.numel()))
     return _Loss.apply(x, q, weight, ignored, count if mean else None)  # type: ignore[no-any-return,no-untyped-call]
@@ -65,15 +60,15 @@ class _Loss(Function):
         count: float | Tensor | None,
     ) -> Tensor:
         wide = x.to(q.dtype)
-        if ignored is not None:
-            wide = wide.masked_fill(ignored, _SURE)
-            weight = None if weight is None else weight.masked_fill(ignored, 0.0)  # may be nan
-        loss = F.softplus(wide, threshold=_LINEAR).addcmul_(wide, q, value=-1)
-        gradient = torch.sigmoid(wide).sub_(q) if ctx.needs_input_grad[0] else None
-        if weight is not None:
-            loss = loss.mul_(weight)
-            gradient = None if gradient is None else gradient.mul_(weight)
-        kept = None if gradient is None else gradient.to(x.dtype)
+        found = [F.softplus(wide, threshold=_LINEAR).addcmul_(wide, q, value=-1)]
+        if ctx.needs_input_grad[0]:
+            found.append(torch.sigmoid(wide).sub_(q))
+        for value in found:
+            if weight is not None:
+                value.mul_(weight)
+            if ignored is not None:  # last, since all before may be inf or nan there
+                value.masked_fill_(ignored, 0.0)
+        loss, kept = found[0], found[1].to(x.dtype) if len(found) > 1 else None
         ctx.save_for_backward(
             x, kept, weight, ignored, count if isinstance(count, Tensor) else None
         )

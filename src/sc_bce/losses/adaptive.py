@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _errors, _inputs
 from .._errors import refuse
-from .._inputs import Batch, Perturbation, Seen, Wanted
+from .._inputs import NOTHING, Batch, Perturbation, Seen
 from .._state import Stateful, reseed
 from .._torch import on_backward
 from ..functional import look, perturbed_loss, sc_bce_with_logits
@@ -25,6 +25,7 @@ from .table import rows_of
 __all__ = ["AdaptivePerturbation"]
 
 Criterion = TypeVar("Criterion", bound="AdaptivePerturbation")
+Prepared = tuple[Tensor, Tensor, Batch]
 
 
 class AdaptivePerturbation(Stateful):
@@ -236,15 +237,14 @@ class AdaptivePerturbation(Stateful):
                 self._history.evaluated += 1 if self.training else 2
             loss = sc_bce_with_logits(input, target, ignore_index=self.ignore_index, **weights)
             return loss if self.training else on_backward(loss, mistakes.warn_of_eval)
-        rows, batch = self._prepare(input, target, index)
+        rows, alpha, batch = self._prepare(input, target, index)
         levels, prior = self._levels, self._prior_of(input)
-        given = Perturbation(0.0, self.beta, prior)
-        if levels.past_warmup:
-            given = given._replace(alpha=self._drawn(rows, input))
-        wanted = levels.wanted(rows, prior) if update else Wanted()
+        drawn = self._drawn(alpha, input) if levels.past_warmup else 0.0
+        wanted = levels.wanted(rows, alpha, prior) if update else NOTHING
+        given = Perturbation(drawn, self.beta, prior)
         loss, seen = perturbed_loss(batch, given, wanted=wanted, **weights)
         if update:
-            self._note(rows, seen, batch)
+            self._note(rows, alpha, seen, batch)
         return loss
 
     @torch.no_grad()
@@ -257,32 +257,32 @@ class AdaptivePerturbation(Stateful):
             >>> criterion = AdaptivePerturbation(num_samples=4)
             >>> criterion.update(torch.tensor([[4.0]]), torch.tensor([[1.0]]), torch.tensor([2]))
         """
-        rows, batch = self._prepare(input, target, index)
+        rows, alpha, batch = self._prepare(input, target, index)
         prior = self._prior_of(input)
-        seen = look(batch, prior, self.weight, self._levels.wanted(rows, prior))
-        self._note(rows, seen, batch)
+        seen = look(batch, prior, self.weight, self._levels.wanted(rows, alpha, prior))
+        self._note(rows, alpha, seen, batch)
 
-    def _prepare(self, input: Tensor, target: Tensor, index: Tensor | None) -> tuple[Tensor, Batch]:
-        """Check a batch; return the row of each sample, on the table's device, and the batch."""
+    def _prepare(self, input: Tensor, target: Tensor, index: Tensor | None) -> Prepared:
+        """Check a batch; return the row of each sample, on the table's device, and its level."""
         _inputs.logits(input)
         shared = self.num_samples is None
         if shared and index is not None and not torch.compiler.is_compiling():
             mistakes.warn_of_index()
         rows = rows_of(index, input, self._levels.table, shared)
+        alpha = self._levels.table.look_up("alpha", rows)
         batch = _inputs.batch(input, target, self.ignore_index)
         if self.num_labels is not None and input.shape[1:2] != (self.num_labels,):
             wanted = f"have num_labels={self.num_labels} along dimension 1"
             refuse("input", wanted, f"shape {tuple(input.shape)}")
-        return rows, batch
+        return rows, alpha, batch
 
-    def _note(self, rows: Tensor, seen: Seen, batch: Batch) -> None:
-        self._levels.note(rows, seen, batch.void is not None or not batch.input.numel())
+    def _note(self, rows: Tensor, alpha: Tensor, seen: Seen, batch: Batch) -> None:
+        self._levels.note(rows, alpha, seen, batch.void is not None or not batch.input.numel())
         if not torch.compiler.is_compiling():  # last, since a warning can be turned into an error
             self._history.batch(batch.input, self._levels, self.num_samples is None)
 
-    def _drawn(self, rows: Tensor, input: Tensor) -> Tensor:
+    def _drawn(self, alpha: Tensor, input: Tensor) -> Tensor:
         """The level of each sample, or zeros and ones drawn with it."""
-        alpha = self._levels.table.look_up("alpha", rows)
         alpha = alpha if input.dim() else alpha.reshape(())
         if self.sampling != "expected":
             alpha = bernoulli(alpha, input, self.sampling, self.generator)

@@ -137,7 +137,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         for name, value, high in (("alpha", alpha, 1.0), ("beta", beta, 2.0)):
             if not (name == "beta" and value is None):
                 _errors.number(name, value, 0.0, high)
-        beta = _inputs.numbers(alpha, beta, prior, every=True)  # type: ignore[assignment]
+        beta = _inputs.ranges(alpha, beta, prior, every=True)  # type: ignore[assignment]
         _errors.choice("sampling", sampling, ("expected", "sample", "element"))
         _require_noise(noise, beta, prior, sampling)
         # None is the largest for each element of a prior that is a tensor.

@@ -16,6 +16,7 @@ __all__ = ["SINCE", "Table", "mean_by_row", "merged", "rows_of"]
 
 NEVER, BEFORE, SINCE = 0, 1, 2  # when a row was last trained, relative to the last step
 
+_FEW = 1 << 20  # rows up to which a pass over all costs less than picking some
 CHUNK = 1 << 24  # rows that are merged at a time: bounds the extra memory
 
 
@@ -49,7 +50,11 @@ class Table:
             self.columns[name] = value
 
     def look_up(self, name: str, rows: Tensor) -> Tensor:
-        return self.columns[name].index_select(0, rows)
+        try:
+            return self.columns[name].index_select(0, rows)
+        except IndexError:  # on a CPU torch looks at each
+            _refuse_outside(rows, len(self))
+            raise
 
     def write(
         self, name: str, rows: Tensor, values: Tensor, limits: tuple[Tensor, Tensor] | None = None
@@ -66,8 +71,12 @@ class Table:
             column.index_copy_(0, rows, mean_by_row(rows, values))
         else:
             column.scatter_reduce_(0, rows, values, "mean", include_self=False)
-        if limits is not None:  # after the mean; all other rows are within them
+        if limits is None:
+            return
+        if len(column) <= _FEW:  # after the mean; all other rows are within them
             column.clamp_(*limits)
+        else:
+            column.index_copy_(0, rows, column.index_select(0, rows).clamp_(*limits))
 
     def mark(self, rows: Tensor) -> None:
         """Mark these rows as trained since the last step."""
@@ -142,8 +151,10 @@ def rows_of(index: Tensor | None, input: Tensor, table: Table, shared: bool) -> 
     samples = input.shape[0] if input.dim() else 1
     if shared:
         return torch.zeros(samples, dtype=torch.int64, device=device)
-    rows = _checked(index, input.shape[:1], len(table)).reshape(samples)
+    rows = _checked(index, input.shape[:1])
+    rows = rows if rows.dim() else rows.reshape(1)
     if rows.device != device:
+        _refuse_outside(rows, len(table))
         # Non-blocking only towards an accelerator: what comes from one is read on arrival.
         rows = rows.to(device, non_blocking=rows.device.type == "cpu")
     if torch.compiler.is_compiling():
@@ -152,8 +163,8 @@ def rows_of(index: Tensor | None, input: Tensor, table: Table, shared: bool) -> 
     return rows
 
 
-def _checked(index: object, shape: torch.Size, num_samples: int) -> Tensor:
-    """The index of a training batch; its range is looked at only where nothing waits for it."""
+def _checked(index: object, shape: torch.Size) -> Tensor:
+    """The index of a training batch, of which the range is not looked at."""
     if index is None:
         refuse(
             "index", "be the sample indices of the batch in training", "None",
@@ -170,15 +181,19 @@ def _checked(index: object, shape: torch.Size, num_samples: int) -> Tensor:
     if index.shape != shape:
         wanted = f"have one entry per sample, shape {tuple(shape)}"
         refuse("index", wanted, f"shape {tuple(index.shape)}")
-    index = index.to(torch.int64)
-    if readable(index) and index.numel():
-        lowest, highest = index.aminmax()
-        low, high = lowest.item(), highest.item()
-        if low < 0 or high >= num_samples:
-            refuse(
-                "index", f"be in [0, {num_samples - 1}]", low if low < 0 else high,
-                f"num_samples={num_samples} must count every sample of the indexed dataset, even "
-                "if you train on a Subset of it (random_split); `resize` makes room for new ones",
-                IndexError,
-            )  # fmt: skip
-    return index
+    return index.to(torch.int64)
+
+
+def _refuse_outside(rows: Tensor, num_samples: int) -> None:
+    """Refuse rows that the table does not have; where they can be read."""
+    if not readable(rows) or not rows.numel():
+        return
+    lowest, highest = rows.aminmax()
+    low, high = lowest.item(), highest.item()
+    if low < 0 or high >= num_samples:
+        refuse(
+            "index", f"be in [0, {num_samples - 1}]", low if low < 0 else high,
+            f"num_samples={num_samples} must count every sample of the indexed dataset, even "
+            "if you train on a Subset of it (random_split); `resize` makes room for new ones",
+            IndexError,
+        )  # fmt: skip
