@@ -133,22 +133,22 @@ class Case:
 
 FIXED = ("expected", "sample")
 SMALL = ("sample", "adaptive", "climbing", "shared")
-DENSE = (*FIXED, "element", "adaptive", "shared", "adaptive-element")
+DENSE = (*FIXED, "element", "adaptive", "climbing", "shared", "adaptive-element")
 CASES = (
     *(Case("segmentation", SEGMENTATION, DENSE, target=t) for t in ("float", "bool")),
     Case("rivals", SEGMENTATION, ("smp", "published")),
     *(
-        Case("void", SEGMENTATION, (*FIXED, "adaptive", "shared"), target=t, void=True)
+        Case("void", SEGMENTATION, (*FIXED, "adaptive", "climbing", "shared"), target=t, void=True)
         for t in ("float", "uint8")
     ),
     Case("weight", SEGMENTATION, ("sample", "adaptive"), weighted=True),
     *(
-        Case("labels", LABELS, (*FIXED, "adaptive"), target=t, void=void)
+        Case("labels", LABELS, (*FIXED, "adaptive", "climbing"), target=t, void=void)
         for t, void in (("float", False), ("bool", False), ("float", True), ("uint8", True))
     ),
     Case("low precision", SEGMENTATION, ("sample", "adaptive"), dtype="bfloat16", target="bool"),
     *(
-        Case("compiled", SEGMENTATION, ("expected", "sample", "adaptive"), target=t, compiled=True)
+        Case("compiled", SEGMENTATION, (*FIXED, "adaptive", "climbing"), target=t, compiled=True)
         for t in ("float", "bool")
     ),
     *(Case("table", shape, SMALL, target=t) for shape in TABLES for t in ("float", "bool")),
