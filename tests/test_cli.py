@@ -305,6 +305,8 @@ def test_masks_that_are_no_labels_are_refused(folders, capsys):
     mask = np.zeros(SIZE, np.uint8)
     mask[0] = 37
     assert "1.png: holds 37; labels are 0 and 1, or 0 and 255; --ignore 37" in said(mask)
+    shades = np.arange(mask.size, dtype=np.uint8).reshape(SIZE)
+    assert "so many values are a map: the folder of maps comes first" in said(shades)
     mask[0], mask[1] = 1, 255
     text = said(mask)
     assert "holds 255, and" in text
@@ -392,7 +394,7 @@ def test_repair_of_logits_and_labels(tmp_path, capsys):
     said = refused(capsys, "apply", file, tmp_path / "three.npy", "-o", tmp_path / "x")
     assert "three.npy: has size (3, 12, 10), whose first dimension is not 2 labels" in said
     said = refused(capsys, "apply", both[0] / "a" / "00.npy", both[0], "-o", tmp_path / "x")
-    assert "00.npy: is no repair" in said
+    assert "00.npy: is no repair that `sc-bce repair` of this version wrote" in said
 
 
 def test_onnx(folders, capsys):

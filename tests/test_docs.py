@@ -54,7 +54,10 @@ def at_hand():
     inputs = torch.randn(200, 10)
     data = TensorDataset(inputs, torch.rand(200, 1) < torch.sigmoid(inputs[:, :1]))
     loader = DataLoader(data, batch_size=50)
-    return {"model": nn.Linear(10, 1), "training_data": data, "validation_loader": loader}
+    model = nn.Linear(10, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    names = {"model": model, "optimizer": optimizer, "training_data": data}
+    return names | {"validation_loader": loader}
 
 
 def run(page, capsys, optional=()):

@@ -30,9 +30,9 @@ _KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "temperature": (TemperatureScaling, {}),
 }
 _STRETCHED = (
-    "Every map reaches exactly 0 and 1. Maps that were stretched to [0, 1] image by image, as in "
-    "the evaluation of saliency, look like this, and have another calibration than the network. "
-    "If these are such maps, save what the network answers instead."
+    "Every map reaches exactly 0 and 1, be it by rounding to 8 bits or because the maps were "
+    "stretched to [0, 1] image by image, as in the evaluation of saliency. Stretched maps have "
+    "another calibration than the network: save what it answers instead."
 )
 
 
@@ -254,7 +254,9 @@ def load(path: str) -> IsotonicCalibration | TemperatureScaling:
         repair: IsotonicCalibration | TemperatureScaling = build(**kept["settings"])
         repair.load_state_dict(kept["state"])
     except Exception as error:
-        raise ValueError(f"{path}: is no repair of this version ({error})") from error
+        raise ValueError(
+            f"{path}: is no repair that `sc-bce repair` of this version wrote"
+        ) from error
     return repair
 
 

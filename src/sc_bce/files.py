@@ -14,6 +14,7 @@ from torch import Tensor
 
 IMAGES = (".png", ".tif", ".tiff")
 ARRAYS = (".npy", ".npz", ".pt")
+_MANY = 40  # values that are no label, from which a mask must be a map
 IGNORED = 255  # what marks an ignored element of a mask that was read
 
 Size = tuple[int, ...]
@@ -249,6 +250,8 @@ class Masks:
         if other:
             soft = "; labels are 0 and 1, or 0 and 255" if self.ignore is None else ""
             remedy = f"--ignore {other[0]:g} leaves it out"
+            if len(other) > _MANY:
+                remedy = "so many values are a map: the folder of maps comes first, masks second"
             raise ValueError(f"{path}: holds {other[0]:g}{soft}; {remedy}")
         for value in (1, 255):
             if value in values:

@@ -404,7 +404,7 @@ def test_a_step_without_a_training_batch_changes_nothing_and_says_so_in_one_text
     assert_same(criterion, before)
     assert {str(one.message) for one in caught} == {
         "step() was called without a training batch since the last step, so it moved nothing; a "
-        "sanity check before training needs no step"
+        "sanity check before training needs no step, and training needs `criterion.train()`"
     }
     assert {one.filename for one in caught} == {__file__}
     with pytest.raises(TypeError):  # which it looks at all the same

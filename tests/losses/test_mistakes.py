@@ -7,7 +7,7 @@ import torch
 from tables import Measured, build, climbing, moving, put, saved
 from torch.utils.data import WeightedRandomSampler
 
-from sc_bce import AdaptivePerturbation, SCBCEWithLogitsLoss
+from sc_bce import AdaptivePerturbation, CalibrationHistogram, SCBCEWithLogitsLoss
 from sc_bce.losses import mistakes
 
 no_checkpoints = pytest.mark.not_on("xla", "torch.utils.checkpoint asks for torch.xla")
@@ -306,6 +306,29 @@ def test_a_step_per_batch_is_named_for_one_shared_level():
     assert [said(stepped) for _ in range(12)] == [[]] * 9 + [[OFTEN]] * 3
 
 
+# -- a histogram of all epochs
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+@pytest.mark.parametrize("grows", [True, False])
+def test_a_histogram_that_is_never_reset_is_named(rows, grows):
+    criterion, histogram = build(rows), CalibrationHistogram()
+
+    def epoch():
+        batch(criterion, torch.arange(4))
+        if not grows:
+            histogram.reset()
+        histogram.update(torch.randn(100), torch.arange(100) < 30)
+        criterion.step(histogram)
+
+    texts = [said(epoch) for _ in range(5)]
+    grown = (
+        "the histogram that step() gets grows from epoch to epoch; call `histogram.reset()` before "
+        "each validation, or make a new one"
+    )
+    assert texts == [[], [], [grown] if grows else [], [], []]
+
+
 # -- logits, weights, modes
 
 
@@ -315,6 +338,18 @@ def test_probabilities_are_named():
     y = torch.rand(60, 1) < 0.5
     (text,) = said(lambda: criterion(x, y, torch.arange(60)))
     assert text.startswith("all logits of a training batch look like probabilities; pass the raw")
+
+
+def test_probabilities_that_looked_like_logits_are_named_after_a_step():
+    criterion, rows = build(60), torch.arange(60)
+    untrained = (0.45 + 0.1 * torch.rand(60, 1)).requires_grad_()
+    trained = torch.linspace(0, 1, 60).reshape(60, 1).requires_grad_()
+    y = torch.rand(60, 1) < 0.5
+    for x in [untrained] * mistakes.LOOKS + [trained]:
+        assert said(lambda x=x: criterion(x, y, rows)) == []
+    criterion.step(Measured())
+    (text,) = said(lambda: criterion(trained, y, rows))
+    assert text.startswith("all logits of a training batch look like probabilities")
 
 
 @pytest.mark.parametrize("fixed", [True, False])

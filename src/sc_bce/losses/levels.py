@@ -109,12 +109,13 @@ class Levels:
 
     # -- a batch
 
-    def wanted(self, rows: Tensor, prior: float | Tensor) -> Wanted:
-        """What to look at in a batch, to which the prior broadcasts."""
+    def wanted(self, rows: Tensor, alpha: Tensor, prior: float | Tensor) -> Wanted:
+        """What to look at in a batch of these levels, to which the prior broadcasts."""
         climbs, share = isinstance(self.rule, Climb), None
         if self.weighted and isinstance(self.rule, FollowSlope):
-            share = self.table.look_up("alpha" if self.past_warmup else "sample_accuracy", rows)
-            share = share if self.past_warmup else self.rule.hardness(share)
+            share = alpha
+            if not self.past_warmup:
+                share = self.rule.hardness(self.table.look_up("sample_accuracy", rows))
         # At 1/2 nothing depends on the labels.
         half = not isinstance(self.prior, Tensor) and self.prior == 0.5
         shape = tuple(prior.shape) if isinstance(prior, Tensor) else ()
@@ -122,8 +123,11 @@ class Levels:
         return Wanted(climbs and self.past_warmup, self.remembers, labels, share)
 
     @torch.no_grad()
-    def note(self, rows: Tensor, seen: Seen, partial: bool) -> None:
-        """Count a batch's labels, write what it shows; `partial`: a sample may have no element."""
+    def note(self, rows: Tensor, alpha: Tensor, seen: Seen, partial: bool) -> None:
+        """Count the labels of a batch of these levels, and write what it shows.
+
+        `partial`: a sample may have no valid element.
+        """
         table, values = self.table, self.values
         if seen.counts is not None:
             values["elements"].add_(seen.counts[0])
@@ -135,9 +139,8 @@ class Levels:
                 new = torch.where(new.isnan(), old, new)
             table.write("sample_accuracy", rows, new)
         if seen.slopes is not None and isinstance(self.rule, Climb):
-            old, slopes = table.look_up("alpha", rows), self.beta * seen.slopes
             reached = values["accuracy"], values["best_accuracy"]
-            new = self.rule.climbed(old, slopes, self.cost, *reached)
+            new = self.rule.climbed(alpha, self.beta * seen.slopes, self.cost, *reached)
             table.write("alpha", rows, new, self.limits)
         table.mark(rows)
 
@@ -206,7 +209,8 @@ class Levels:
         if not isinstance(setting, Tensor) or "climbs" in saved:
             return _expected("be of version 0.3 or later", "one of another version", "train anew")
         if alpha.shape != self.alpha.shape:
-            remedy = "build the criterion with that number, load, then `resize`"
+            grow = f", load, then `resize({len(self.alpha)})`" * (len(alpha) < len(self.alpha))
+            remedy = f"build the criterion with num_samples={len(alpha)}{grow}"
             return _expected(f"have {len(self.alpha)} levels", f"{alpha.numel()}", remedy)
         mine = torch.tensor(self.setting, dtype=torch.float32, device="cpu").tolist()
         if not setting.is_meta and setting.float().tolist() != mine:

@@ -21,6 +21,7 @@ __all__ = [
 
 LOOKS = 4  # training batches whose logits are looked at, in case they are probabilities
 PATIENCE = 10_000  # batches without a step before the warning, if no epoch can be counted
+_GROWN = 3  # steps after which a histogram of all epochs has so many times the first's elements
 _COPIES = 3  # times that a sampler may repeat each sample in an epoch
 _OFTEN = 10  # a step that follows one batch, so many times in a row, is one per batch
 
@@ -31,6 +32,7 @@ class History:
     def __init__(self) -> None:
         self.looks = LOOKS
         self.steps = self.short = 0  # short: steps in a row that followed a single batch
+        self.measured = 0  # elements of the first step's histogram
         self.batches = self.epochs = self.evaluated = 0  # evaluated: forwards since the last batch
         self.samples = self.elements = self.largest = self.since = 0  # since the last step
 
@@ -73,6 +75,13 @@ class History:
     def step(self, reading: Reading, moved: Tensor, levels: Levels, shared: bool) -> None:
         """Look for mistakes in what was trained since the last step."""
         self.steps += 1
+        self.looks = max(self.looks, 1)  # once an epoch: an untrained sigmoid looks like logits
+        self.measured = self.measured or reading.elements
+        if self.steps == _GROWN and reading.elements == _GROWN * self.measured > 0:
+            _errors.warn(
+                "the histogram that step() gets grows from epoch to epoch; call "
+                "`histogram.reset()` before each validation, or make a new one"
+            )
         self.short = self.short + 1 if self.since == 1 else 0
         elements, touched = self.elements, int(moved.sum())
         self.samples = self.elements = self.largest = self.since = 0
@@ -106,7 +115,7 @@ def warn_of_eval() -> None:
 def warn_of_idle_step() -> None:
     _errors.warn(
         "step() was called without a training batch since the last step, so it moved nothing; a "
-        "sanity check before training needs no step"
+        "sanity check before training needs no step, and training needs `criterion.train()`"
     )
 
 
