@@ -440,4 +440,6 @@ def test_help_has_two_examples(command, capsys):
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
     assert left.value.code == 0
-    assert capsys.readouterr().out.count(f"  sc-bce {command} ") >= 2
+    out = capsys.readouterr().out
+    assert out.count(f"  sc-bce {command} ") >= 2
+    assert ("  masks/NAME.png   0 and 1" in out) == (command in ("measure", "repair"))

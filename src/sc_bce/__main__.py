@@ -314,6 +314,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--logits", action="store_true", help="floats are logits")
     parser.add_argument("--resize", action="store_true", help="make maps as large as their masks")
+    parser.epilog = f"{files.LAYOUT}\n{parser.epilog}"
 
 
 def _command(some: Any, name: str, run: Any, text: str, *examples: str) -> argparse.ArgumentParser:

@@ -17,6 +17,11 @@ ARRAYS = (".npy", ".npz", ".pt")
 _MANY = 40  # values that are no label, from which a mask must be a map
 IGNORED = 255  # what marks an ignored element of a mask that was read
 
+LAYOUT = """folders, at any depth, of files with equal stems (PNG, TIFF, .npy, .npz, .pt):
+  maps/NAME.png    probabilities in 8 or 16 bits, or as floats
+  masks/NAME.png   0 and 1, or 0 and 255; with --labels class numbers too
+"""
+
 Size = tuple[int, ...]
 
 
