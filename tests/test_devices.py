@@ -198,6 +198,7 @@ def test_levels_train_without_float64_as_with_it(mps, name):
             before = mps.waits
             losses = steps(criterion, weight, batches)
             assert mps.waits == before
+            histogram.reset()
             histogram.update(torch.linspace(-3, 3, 8).to(device), torch.ones(8).to(device))
             criterion.step(histogram)
         again = adaptive(**settings).to(device)

@@ -280,8 +280,6 @@ REFUSED = {
              LEVELS + "have 6 levels, but got 9; build the criterion with num_samples=9"),
     "fewer rows": (dict(rows=6), lambda: whole(4).state_dict(),
                    "got 4; build the criterion with num_samples=4, load, then `resize(6)`"),
-    "one shared level": (dict(rows=6), lambda: whole(1).state_dict(),
-                         "got 1; build the criterion with num_samples=None"),
     "no focus": (dict(focus=0.0), lambda: whole().state_dict(),
                  LEVELS + "be of the rule FollowSlope(level=0.2, focus=0.0), but got one of the "
                  "default rule with focus=1; build the criterion with that rule"),

@@ -21,7 +21,7 @@ __all__ = [
 
 LOOKS = 4  # training batches whose logits are looked at, in case they are probabilities
 PATIENCE = 10_000  # batches without a step before the warning, if no epoch can be counted
-_GROWN = 3  # steps after which a histogram of all epochs has so many times the first's elements
+_GROWN = 5  # steps after which a histogram of all epochs has so many times the first's elements
 _COPIES = 3  # times that a sampler may repeat each sample in an epoch
 _OFTEN = 10  # a step that follows one batch, so many times in a row, is one per batch
 
