@@ -306,7 +306,7 @@ def test_masks_that_are_no_labels_are_refused(folders, capsys):
     mask[0] = 37
     assert "1.png: holds 37; labels are 0 and 1, or 0 and 255; --ignore 37" in said(mask)
     shades = np.arange(mask.size, dtype=np.uint8).reshape(SIZE)
-    assert "so many values are a map: the folder of maps comes first" in said(shades)
+    assert "so many values are a map, whose folder comes first, or class numbers" in said(shades)
     mask[0], mask[1] = 1, 255
     text = said(mask)
     assert "holds 255, and" in text

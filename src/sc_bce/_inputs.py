@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
     def labels(self, dtype: torch.dtype) -> Tensor:
         """The target in a floating dtype; an illegal label that could not be refused is nan."""
-        return as_labels(self.target, dtype, self.void, self.legal)
+        return with_nan(as_labels(self.target, dtype), self.target, self.void, self.legal)
 
     def valid(self) -> Tensor | None:
         """Mask of the elements that count; None if all do."""
@@ -80,9 +80,8 @@ def batch(input: Tensor, target: Tensor, ignore_index: float | None) -> Batch:
     logits(input)
     label(target)
     same_size(input, target)
-    void, open_labels = held(target, ignore_index), readable(target)
-    legal = check_labels(target, void, open_labels)
-    return Batch(input, target, void, legal, open_labels and readable(input))
+    void, plain = held(target, ignore_index), readable(target)
+    return Batch(input, target, void, check_labels(target, void, plain), plain and readable(input))
 
 
 def logits(input: object, name: str = "input") -> None:
@@ -201,10 +200,8 @@ def refuse_labels(target: Tensor, illegal: Tensor, void: float | None) -> None:
     value = target[illegal][0].item()
     remedy = "name a void label with `ignore_index`"
     if value < 0 or value >= 2:  # not what a division by 255 left
-        remedy = (
-            "for a 0/255 mask pass `mask > 0` or `mask / 255`, for labels -1 and 1 `target > 0`, "
-            f"and {remedy}"
-        )
+        remedy = f"for labels -1 and 1 `target > 0`, and {remedy}"
+        remedy = f"for a 0/255 mask pass `mask > 0` or `mask / 255`, {remedy}"
     refuse("target", kind, f"the value {_errors.exact(value)}", remedy)
 
 
@@ -212,16 +209,20 @@ def _not_binary(target: Tensor) -> Tensor:
     return (target != 0) & (target != 1)
 
 
-def as_labels(target: Tensor, dtype: torch.dtype, void: float | None, legal: bool) -> Tensor:
-    """Labels in a floating dtype. Illegal integers become nan if they could not be looked at."""
+def as_labels(target: Tensor, dtype: torch.dtype) -> Tensor:
+    """Labels in a floating dtype."""
     if target.dtype == torch.bool and readable(target):
         target = as_bytes(target)
-    y = target.to(dtype)
+    return target.to(dtype)
+
+
+def with_nan(values: Tensor, target: Tensor, void: float | None, legal: bool) -> Tensor:
+    """The values; in place nan where a label is illegal, if these could not be looked at."""
     if legal:
-        return y
+        return values
     illegal = target > 1 if target.dtype == torch.uint8 else _not_binary(target)
     valid = valid_elements(target, void)
-    return y.masked_fill_(illegal if valid is None else illegal & valid, torch.nan)
+    return values.masked_fill_(illegal if valid is None else illegal & valid, torch.nan)
 
 
 def like_probabilities(input: Tensor) -> str:
@@ -248,15 +249,14 @@ def like_probabilities(input: Tensor) -> str:
 # -- weights
 
 
-def along_labels(name: str, value: Tensor | None, size: torch.Size) -> None:
+def along_labels(size: torch.Size, **weights: Tensor | None) -> None:
     """Refuse one weight per label where it would lie along the last dimension."""
-    if isinstance(value, Tensor) and value.dim() == 1 and len(value) > 1 and len(size) > 2:
-        ones = ", 1" * (len(size) - 2)
-        refuse(
-            name, f"have one value per label, shape ({size[1]}{ones})",
-            f"shape {tuple(value.shape)}, which would lie along the last dimension",
-            f"pass `{name}.reshape(-1{ones})`",
-        )  # fmt: skip
+    for name, value in weights.items():
+        if isinstance(value, Tensor) and value.dim() == 1 and len(value) > 1 and len(size) > 2:
+            ones = ", 1" * (len(size) - 2)
+            got = f"shape {tuple(value.shape)}, which would lie along the last dimension"
+            wanted = f"have one value per label, shape ({size[1]}{ones})"
+            refuse(name, wanted, got, f"pass `{name}.reshape(-1{ones})`")
 
 
 # -- perturbation
@@ -345,7 +345,7 @@ def prior_of(value: Tensor, size: torch.Size) -> Tensor:
     """A tensor prior in at least float32, broadcasting from the last dimension, as pos_weight."""
     if value.is_complex():
         refuse("prior", "be a real Tensor", value.dtype, error=TypeError)
-    along_labels("prior", value, size)
+    along_labels(size, prior=value)
     value = value.to(torch.promote_types(value.dtype, torch.float32))
     if value.dim() <= len(size) and _broadcasts(value.shape, size[len(size) - value.dim() :]):
         return value.reshape((1,) * (len(size) - value.dim()) + tuple(value.shape))

@@ -256,7 +256,8 @@ class Masks:
             soft = "; labels are 0 and 1, or 0 and 255" if self.ignore is None else ""
             remedy = f"--ignore {other[0]:g} leaves it out"
             if len(other) > _MANY:
-                remedy = "so many values are a map: the folder of maps comes first, masks second"
+                remedy = "so many values are a map, whose folder comes first, or class numbers, "
+                remedy += "which take --labels"
             raise ValueError(f"{path}: holds {other[0]:g}{soft}; {remedy}")
         for value in (1, 255):
             if value in values:

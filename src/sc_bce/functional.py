@@ -80,8 +80,9 @@ def perturb_target(
     void = _inputs.held(target, _errors.ignored(ignore_index))
     legal = _inputs.check_labels(target, void, readable(target))
     # In bfloat16, 1 - 0.001 would round to 1.
-    y = _inputs.as_labels(target, torch.promote_types(dtype, torch.float32), void, legal)
+    y = _inputs.as_labels(target, torch.promote_types(dtype, torch.float32))
     valid, q = _inputs.valid_elements(target, void), towards_prior(y, given)
+    q = _inputs.with_nan(q, target, void, legal)
     return (q if valid is None else torch.where(valid, q, y)).to(dtype)
 
 
@@ -199,9 +200,8 @@ def bce_with_logits(
         legal = _inputs.check_labels(target, None, readable(target))
         if not target.is_floating_point():
             _inputs.logits(input)
-            target = _inputs.as_labels(target, input.dtype, None, legal)
-        _inputs.along_labels("weight", weight, target.size())
-        _inputs.along_labels("pos_weight", pos_weight, target.size())
+            target = _inputs.with_nan(_inputs.as_labels(target, input.dtype), target, None, legal)
+        _inputs.along_labels(target.size(), weight=weight, pos_weight=pos_weight)
     return F.binary_cross_entropy_with_logits(
         input, target, weight, pos_weight=pos_weight, reduction=reduction
     )
@@ -216,9 +216,7 @@ def perturbed_loss(
     wanted: Wanted = NOTHING,
 ) -> tuple[Tensor, Seen]:
     """The loss of a batch, and what it shows beside it, whatever alpha was drawn."""
-    if weight is not None or pos_weight is not None:
-        _inputs.along_labels("weight", weight, batch.input.size())
-        _inputs.along_labels("pos_weight", pos_weight, batch.input.size())
+    _inputs.along_labels(batch.input.size(), weight=weight, pos_weight=pos_weight)
     loss, seen = cpu.sweep(batch, given, weight, pos_weight, reduction, wanted) or (
         _by_torch(batch, given, weight, pos_weight, reduction),
         look(batch, given.prior, weight, wanted),
@@ -254,13 +252,15 @@ def _by_torch(
     whole = pos_weight is None and reduction != "none"
     if whole and one_pass.applies(x, batch.target, weight, *given.tensors()):
         # An ignored label may become nan here: what comes of it is replaced.
-        q = towards_prior(_inputs.as_labels(batch.target, wide, None, batch.legal), given)
+        q = towards_prior(_inputs.as_labels(batch.target, wide), given)
+        q = _inputs.with_nan(q, batch.target, None, batch.legal)
         return one_pass.reduced_loss(x, q, weight, batch.ignored(), reduction == "mean")
-    y, valid = batch.labels(wide), batch.valid()
+    y, valid = _inputs.as_labels(batch.target, wide), batch.valid()
     if valid is not None and batch.void != batch.void:
         y = torch.where(valid, y, 0.0)  # nan times a weight of 0 is nan
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     q = y if given.nothing() else towards_prior(y, given)
+    q = _inputs.with_nan(q, batch.target, batch.void, batch.legal)  # whether drawn or not
     if valid is None and (reduction == "none" or not torch.compiler.is_compiling()):
         return bce(x, q, weight, pos_weight=pos_weight, reduction=reduction)
     if valid is not None and reduction != "none" and readable(x):
@@ -385,7 +385,7 @@ def _counts(
     if valid is not None:
         return _column_sums(as_bytes(valid), shape, share), positive
     each = target.numel() / max(positive.numel(), 1)
-    return (each if share is None else each * share.mean()), positive
+    return (each if share is None else each * share.mean().nan_to_num()), positive  # of no sample
 
 
 def _column_sums(value: Tensor, shape: tuple[int, ...], share: Tensor | None) -> Tensor:

@@ -191,6 +191,17 @@ def test_it_can_be_differentiated_again_and_again(mean, voided, weighted):
     assert_close(total.detach(), third.sum() / (count if mean else 1))
 
 
+def test_what_is_ignored_spoils_no_second_derivative():
+    x, q, ignored = batch()
+    spoilt = x.masked_fill(ignored, math.nan).requires_grad_()
+    weight = torch.ones_like(x).masked_fill(ignored, math.nan)
+    loss = one_pass.reduced_loss(spoilt, q, weight, ignored, False)
+    (gradient,) = torch.autograd.grad(loss, spoilt, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), spoilt)
+    s = x.sigmoid()
+    assert_close(second, (s * (1 - s)).masked_fill(ignored, 0.0))
+
+
 def test_without_a_gradient_nothing_is_kept():
     x, q, _ = batch()
     kept = []

@@ -274,6 +274,7 @@ def test_the_level_weighted_prior_is_the_last_epochs_alone_and_per_label():
     x = torch.zeros(2, 2, requires_grad=True)
     for _ in range(2):  # the first weights are .1 and .3, of a mean of .2
         criterion(x, y, torch.arange(2))
+    criterion(x[:0], y[:0], torch.arange(0))  # a batch of nothing counts for nothing
     criterion.step(Measured(0.9, math.nan))
     assert criterion.prior.tolist() == pytest.approx([(1 + 0.5) / 5, (3 + 0.5) / 5])
     # Difficulty is equal, so now the levels are; and only this epoch's labels count.

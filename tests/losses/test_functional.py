@@ -624,6 +624,9 @@ def test_illegal_integers_give_nan_where_they_cannot_be_read():
     for alpha in (0.0, 0.1):
         loss = compiled(x, y, alpha, reduction="none")
         assert loss.isnan().tolist() == [False, True, False]
+    for prior in (0.3, torch.tensor(0.3)):  # also where the draw replaces the label
+        loss = compiled(x, y, torch.tensor([True] * 3), 1.0, prior=prior, reduction="none")
+        assert loss.isnan().tolist() == [False, True, False]
 
 
 # --- on a CPU every label is looked at --------------------------------------------------------

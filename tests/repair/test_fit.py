@@ -486,16 +486,3 @@ def test_states_of_other_versions_and_sizes_are_refused_whole(state):
     with pytest.raises(RuntimeError, match="`0` is of another version or num_labels: fit this mod"):
         model.load_state_dict(state)
     assert_close(model.state_dict(), before)
-
-
-@BOTH
-def test_probabilities_given_to_a_repair_of_logits_are_named(build):
-    repair = build().fit(*network(n=2000))
-    logits = torch.randn(100)
-    repair(logits)
-    text = "This repair was fitted to logits, but what it gets looks like probabilities"
-    with pytest.warns(UserWarning, match=text):
-        repair(logits.sigmoid())
-    repair(torch.rand(9))  # too few to tell
-    repair(logits)
-    repair(logits.sigmoid())  # the fifth batch is not looked at

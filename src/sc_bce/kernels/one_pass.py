@@ -83,7 +83,9 @@ class _Loss(Function):
         count = ctx.count if count is None else count
         scale = grad if count is None else grad / count
         if torch.is_grad_enabled():  # to be differentiated again, by x as well
+            if ignored is not None:
+                x = x.masked_fill(ignored, 0.0)
+                weight = None if weight is None else weight.masked_fill(ignored, 0.0)
             change = torch.sigmoid(x) - torch.sigmoid(x.detach())
-            change = change if weight is None else change * weight
-            kept = kept + (change if ignored is None else change.masked_fill(ignored, 0.0))
+            kept = kept + (change if weight is None else change * weight)
         return (kept * scale).to(x.dtype), None, None, None, None

@@ -30,7 +30,7 @@ class History:
     """What this process has seen; not part of the state."""
 
     def __init__(self) -> None:
-        self.looks = LOOKS
+        self.looks, self.named = LOOKS, False  # whether probabilities were
         self.steps = self.short = 0  # short: steps in a row that followed a single batch
         self.measured = 0  # elements of the first step's histogram
         self.batches = self.epochs = self.evaluated = 0  # evaluated: forwards since the last batch
@@ -40,7 +40,7 @@ class History:
         """Note a training batch; nothing waits for it."""
         if self.looks:
             self.looks -= 1
-            warn_of_probabilities(input)
+            self.named |= warn_of_probabilities(input)
         if self.evaluated > 1 and self.batches:
             self.epochs += 1
         self.evaluated = 0
@@ -75,7 +75,8 @@ class History:
     def step(self, reading: Reading, moved: Tensor, levels: Levels, shared: bool) -> None:
         """Look for mistakes in what was trained since the last step."""
         self.steps += 1
-        self.looks = max(self.looks, 1)  # once an epoch: an untrained sigmoid looks like logits
+        # Once an epoch, until it is said: what an untrained sigmoid answers looks like logits.
+        self.looks = max(self.looks, int(not self.named))
         self.measured = self.measured or reading.elements
         if self.steps == _GROWN and reading.elements == _GROWN * self.measured > 0:
             _errors.warn(
@@ -141,11 +142,12 @@ def warn_of_pos_weight(pos_weight: Tensor | None, rates: tuple[Tensor, Tensor]) 
         )
 
 
-def warn_of_probabilities(input: object) -> None:
-    """Warn if what is passed as logits looks like something else; nothing waits for it."""
+def warn_of_probabilities(input: object) -> bool:
+    """Whether what is passed as logits looks like something else, which is said."""
     like = _inputs.like_probabilities(input) if isinstance(input, Tensor) else ""
     if like and not torch.compiler.is_compiling():
         _errors.warn(
             f"all logits of a training batch look like {like}; pass the raw output of the network, "
             "without a sigmoid or softmax"
         )
+    return bool(like)

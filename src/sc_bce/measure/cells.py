@@ -190,7 +190,7 @@ def batch(input: Any, target: Any, weight: Any, from_logits: bool, ignore_index:
 def _weights(weight: Any, like: Tensor) -> Tensor:
     if not isinstance(weight, Tensor):
         refuse("weight", "be a Tensor", _errors.describe(weight), error=TypeError)
-    _inputs.along_labels("weight", weight, like.shape)
+    _inputs.along_labels(like.shape, weight=weight)
     weight = weight.to(like.device).double()
     illegal = ~((weight >= 0) & weight.isfinite())
     if any_set(illegal):

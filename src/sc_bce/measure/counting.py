@@ -76,7 +76,7 @@ class _Counter:
         self.work = self.buffers if whole else [one[:number] for one in self.buffers]
         label = y
         if not row.legal:
-            label = _inputs.as_labels(y, self.dtype, row.void, row.legal)
+            label = _inputs.with_nan(_inputs.as_labels(y, self.dtype), y, row.void, row.legal)
         elif y.dtype != self.dtype:
             label = self.work[4].copy_(as_bytes(y) if y.dtype == torch.bool else y)
         x = x / 255.0 if x.dtype == torch.uint8 else x.to(self.dtype)

@@ -38,9 +38,11 @@ def lines(cells: Cells, *, slope: float | None = None, bias: bool = True) -> tup
     element, only one class, or, for a slope, only one logit. If a threshold separates the
     classes, the slope is infinite.
     """
-    kept = (cells.count > 0).any(0)
-    kept[:1] = True  # so that something is left
-    z, n, k = (part[:, kept] for part in cells)
+    # The cells of a row that hold anything, side by side: those of other rows can be elsewhere.
+    seen = cells.count > 0
+    place = seen.cumsum(1) - 1
+    at, width = (seen.nonzero()[:, 0], place[seen]), int(place.max().clamp(min=0)) + 1
+    z, n, k = (part.new_zeros(len(part), width).index_put_(at, part[seen]) for part in cells)
     total, positive = n.sum(-1), k.sum(-1)
     both = (positive > 0) & (positive < total)  # nan is not
     a, b = torch.full_like(total, math.nan), torch.full_like(total, math.nan)

@@ -42,7 +42,6 @@ class Repair(nn.Module):
     num_cells: int | None = None  # of a histogram; None for any
     _by_element = False  # whether raw logits are fitted as they are, and not by a histogram
     _if_worse = ""
-    _looks = 4  # batches whose logits are looked at, in case they are probabilities
     # Of the cells of each label, and whether they hold probabilities of 0 and 1, (labels, 2).
     _fit: Callable[[list[Cells], Tensor], Fits]
     # Calibrated logits, of logits or probabilities in at least float32.
@@ -156,12 +155,6 @@ class Repair(nn.Module):
         if not self.takes_logits and any_set(outside := (x < 0) | (x > 1)):
             value, remedy = _errors.exact(x[outside][0].item()), "this module was fitted to them"
             refuse("input", "hold probabilities in [0, 1]", value, remedy)
-        if not torch.compiler.is_compiling() and self._looks and self.takes_logits:
-            self._looks -= 1
-            if like := _inputs.like_probabilities(x):
-                _errors.warn(
-                    f"This repair was fitted to logits, but what it gets looks like {like}"
-                )
         if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() <= _BLOCK:
             return self._answer(x)
         if type(x) is not Tensor or transformed() or (x.requires_grad and torch.is_grad_enabled()):
