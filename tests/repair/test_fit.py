@@ -486,3 +486,19 @@ def test_states_of_other_versions_and_sizes_are_refused_whole(state):
     with pytest.raises(RuntimeError, match="`0` is of another version or num_labels: fit this mod"):
         model.load_state_dict(state)
     assert_close(model.state_dict(), before)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("logits", [True, False])
+def test_many_elements_in_half_precision_get_the_answers_of_few(build, dtype, logits):
+    z, y = network(n=100_000)
+    repair = build().fit(*((z, y) if logits else (z.sigmoid(), y)), from_logits=logits)
+    x = (z if logits else z.sigmoid()).to(dtype)
+    x[:3] = torch.tensor([torch.nan, 0.0, 1.0]).to(dtype)
+    few = torch.cat([repair(part) for part in x.split(1000)])
+    for many in (x, x.view(100, 1000).t()):
+        want = few if many.dim() == 1 else few.view(100, 1000).t()
+        got = repair(many)
+        assert (got.shape, got.dtype) == (many.shape, dtype)
+        assert_close(got, want, rtol=0, atol=0, equal_nan=True)
