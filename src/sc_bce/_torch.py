@@ -49,9 +49,8 @@ def transformed() -> bool:
 
 def functional_transform() -> bool:
     """The same without the modes, which an autograd.Function does not mind."""
-    if getattr(torch._C, "_get_tracing_state", object)() is not None:
-        return True
-    return bool(getattr(torch._C, "_are_functorch_transforms_active", object)())
+    tracing = getattr(torch._C, "_get_tracing_state", object)() is not None
+    return tracing or bool(getattr(torch._C, "_are_functorch_transforms_active", object)())
 
 
 def has_values(value: Tensor) -> bool:

@@ -82,9 +82,11 @@ def reliability_diagram(
 def _figure(
     named: Mapping[str, CalibrationHistogram], num_bins: int, kind: str, measured: str
 ) -> Figure:
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise ImportError("reliability_diagram needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(0.6 + 2.9 * len(named), 4.2), dpi=150, layout="constrained")
     axes = figure.subplots(
         2, len(named), sharex="all", sharey="row", squeeze=False, height_ratios=[4, 1]

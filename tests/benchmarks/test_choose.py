@@ -142,3 +142,13 @@ def test_the_package_s_defaults_are_what_the_rule_chooses_and_the_page_shows_it(
     assert best.falls
     page = (BENCHMARKS.parent / "docs" / "decisions.md").read_text("utf-8")
     assert choose.told(runs) in page
+
+
+def test_the_mean_probabilities_that_the_page_cites_are_those_printed():
+    runs = json.loads(choose.KEPT.read_text("utf-8"))["runs"]
+    rows = [line.split(" | ") for line in choose.told_means(runs).splitlines()]
+    words = (choose.BENCHMARKS.parent / "docs" / "decisions.md").read_text("utf-8")
+    for name in ("level 0.2, focus 1, sample", "level 0.2, focus 2, sample, level-weighted"):
+        (cells,) = (row[1:8] for row in rows if row[0] == f"| {name}")
+        cited = [cell.removeprefix("0") for cell in cells]
+        assert f"{', '.join(cited[:-1])} and {cited[-1]}" in " ".join(words.split()), name

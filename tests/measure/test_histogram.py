@@ -999,11 +999,10 @@ def test_a_histogram_without_values_says_so():
 @pytest.mark.parametrize("labels", [None, 2])
 def test_measures_live_where_the_state_does(labels):
     """Fake tensors on a stand-in device: torch refuses to mix devices as a real one does."""
-    rows = torch.zeros(2, labels or 1, dtype=torch.float64)
     with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        mock.patch.object(measures_of, "lines", return_value=tuple(rows)),
-        mock.patch.object(measures, "cells_of", return_value=(rows.T,) * 3),
+        FakeTensorMode(),
+        mock.patch.object(measures_of, "lines", return_value=torch.zeros(2, labels or 1).double()),
+        mock.patch.object(measures, "cells_of", return_value=(torch.zeros(labels or 1, 2),) * 3),
         mock.patch.object(measures, "isotonic", return_value=measures.Blocks([], [], [])),
     ):
         histogram = CalibrationHistogram(labels)

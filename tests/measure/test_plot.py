@@ -108,5 +108,5 @@ def test_errors(monkeypatch):
     with pytest.raises(ValueError, match="`kind` to be one of"):
         reliability_diagram(histogram(), kind="both")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="matplotlib"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib$"):
         reliability_diagram(histogram())

@@ -263,7 +263,7 @@ class AdaptivePerturbation(Stateful):
         self._note(rows, alpha, seen, batch)
 
     def _prepare(self, input: Tensor, target: Tensor, index: Tensor | None) -> Prepared:
-        """Check a batch; return the row of each sample, on the table's device, and its level."""
+        """Check a batch; return the row of each sample, its level, and the batch."""
         _inputs.logits(input)
         shared = self.num_samples is None
         if shared and index is not None and not torch.compiler.is_compiling():

@@ -31,8 +31,8 @@ class History:
 
     def __init__(self) -> None:
         self.looks, self.named = LOOKS, False  # whether probabilities were
-        self.steps = self.short = 0  # short: steps in a row that followed a single batch
-        self.measured = 0  # elements of the first step's histogram
+        # short: steps in a row that followed a single batch; measured: elements of the first one
+        self.steps = self.short = self.measured = 0
         self.batches = self.epochs = self.evaluated = 0  # evaluated: forwards since the last batch
         self.samples = self.elements = self.largest = self.since = 0  # since the last step
 

@@ -188,8 +188,7 @@ def _refuse_outside(rows: Tensor, num_samples: int) -> None:
     """Refuse rows that the table does not have; where they can be read."""
     if not readable(rows) or not rows.numel():
         return
-    lowest, highest = rows.aminmax()
-    low, high = lowest.item(), highest.item()
+    low, high = (end.item() for end in rows.aminmax())
     if low < 0 or high >= num_samples:
         refuse(
             "index", f"be in [0, {num_samples - 1}]", low if low < 0 else high,
