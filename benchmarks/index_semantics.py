@@ -1,6 +1,6 @@
 """What the index of `IndexedDataset` means behind the samplers and loaders of others.
 
-    pip install accelerate datasets timm torchdata torchvision
+    pip install accelerate datasets lightning timm torchdata torchvision
     python -m benchmarks.index_semantics
 
 Eleven samples, whose input is their number, pass each loader for one epoch, as two processes see
@@ -12,14 +12,20 @@ What is not installed is left out. Not run in CI.
 from __future__ import annotations
 
 import importlib
+import logging
+import os
+import socket
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import multiprocessing as mp
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from sc_bce import IndexedDataset
@@ -70,6 +76,26 @@ def ranks(sampler: Callable[[Any, int], Any]) -> list[DataLoader[Any]]:
     return [DataLoader(data, BATCH, sampler=sampler(data, rank)) for rank in range(2)]
 
 
+def in_processes(work: Callable[[Path], Any]) -> list[Any]:
+    """What ``work`` returns on each of two processes of one group."""
+    with tempfile.TemporaryDirectory() as folder:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        mp.start_processes(_process, (port, Path(folder), work), nprocs=2)  # type: ignore[no-untyped-call,attr-defined]
+        return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(2)]
+
+
+def _process(rank: int, port: int, folder: Path, work: Callable[[Path], Any]) -> None:
+    # As torchrun sets them.
+    os.environ |= {
+        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2",
+        "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none",
+    }  # fmt: skip
+    warnings.simplefilter("ignore")
+    torch.save(work(folder), folder / f"{rank}.pt")
+
+
 def distributed() -> Iterator[tuple[str, Row]]:
     for drop in (False, True):
         sampler = partial(DistributedSampler, drop_last=drop)
@@ -101,6 +127,68 @@ def accelerate() -> Iterator[tuple[str, Row]]:
             resumed(lambda make=make: make(0), "use_stateful_dataloader" in option),  # type: ignore[misc]
         )
         yield f"accelerate {version('accelerate')}: {name}", row
+    (first, again), (second, _) = in_processes(dispatched)
+    yield f"accelerate {version('accelerate')}: `dispatch_batches=True`", (
+        *read([first, second]), again,
+    )  # fmt: skip
+
+
+def dispatched(folder: Path) -> tuple[list[Any], str]:
+    """What this process gets of the batches that the first one reads, and of a resumed epoch."""
+    them = importlib.import_module("accelerate")
+    config = them.utils.DataLoaderConfiguration(dispatch_batches=True)
+    accelerator = them.Accelerator(cpu=True, dataloader_config=config)
+
+    def make() -> Any:
+        return accelerator.prepare(DataLoader(IndexedDataset(DATA), BATCH))
+
+    return list(make()), resumed(make)
+
+
+def lightning() -> Iterator[tuple[str, Row]]:
+    importlib.import_module("lightning")
+    (first, seen, rest), (second, *_) = in_processes(trained)
+    whole, seen, rest = (
+        sorted(int(i) for *_, part in one for i in part) for one in (first, seen, rest)
+    )
+    again = f"{sorted({*seen} & {*rest})} come again, {sorted({*whole} - {*seen, *rest})} never"
+    row = (*read([first, second]), again)
+    yield f"lightning {version('lightning')}: Trainer, two processes", row
+
+
+def trained(folder: Path) -> list[list[Any]]:
+    """The batches of this process in an epoch, the first two, and those of a resume after them."""
+    them = importlib.import_module("lightning.pytorch")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    class Network(them.LightningModule):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+            self.seen: list[Any] = []
+
+        def training_step(self, batch: Any) -> Any:
+            self.seen.append([part.clone() for part in batch])
+            return self.layer(batch[0]).mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def fit(path: Path | None = None) -> list[Any]:
+        them.seed_everything(0, verbose=False)
+        keep = them.callbacks.ModelCheckpoint(
+            folder, "{step}", every_n_train_steps=2, save_top_k=-1
+        )
+        trainer = them.Trainer(
+            accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, callbacks=keep,
+            logger=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        network = Network()
+        trainer.fit(network, shuffled(), ckpt_path=path)
+        return network.seen
+
+    whole = fit()
+    return [whole, whole[:2], fit(folder / "step=2.ckpt")]
 
 
 def datasets() -> Iterator[tuple[str, Row]]:
@@ -163,7 +251,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     print("| loader | index stays with its sample | in one epoch | in a resumed epoch |")
     print("|---|---|---|---|")
-    for part in (distributed, accelerate, datasets, torchdata, timm, torchvision):
+    for part in (distributed, accelerate, lightning, datasets, torchdata, timm, torchvision):
         torch.manual_seed(0)
         try:
             for name, row in part():
