@@ -60,7 +60,7 @@ class History:
 
     def _passed(self, before: int, levels: Levels) -> bool:
         """Whether this batch begins another pass over the rows, after the warm-up's."""
-        share = -(-len(levels.table) // world_size())  # rounded up, as samplers pad
+        share = -(-len(levels.alpha) // world_size())  # rounded up, as samplers pad
         passes = (self.samples - 1) // share
         if passes == (before - 1) // share or passes not in (
             levels.warmup,
@@ -68,7 +68,7 @@ class History:
         ):
             return False
         # A sampler that repeats samples has not met all rows after as many samples.
-        rows = levels.table.trained
+        rows = levels.trained
         met = rows.device.type == "cpu" and int(rows.sum()) >= share
         return met == (passes == levels.warmup)
 
@@ -87,7 +87,7 @@ class History:
         elements, touched = self.elements, int(moved.sum())
         self.samples = self.elements = self.largest = self.since = 0
         # A process that resumed within an epoch has seen fewer samples than were touched.
-        known = int(levels.table.trained.sum())
+        known = int(levels.trained.sum())
         often = self.steps > 1 and 0 < 10 * max(reading.samples, touched) < known
         if shared:  # more is measured than trained, each time
             often = self.short >= _OFTEN and reading.elements > 10 * elements
