@@ -62,8 +62,11 @@ def agreed(own: Reading, group: dist.ProcessGroup | None) -> Reading:
         if own.error is not None:
             raise own.error
         return own
+    error = own.error
+    if error is not None and type(error) not in (TypeError, ValueError):
+        error = ValueError(repr(error))  # which every process can receive
     readings: list[Any] = [None] * world_size(group)
-    dist.all_gather_object(readings, _portable(own), group=group)
+    dist.all_gather_object(readings, own._replace(error=error), group=group)
     for reading in readings:  # of several errors the same one on each rank
         if reading.error is not None:
             raise reading.error from own.error
@@ -78,10 +81,3 @@ def agreed(own: Reading, group: dist.ProcessGroup | None) -> Reading:
         samples=sum(reading.samples for reading in readings),
         batch=max(reading.batch for reading in readings),
     )
-
-
-def _portable(reading: Reading) -> Reading:
-    """The same with an error that every process can receive."""
-    if reading.error is None or type(reading.error) in (TypeError, ValueError):
-        return reading
-    return reading._replace(error=ValueError(repr(reading.error)))
