@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from ._errors import sentence
 from ._torch import rank, reduced, world_size
 
-__all__ = ["Stateful", "reseed"]
-
 Module = TypeVar("Module", bound="Stateful")
 
 _HEAD = 16  # bytes: a seed and a rank, in front of a generator's state

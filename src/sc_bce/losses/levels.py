@@ -17,8 +17,6 @@ from .measured import Reading
 from .rules import Climb, FollowSlope, base_rate, cap
 from .table import merged, write
 
-__all__ = ["Levels", "Rule", "strength_of"]
-
 Rule = FollowSlope | Climb
 
 NEVER, BEFORE, SINCE = 0, 1, 2  # when a row was last trained, relative to the last step

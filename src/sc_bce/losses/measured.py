@@ -10,8 +10,6 @@ from .. import _errors
 from .._errors import refuse
 from .._torch import world_size
 
-__all__ = ["Reading", "agreed", "read"]
-
 _EQUAL = 1e-6  # how far the values of the ranks may differ
 
 

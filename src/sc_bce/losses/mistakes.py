@@ -10,15 +10,6 @@ from .._torch import world_size
 from .levels import Levels
 from .measured import Reading
 
-__all__ = [
-    "History",
-    "warn_of_eval",
-    "warn_of_idle_step",
-    "warn_of_index",
-    "warn_of_pos_weight",
-    "warn_of_probabilities",
-]
-
 LOOKS = 4  # training batches whose logits are looked at, in case they are probabilities
 PATIENCE = 10_000  # batches without a step before the warning, if no epoch can be counted
 _GROWN = 5  # steps after which a histogram of all epochs has so many times the first's elements
@@ -61,16 +52,12 @@ class History:
     def _passed(self, before: int, levels: Levels) -> bool:
         """Whether this batch begins another pass over the rows, after the warm-up's."""
         share = -(-len(levels.alpha) // world_size())  # rounded up, as samplers pad
-        passes = (self.samples - 1) // share
-        if passes == (before - 1) // share or passes not in (
-            levels.warmup,
-            _COPIES * levels.warmup,
-        ):
+        passes, first = (self.samples - 1) // share, levels.warmup
+        if passes == (before - 1) // share or passes not in (first, _COPIES * first):
             return False
         # A sampler that repeats samples has not met all rows after as many samples.
-        rows = levels.trained
-        met = rows.device.type == "cpu" and int(rows.sum()) >= share
-        return met == (passes == levels.warmup)
+        met = levels.alpha.device.type == "cpu" and int(levels.trained.sum()) >= share
+        return met == (passes == first)
 
     def step(self, reading: Reading, moved: Tensor, levels: Levels, shared: bool) -> None:
         """Look for mistakes in what was trained since the last step."""

@@ -11,8 +11,6 @@ from .. import _errors
 from .._errors import refuse
 from .._torch import readable
 
-__all__ = ["look_up", "mean_by_row", "merged", "rows_of", "write"]
-
 _FEW = 1 << 20  # rows up to which a pass over all costs less than picking some
 CHUNK = 1 << 24  # rows that are merged at a time: bounds the extra memory
 
