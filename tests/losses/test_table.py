@@ -14,7 +14,7 @@ from strategies import seeds
 from sc_bce.losses import table as module
 from sc_bce.losses.table import look_up, mean_by_row, merged, rows_of, write
 
-FEWEST = int(torch.get_default_device().type == "xla")  # which has no cumulative sum of nothing
+FEWEST = int(torch.get_default_device().type == "xla")  # where a batch of nothing is not tried
 
 
 LIMITS = torch.zeros(()), torch.tensor(0.4)
@@ -81,19 +81,6 @@ def test_means_by_row_are_those_of_a_loop(seed, places, rows):
     mean = mean_by_row(tensor(index), tensor(values))
     want = [values[index == row].mean() for row in index]
     np.testing.assert_allclose(array(mean), np.array(want, dtype=np.float32), atol=1e-6)
-
-
-def test_rows_beyond_two_keep_apart_where_a_sum_of_bools_is_a_bool(monkeypatch):
-    # As on devices whose cumulative sum keeps the dtype unless it is told.
-    plain = torch.Tensor.cumsum
-
-    def keeps_its_dtype(self, dim, dtype=None):
-        return plain(self, dim, dtype=self.dtype if dtype is None else dtype)
-
-    monkeypatch.setattr(torch.Tensor, "cumsum", keeps_its_dtype)
-    values = torch.tensor([1.0, 2.0, 3.0, 5.0, 9.0, 8.0])
-    mean = mean_by_row(torch.tensor([7, 0, 4, 7, 4, 2]), values)
-    assert mean.tolist() == [3.0, 2.0, 6.0, 3.0, 6.0, 8.0]
 
 
 # -- between processes

@@ -294,8 +294,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
             if self.sampling == "sample" and torch.compiler.is_compiling():
                 alpha = materialized(alpha)
             if self.noise > 0:
-                noise = truncated_normal(input, self.noise, self.generator)
-                beta = self.beta + 2 * noise  # type: ignore[operator]
+                beta = self.beta + 2 * truncated_normal(input, self.noise, self.generator)  # type: ignore[operator]
         given = _inputs.perturbation(alpha, beta, self.prior, input.size())
         return perturbed_loss(batch, given, **weights)[0]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import _errors, _inputs
@@ -132,7 +131,7 @@ def warn_of_pos_weight(pos_weight: Tensor | None, rates: tuple[Tensor, Tensor]) 
 def warn_of_probabilities(input: object) -> bool:
     """Whether what is passed as logits looks like something else, which is said."""
     like = _inputs.like_probabilities(input) if isinstance(input, Tensor) else ""
-    if like and not torch.compiler.is_compiling():
+    if like:
         _errors.warn(
             f"all logits of a training batch look like {like}; pass the raw output of the network, "
             "without a sigmoid or softmax"

@@ -68,16 +68,15 @@ def merged(
 def mean_by_row(rows: Tensor, values: Tensor) -> Tensor:
     """The mean over the places of a batch that share a row, at each of these places.
 
-    By sorting, since torch.unique would wait for its size.
+    By sorting, since torch.unique would wait for its size: the places of a row share the first
+    one that it has in the order.
     """
-    ordered, order = rows.sort(stable=True)
-    starts = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0, dtype=torch.int64)
-    group = torch.empty_like(order).scatter_(0, order, starts)
+    first = torch.searchsorted(rows.sort().values, rows.contiguous())
     total, count = (
-        torch.zeros_like(values).index_add_(0, group, part)
+        torch.zeros_like(values).index_add_(0, first, part)
         for part in (values, torch.ones_like(values))
     )
-    return (total / count.clamp(min=1))[group]
+    return (total / count)[first]
 
 
 def rows_of(index: Tensor | None, input: Tensor, column: Tensor, shared: bool) -> Tensor:
