@@ -66,7 +66,7 @@ def test_a_table_of_millions_is_clipped_where_it_was_written():
 def test_rows_are_written_alike_where_torch_is_asked_to_be_deterministic():
     column = made()
     torch.use_deterministic_algorithms(True)
-    try:  # by means by row on an accelerator
+    try:  # by means by row
         write(column, torch.tensor([2, 0, 2]), torch.tensor([0.1, 0.2, 0.5]), LIMITS)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -86,8 +86,13 @@ def test_means_by_row_are_those_of_a_loop(seed, places, rows):
 # -- between processes
 
 
+def by_turns(value, group):
+    """In place of `reduced`: a group that is a function of what its process brings."""
+    return group(value)
+
+
 def reductions(tables):
-    """What `all_reduce` does on each of several ranks that run one after another.
+    """The group of each of several ranks that run one after another.
 
     Each call of a rank is answered by the sum of what all ranks bring to this call, which is
     known from a first run that records what each rank brings.
@@ -95,13 +100,13 @@ def reductions(tables):
     brought = []
     for column, moved in tables:
         calls = []
-        merged(column, moved, lambda sums, calls=calls: calls.append(sums.clone()))
+        merged(column, moved, lambda value, calls=calls: calls.append(value) or value)
         brought.append(calls)
     sums = [sum(call) for call in zip(*brought, strict=True)]
 
     def of_one_rank():
         answers = iter(sums)
-        return lambda sums: sums.copy_(next(answers))
+        return lambda value: next(answers)
 
     return of_one_rank
 
@@ -114,10 +119,11 @@ def test_a_row_becomes_the_mean_of_those_that_moved_it(seed, ranks, rows, chunk)
         tables.append((tensor(rng.random(rows)).float(), tensor(rng.random(rows) < 0.5)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", chunk)
-        reduce = reductions(tables)
+        patch.setattr(module, "reduced", by_turns)
+        group = reductions(tables)
         for column, moved in tables:
             before = column.clone()
-            new, anywhere = merged(column, moved, reduce())
+            new, anywhere = merged(column, moved, group())
             assert torch.equal(column, before)  # the table itself is left alone
             for row in range(rows):
                 values = [float(c[row]) for c, m in tables if m[row]]
@@ -128,13 +134,15 @@ def test_a_row_becomes_the_mean_of_those_that_moved_it(seed, ranks, rows, chunk)
 
 def test_a_reduction_that_fails_leaves_the_table_whole(monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 1)
+    monkeypatch.setattr(module, "reduced", by_turns)
     column, moved = torch.tensor([0.1, 0.2]), torch.tensor([True, False])
     calls = []
 
-    def dies(sums):
-        calls.append(sums)
+    def dies(value):
+        calls.append(value)
         if len(calls) == 2:
             raise RuntimeError("connection closed by peer")
+        return value
 
     with pytest.raises(RuntimeError, match="closed by peer"):
         merged(column, moved, dies)

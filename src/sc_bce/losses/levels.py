@@ -47,9 +47,7 @@ class Levels:
         # Whether the prior is the base rate of samples weighted by their levels.
         self.weighted = self.counted == "level_weighted" and self.remembers
         labels = prior.numel() if isinstance(prior, Tensor) else num_labels or 1
-        scalars = (
-            ("mean_level",) if isinstance(rule, FollowSlope) else ("accuracy", "best_accuracy")
-        )
+        scalars = ("accuracy", "best_accuracy") if isinstance(rule, Climb) else ("mean_level",)
 
         def new(*shape: int, value: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
@@ -93,14 +91,14 @@ class Levels:
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace some tensors, with what follows from them and what the host must know of it."""
         self.tensors.update(tensors)
-        counts, steps = self.tensors["counts"], self.tensors["steps"]
+        counts = self.tensors["counts"]
         if self.counted is not None:
             rate = base_rate(*counts)
             self.prior = rate.reshape(()) if self.num_labels is None else rate
         if not has_values(counts):
             return  # on the meta device: what the host knew stays
         self.cap = cap(self.beta, self.prior)
-        self.steps = int(steps)
+        self.steps = int(self.tensors["steps"])
         self.past_warmup = self.steps >= self.warmup
         if isinstance(self.rule, Climb):
             self.cost = self.rule.cost(self.beta, self.prior, *counts)
@@ -170,8 +168,7 @@ class Levels:
         if world_size(group) > 1:
             # Levels that only a step moves are the same on all ranks.
             own = "sample_accuracy" if self.remembers else "alpha"
-            column, sums = tensors[own], lambda sums: dist.all_reduce(sums, group=group)
-            tensors[own], moved = merged(column, moved, sums)
+            tensors[own], moved = merged(tensors[own], moved, group)
         fresh = reduced(torch.stack((tensors["elements"], tensors["positives"])), group)
         counts = tensors["counts"]
         if not self.weighted:

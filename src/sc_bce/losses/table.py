@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import _errors
 from .._errors import refuse
-from .._torch import readable
+from .._torch import readable, reduced
 
 _FEW = 1 << 20  # rows up to which a pass over all costs less than picking some
 CHUNK = 1 << 24  # rows that are merged at a time: bounds the extra memory
@@ -32,8 +31,7 @@ def write(
         column.scatter_(0, rows, new)
         if torch.equal(column.index_select(0, rows), new):
             return  # no row occurs again with another value
-    deterministic = column.device.type != "cpu" and torch.are_deterministic_algorithms_enabled()
-    if deterministic or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled():
         column.index_copy_(0, rows, mean_by_row(rows, values))
     else:
         column.scatter_reduce_(0, rows, values, "mean", include_self=False)
@@ -45,10 +43,8 @@ def write(
         column.index_copy_(0, rows, column.index_select(0, rows).clamp_(*limits))
 
 
-def merged(
-    column: Tensor, moved: Tensor, all_reduce: Callable[[Tensor], object]
-) -> tuple[Tensor, Tensor]:
-    """The merged column, and the rows that any process moved.
+def merged(column: Tensor, moved: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """The merged column, and the rows that any process of the group moved.
 
     A row becomes the mean of its values over the processes that moved it. The result is a copy,
     so that this process keeps a whole table if another dies during the merge.
@@ -57,9 +53,7 @@ def merged(
     for start in range(0, len(moved), CHUNK):
         rows = slice(start, start + CHUNK)
         own = moved[rows].float()
-        sums = torch.stack((own, column[rows] * own))
-        all_reduce(sums)
-        movers, total = sums
+        movers, total = reduced(torch.stack((own, column[rows] * own)), group)
         anywhere[rows] = movers > 0
         new[rows] = torch.where(movers > 0, total / movers, column[rows])
     return new, anywhere
