@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _errors
+from .. import _errors, _inputs
 from .._errors import refuse
 from .._inputs import Seen, Wanted
 from .._torch import has_values, reduced, world_size
@@ -233,24 +233,17 @@ class Levels:
 
 def strength_of(beta: float | None, prior: float | Tensor | str, num_labels: int | None) -> float:
     """The checked strength; None is the largest for a number, and 1 for what may move."""
-    high, most = 1.0, 1.0
-    if isinstance(prior, Tensor):
-        if num_labels is not None and prior.numel() != num_labels:
-            refuse("prior", f"have num_labels={num_labels} values", f"{prior.numel()} values")
-        known = prior.numel() and not prior.is_meta
-        high = 1 / float(torch.maximum(prior, 1 - prior).max()) if known else 2.0
-    elif isinstance(prior, str):
+    if isinstance(prior, str):
         _errors.choice("prior", prior, ("observed", "level_weighted"))
         if isinstance(beta, (int, float)) and 1 < beta <= 2:
             remedy = "a strength of 2, the paper's, needs `prior=0.5`"
             refuse("beta", "be at most 1 with a prior that is counted", beta, remedy)
-    else:
-        _errors.inside("prior", prior, 0.0, 1.0, remedy="pass `torch.as_tensor(prior)`")
-        high = most = 1 / max(prior, 1 - prior)
-    if beta is None:
-        return most
-    _errors.positive("beta", beta, high)
-    return float(beta)
+    elif isinstance(prior, Tensor) and num_labels not in (None, prior.numel()):
+        refuse("prior", f"have num_labels={num_labels} values", f"{prior.numel()} values")
+    if beta is not None:
+        _errors.positive("beta", beta, 1.0 if isinstance(prior, str) else 2.0)
+    chosen = beta if isinstance(prior, str) else _inputs.ranges(0.0, beta, prior, every=True)
+    return 1.0 if chosen is None else float(chosen)
 
 
 def _rule_of(kind: float, value: float) -> str:
