@@ -28,7 +28,7 @@ class Reading(NamedTuple):
 def read(measured: Any, follows_slope: bool) -> Reading:
     """The values of a histogram or of an object like it; of the published rule also a number."""
     try:
-        elements, slope = 0, 0.0
+        accuracy, slope, elements = measured, 0.0, 0
         if callable(getattr(measured, "accuracy", None)):
             measured = measured.pooled() if hasattr(measured, "pooled") else measured
             accuracy = measured.accuracy()
@@ -37,8 +37,6 @@ def read(measured: Any, follows_slope: bool) -> Reading:
                 refuse("measured", "have seen an element", "an empty histogram", remedy)
             if hasattr(measured, "reliability"):
                 elements = int(measured.reliability(1).count.sum())
-        else:
-            accuracy = measured
         if follows_slope:
             if not callable(getattr(measured, "slope", None)):
                 refuse(
