@@ -98,9 +98,9 @@ def reductions(tables):
     known from a first run that records what each rank brings.
     """
     brought = []
-    for column, moved in tables:
+    for columns, moved in tables:
         calls = []
-        merged(column, moved, lambda value, calls=calls: calls.append(value) or value)
+        merged(columns, moved, lambda value, calls=calls: calls.append(value) or value)
         brought.append(calls)
     sums = [sum(call) for call in zip(*brought, strict=True)]
 
@@ -116,26 +116,28 @@ def test_a_row_becomes_the_mean_of_those_that_moved_it(seed, ranks, rows, chunk)
     rng = np.random.default_rng(seed)
     tables = []
     for _ in range(ranks):
-        tables.append((tensor(rng.random(rows)).float(), tensor(rng.random(rows) < 0.5)))
+        columns = {name: tensor(rng.random(rows)).float() for name in ("alpha", "beta")}
+        tables.append((columns, tensor(rng.random(rows) < 0.5)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", chunk)
         patch.setattr(module, "reduced", by_turns)
         group = reductions(tables)
-        for column, moved in tables:
-            before = column.clone()
-            new, anywhere = merged(column, moved, group())
-            assert torch.equal(column, before)  # the table itself is left alone
-            for row in range(rows):
-                values = [float(c[row]) for c, m in tables if m[row]]
-                want = sum(values) / len(values) if values else float(column[row])
-                assert float(new[row]) == pytest.approx(want, abs=1e-6)
-                assert bool(anywhere[row]) == bool(values)
+        for columns, moved in tables:
+            before = {name: column.clone() for name, column in columns.items()}
+            new, anywhere = merged(columns, moved, group())
+            for name, column in columns.items():
+                assert torch.equal(column, before[name])  # the table itself is left alone
+                for row in range(rows):
+                    values = [float(c[name][row]) for c, m in tables if m[row]]
+                    want = sum(values) / len(values) if values else float(column[row])
+                    assert float(new[name][row]) == pytest.approx(want, abs=1e-6)
+                    assert bool(anywhere[row]) == bool(values)
 
 
 def test_a_reduction_that_fails_leaves_the_table_whole(monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 1)
     monkeypatch.setattr(module, "reduced", by_turns)
-    column, moved = torch.tensor([0.1, 0.2]), torch.tensor([True, False])
+    columns, moved = {"alpha": torch.tensor([0.1, 0.2])}, torch.tensor([True, False])
     calls = []
 
     def dies(value):
@@ -145,8 +147,8 @@ def test_a_reduction_that_fails_leaves_the_table_whole(monkeypatch):
         return value
 
     with pytest.raises(RuntimeError, match="closed by peer"):
-        merged(column, moved, dies)
-    assert column.tolist() == pytest.approx([0.1, 0.2])
+        merged(columns, moved, dies)
+    assert columns["alpha"].tolist() == pytest.approx([0.1, 0.2])
     assert moved.tolist() == [True, False]
 
 

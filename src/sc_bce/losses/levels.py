@@ -167,8 +167,9 @@ class Levels:
         tensors, moved = self.tensors, self.moved
         if world_size(group) > 1:
             # Levels that only a step moves are the same on all ranks.
-            own = "sample_accuracy" if self.remembers else "alpha"
-            tensors[own], moved = merged(tensors[own], moved, group)
+            own = "alpha" if isinstance(self.rule, Climb) else "sample_accuracy"
+            new, moved = merged({k: v for k, v in tensors.items() if k == own}, moved, group)
+            tensors.update(new)
         fresh = reduced(torch.stack((tensors["elements"], tensors["positives"])), group)
         counts = tensors["counts"]
         if not self.weighted:

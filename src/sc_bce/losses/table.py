@@ -43,19 +43,23 @@ def write(
         column.index_copy_(0, rows, column.index_select(0, rows).clamp_(*limits))
 
 
-def merged(column: Tensor, moved: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """The merged column, and the rows that any process of the group moved.
+def merged(
+    columns: dict[str, Tensor], moved: Tensor, group: dist.ProcessGroup | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The merged columns, and the rows that any process of the group moved.
 
     A row becomes the mean of its values over the processes that moved it. The result is a copy,
     so that this process keeps a whole table if another dies during the merge.
     """
-    new, anywhere = column.clone(), moved.clone()
+    new, anywhere = {name: column.clone() for name, column in columns.items()}, moved.clone()
     for start in range(0, len(moved), CHUNK):
         rows = slice(start, start + CHUNK)
         own = moved[rows].float()
-        movers, total = reduced(torch.stack((own, column[rows] * own)), group)
+        sums = torch.stack((own, *(column[rows] * own for column in columns.values())))
+        movers, *totals = reduced(sums, group)
         anywhere[rows] = movers > 0
-        new[rows] = torch.where(movers > 0, total / movers, column[rows])
+        for column, total in zip(new.values(), totals, strict=True):
+            column[rows] = torch.where(movers > 0, total / movers, column[rows])
     return new, anywhere
 
 
