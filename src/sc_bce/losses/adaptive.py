@@ -235,9 +235,8 @@ class AdaptivePerturbation(Stateful):
             loss = sc_bce_with_logits(input, target, ignore_index=self.ignore_index, **weights)
             return loss if self.training else on_backward(loss, mistakes.warn_of_eval)
         rows, alpha, prior, batch = self._prepare(input, target, index)
-        levels = self._levels
-        drawn = self._drawn(alpha, input) if levels.past_warmup else 0.0
-        wanted = levels.wanted(rows, alpha, prior) if update else NOTHING
+        drawn = self._drawn(alpha, input) if self._levels.past_warmup else 0.0
+        wanted = self._levels.wanted(rows, alpha, prior) if update else NOTHING
         given = Perturbation(drawn, self.beta, prior)
         loss, seen = perturbed_loss(batch, given, wanted=wanted, **weights)
         if update:

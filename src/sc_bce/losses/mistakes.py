@@ -35,13 +35,13 @@ class History:
             self.epochs += 1
         self.evaluated = 0
         count = input.shape[0] if input.dim() else 1
-        before = self.samples
-        self.batches, self.samples, self.since = self.batches + 1, before + count, self.since + 1
-        self.elements, self.largest = self.elements + input.numel(), max(self.largest, count)
+        self.batches, self.since = self.batches + 1, self.since + 1
+        self.samples, self.elements = self.samples + count, self.elements + input.numel()
+        self.largest = max(self.largest, count)
         if levels.steps or self.steps:
             return
         late = self.epochs > levels.warmup or self.batches > PATIENCE
-        if late if shared else self._passed(before, levels):
+        if late if shared else self._passed(self.samples - count, levels):
             _errors.warn(
                 "AdaptivePerturbation has trained past its warm-up, but step() was never called, "
                 "so the levels don't move and the loss is plain BCE; call "
@@ -81,10 +81,9 @@ class History:
             _errors.warn(
                 "step() was called again after few samples; call it once per epoch, not per batch"
             )
-        rows = len(moved)
         # Positions in a batch touch the first rows and no other.
         highest = int(moved.nonzero().max()) if touched else 0
-        if not shared and reading.samples >= rows > 2 * touched and highest < reading.batch:
+        if not shared and reading.samples >= len(moved) > 2 * touched and highest < reading.batch:
             _errors.warn(
                 "since the last step only the first rows of the criterion's table were trained; "
                 "pass the index of each sample in the dataset, as IndexedDataset yields it, not "
