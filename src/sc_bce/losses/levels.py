@@ -243,6 +243,8 @@ def strength_of(beta: float | None, prior: float | Tensor | str, num_labels: int
         refuse("prior", f"have num_labels={num_labels} values", f"{prior.numel()} values")
     if beta is not None:
         _errors.positive("beta", beta, 1.0 if isinstance(prior, str) else 2.0)
+    if isinstance(prior, Tensor) and has_values(prior):
+        prior = prior.cpu()  # to be looked at on any device
     chosen = beta if isinstance(prior, str) else _inputs.ranges(0.0, beta, prior, every=True)
     return 1.0 if chosen is None else float(chosen)
 
