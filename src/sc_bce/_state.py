@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from ._errors import sentence
 from ._torch import rank, reduced, world_size
 
-__all__ = ["Stateful", "reseed"]
-
 Module = TypeVar("Module", bound="Stateful")
 
 _HEAD = 16  # bytes: a seed and a rank, in front of a generator's state
@@ -92,44 +90,31 @@ class Stateful(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        lists = (missing_keys, unexpected_keys, error_msgs)
-        known = [list(each) for each in lists]
-        held = self._travelling()
+        held, own = self._travelling(), self.held()
         buffers = {name: (v, v.clone()) for name, v in self._buffers.items() if v is not None}
+        lists: tuple[list[str], list[str], list[str]] = ([], [], [])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-        mine = (item for item in state_dict.items() if item[0].startswith(prefix))
-        saved = {key[len(prefix) :]: value for key, value in mine}
-        problem = self.refusal(saved) or _misfit(held, saved)
-        if problem is None and len(error_msgs) > len(known[2]):
-            problem = error_msgs[-1]  # torch's, of a buffer
+        missing, unexpected, problems = lists
+        saved = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        problem = self.refusal(saved) or _misfit(held, saved) or next(iter(problems), None)
         if problem is not None:  # as if nothing had been loaded, in one sentence
             self._buffers.update((name, v.copy_(copy)) for name, (v, copy) in buffers.items())
-            for each, before in zip(lists, known, strict=True):
-                each[:] = before
             error_msgs.append(problem)
             return
-        names = {prefix + name for name in held}
-        unexpected_keys[:] = [key for key in unexpected_keys if key not in names]
-        if strict:
-            missing_keys.extend(prefix + name for name in held if name not in saved)
-        self._take(
-            {name: saved[name] for name in held if name in saved},
-            local_metadata.get("assign_to_params_buffers", False),
-        )
-
-    def _take(self, saved: dict[str, Tensor], assign: bool) -> None:
-        generator = saved.pop("generator", None)
-        first, held = next(iter(self.held())), self.held()
+        missing_keys += missing + [prefix + name for name in held if name not in saved]
+        unexpected_keys += [key for key in unexpected if key[len(prefix) :] not in held]
         # One device for all tensors: a broadcast delivers scalars on the CPU.
-        like = saved.get(first, held[first]) if assign or held[first].is_meta else held[first]
+        first, assign = next(iter(own)), local_metadata.get("assign_to_params_buffers", False)
+        like = saved.get(first, own[first]) if assign or own[first].is_meta else own[first]
         self.hold(
             {
-                name: value.detach().to(like.device, held[name].dtype, copy=True)
-                for name, value in saved.items()
+                name: saved[name].detach().to(like.device, tensor.dtype, copy=True)
+                for name, tensor in own.items()
+                if name in saved
             }
         )
-        if self.generator is not None and generator is not None:
-            _unpack(generator.cpu(), self.generator)
+        if self.generator is not None and "generator" in saved:
+            _unpack(saved["generator"].cpu(), self.generator)
 
 
 def _misfit(held: Mapping[str, Tensor], saved: Mapping[str, Any]) -> str | None:
@@ -151,8 +136,7 @@ def reseed(
     Right after it the checkpoint of one process restores all: seed and rank determine the state.
     """
     if world_size(group) > 1:
-        seed = torch.zeros((), dtype=torch.int64, device=generator.device)
-        seed.random_(0, 2**62, generator=generator)
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
         seed = reduced(seed.to(device) * (rank(group) == 0), group)
         generator.manual_seed(int(seed) + rank(group))
 

@@ -167,6 +167,31 @@ def test_order_and_grouping_of_samples_do_not_matter(seed, rule):
     assert (whole.alpha[absent] == (0 if rule != "slope" else whole.alpha[absent][0])).all()
 
 
+def test_a_new_table():
+    for criterion, columns in ((build(3), ["alpha", "sample_accuracy", "visited"]),
+                               (published(3), ["alpha", "visited"])):  # fmt: skip
+        state = {k: v for k, v in criterion.state_dict().items() if v.shape == (3,)}
+        assert list(state) == columns
+        assert [state.get(k, torch.zeros(3)).tolist() for k in ("alpha", "visited")] == [
+            [0] * 3
+        ] * 2
+        assert state.get("sample_accuracy", torch.tensor([0.5] * 3)).tolist() == [0.5] * 3
+        dtypes = {k: torch.uint8 if k == "visited" else torch.float32 for k in columns}
+        assert {k: v.dtype for k, v in state.items()} == dtypes
+
+
+def test_a_step_of_one_process_forgets_since_when_its_rows_were_trained():
+    criterion = put(climbing(3), alpha=torch.tensor([0.3, 0.2, 0.1]))
+    x, y = torch.zeros(2, 1, requires_grad=True), torch.ones(2, 1)
+    for rows, since, then in (([0, 2], [2, 0, 2], [1, 0, 1]), ([1, 1], [1, 2, 1], [1, 1, 1])):
+        criterion(x, y, torch.tensor(rows))
+        before = saved(criterion)
+        assert before["visited"].tolist() == since
+        criterion.step(0.9)
+        assert criterion.state_dict()["visited"].tolist() == then
+        assert torch.equal(criterion.alpha, before["alpha"])
+
+
 # -- the default rule in use
 
 

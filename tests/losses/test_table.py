@@ -1,4 +1,4 @@
-"""The table: look up, write, mean by row, grow, merge; and the rows of a batch."""
+"""Columns of the table: look up, write, mean by row, merge; and the rows of a batch."""
 
 import math
 import warnings
@@ -12,28 +12,16 @@ from hypothesis import strategies as st
 from strategies import seeds
 
 from sc_bce.losses import table as module
-from sc_bce.losses.table import SINCE, Table, mean_by_row, merged, rows_of
+from sc_bce.losses.table import look_up, mean_by_row, merged, rows_of, write
 
-FEWEST = int(torch.get_default_device().type == "xla")  # which has no cumulative sum of nothing
+FEWEST = int(torch.get_default_device().type == "xla")  # where a batch of nothing is not tried
 
 
 LIMITS = torch.zeros(()), torch.tensor(0.4)
 
 
-def made(rows=5, **start):
-    return Table(rows, start or {"alpha": 0.25}, torch.get_default_device())
-
-
-def test_a_new_table_holds_where_its_columns_start():
-    table = made(3, alpha=0.0, accuracy=0.5)
-    assert len(table) == 3
-    assert table.columns["alpha"].tolist() == [0.0] * 3
-    assert table.columns["accuracy"].tolist() == [0.5] * 3
-    assert not table.trained.any()
-    assert list(table.tensors()) == ["alpha", "accuracy", "visited"]
-    assert [value.dtype for value in table.tensors().values()] == [torch.float32] * 2 + [
-        torch.uint8
-    ]
+def made(rows=5):
+    return torch.full((rows,), 0.25)
 
 
 @given(seeds, st.integers(FEWEST, 9), st.integers(1, 6), st.booleans())
@@ -46,49 +34,43 @@ def test_a_row_that_occurs_more_than_once_gets_the_mean_and_is_clipped_after_it(
     for row in set(index.tolist()):
         want[row] = values[index == row].mean()
         want[row] = np.clip(want[row], 0.0, 0.4) if limited else want[row]
-    table = made(rows)
-    table.write("alpha", tensor(index), tensor(values), LIMITS if limited else None)
-    np.testing.assert_allclose(array(table.columns["alpha"]), want, rtol=1e-5, atol=1e-6)
-    assert table.look_up("alpha", tensor(index)).tolist() == pytest.approx(
-        want[index].tolist(), abs=1e-6
-    )
+    column = made(rows)
+    write(column, tensor(index), tensor(values), LIMITS if limited else None)
+    np.testing.assert_allclose(array(column), want, rtol=1e-5, atol=1e-6)
+    assert look_up(column, tensor(index)).tolist() == pytest.approx(want[index].tolist(), abs=1e-6)
 
 
 def test_rows_that_cannot_be_read_are_written_alike():
     rows, values = torch.tensor([2, 0, 2, 2, 1]), torch.tensor([0.1, 0.2, 9.0, -9.4, 0.3])
-    table, other = made(), made()
-    table.write("alpha", rows, values, LIMITS)
-    table.mark(rows)
+    column, other = made(), made()
+    write(column, rows, values, LIMITS)
     with torch.inference_mode():
         unreadable = rows.clone()
     with torch.no_grad():
-        other.write("alpha", unreadable, values, LIMITS)
-        other.mark(unreadable)
-    assert other.columns["alpha"].tolist() == table.columns["alpha"].tolist()
-    assert table.columns["alpha"].tolist() == pytest.approx([0.2, 0.3, 0.0, 0.25, 0.25])
-    assert other.visited.tolist() == table.visited.tolist() == [2, 2, 2, 0, 0]
+        write(other, unreadable, values, LIMITS)
+    assert other.tolist() == column.tolist() == pytest.approx([0.2, 0.3, 0.0, 0.25, 0.25])
 
 
 def test_a_table_of_millions_is_clipped_where_it_was_written():
     rows, values = torch.tensor([2, 0, 2, 2, 1]), torch.tensor([0.1, 0.2, 9.0, -9.4, 0.3])
     small, large = made(), made((1 << 20) + 1)
-    large.columns["alpha"][9] = 7.0  # beyond the limits, but no row of the batch
-    for table in (small, large):
-        table.write("alpha", rows, values, LIMITS)
-        table.write("alpha", torch.tensor([4, 4]), torch.tensor([0.3, 0.9]), LIMITS)
-    assert large.columns["alpha"][:5].tolist() == small.columns["alpha"].tolist()
-    assert large.columns["alpha"][4] == LIMITS[1]
-    assert large.columns["alpha"][9] == 7.0
+    large[9] = 7.0  # beyond the limits, but no row of the batch
+    for column in (small, large):
+        write(column, rows, values, LIMITS)
+        write(column, torch.tensor([4, 4]), torch.tensor([0.3, 0.9]), LIMITS)
+    assert large[:5].tolist() == small.tolist()
+    assert large[4] == LIMITS[1]
+    assert large[9] == 7.0
 
 
 def test_rows_are_written_alike_where_torch_is_asked_to_be_deterministic():
-    table = made()
+    column = made()
     torch.use_deterministic_algorithms(True)
-    try:  # by means by row on an accelerator
-        table.write("alpha", torch.tensor([2, 0, 2]), torch.tensor([0.1, 0.2, 0.5]), LIMITS)
+    try:  # by means by row
+        write(column, torch.tensor([2, 0, 2]), torch.tensor([0.1, 0.2, 0.5]), LIMITS)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert table.columns["alpha"].tolist() == pytest.approx([0.2, 0.25, 0.3, 0.25, 0.25])
+    assert column.tolist() == pytest.approx([0.2, 0.25, 0.3, 0.25, 0.25])
 
 
 @given(seeds, st.integers(FEWEST, 12), st.integers(1, 6))
@@ -101,47 +83,16 @@ def test_means_by_row_are_those_of_a_loop(seed, places, rows):
     np.testing.assert_allclose(array(mean), np.array(want, dtype=np.float32), atol=1e-6)
 
 
-def test_rows_beyond_two_keep_apart_where_a_sum_of_bools_is_a_bool(monkeypatch):
-    # As on devices whose cumulative sum keeps the dtype unless it is told.
-    plain = torch.Tensor.cumsum
-
-    def keeps_its_dtype(self, dim, dtype=None):
-        return plain(self, dim, dtype=self.dtype if dtype is None else dtype)
-
-    monkeypatch.setattr(torch.Tensor, "cumsum", keeps_its_dtype)
-    values = torch.tensor([1.0, 2.0, 3.0, 5.0, 9.0, 8.0])
-    mean = mean_by_row(torch.tensor([7, 0, 4, 7, 4, 2]), values)
-    assert mean.tolist() == [3.0, 2.0, 6.0, 3.0, 6.0, 8.0]
-
-
-def test_new_rows_start_as_untrained():
-    table = made(2, alpha=0.0, accuracy=0.5)
-    table.write("alpha", torch.tensor([0, 1]), torch.tensor([0.3, 0.4]))
-    table.mark(torch.tensor([1]))
-    table.grow(4)
-    assert table.columns["alpha"].tolist() == pytest.approx([0.3, 0.4, 0, 0])
-    assert table.columns["accuracy"].tolist() == [0.5] * 4
-    assert table.trained.tolist() == [False, True, False, False]
-
-
-def test_a_merge_of_one_process_only_forgets_since_when():
-    table = made(3)
-    table.mark(torch.tensor([0, 2]))
-    table.write("alpha", torch.tensor([0]), torch.tensor([0.5]))
-    assert table.merge(["alpha"], None).tolist() == [True, False, True]
-    assert table.columns["alpha"].tolist() == [0.5, 0.25, 0.25]
-    assert table.visited.tolist() == [1, 0, 1]
-    table.mark(torch.tensor([1]))
-    assert table.merge(["alpha"], None).tolist() == [False, True, False]
-    assert (table.visited != SINCE).all()
-    assert table.trained.all()
-
-
 # -- between processes
 
 
+def by_turns(value, group):
+    """In place of `reduced`: a group that is a function of what its process brings."""
+    return group(value)
+
+
 def reductions(tables):
-    """What `all_reduce` does on each of several ranks that run one after another.
+    """The group of each of several ranks that run one after another.
 
     Each call of a rank is answered by the sum of what all ranks bring to this call, which is
     known from a first run that records what each rank brings.
@@ -149,13 +100,13 @@ def reductions(tables):
     brought = []
     for columns, moved in tables:
         calls = []
-        merged(columns, moved, lambda total, calls=calls: calls.append(total.clone()))
+        merged(columns, moved, lambda value, calls=calls: calls.append(value) or value)
         brought.append(calls)
     sums = [sum(call) for call in zip(*brought, strict=True)]
 
     def of_one_rank():
         answers = iter(sums)
-        return lambda total: total.copy_(next(answers))
+        return lambda value: next(answers)
 
     return of_one_rank
 
@@ -169,10 +120,11 @@ def test_a_row_becomes_the_mean_of_those_that_moved_it(seed, ranks, rows, chunk)
         tables.append((columns, tensor(rng.random(rows) < 0.5)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", chunk)
-        reduce = reductions(tables)
+        patch.setattr(module, "reduced", by_turns)
+        group = reductions(tables)
         for columns, moved in tables:
             before = {name: column.clone() for name, column in columns.items()}
-            new, anywhere = merged(columns, moved, reduce())
+            new, anywhere = merged(columns, moved, group())
             for name, column in columns.items():
                 assert torch.equal(column, before[name])  # the table itself is left alone
                 for row in range(rows):
@@ -182,14 +134,17 @@ def test_a_row_becomes_the_mean_of_those_that_moved_it(seed, ranks, rows, chunk)
                     assert bool(anywhere[row]) == bool(values)
 
 
-def test_a_reduction_that_fails_leaves_the_table_whole():
+def test_a_reduction_that_fails_leaves_the_table_whole(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 1)
+    monkeypatch.setattr(module, "reduced", by_turns)
     columns, moved = {"alpha": torch.tensor([0.1, 0.2])}, torch.tensor([True, False])
     calls = []
 
-    def dies(total):
-        calls.append(total)
+    def dies(value):
+        calls.append(value)
         if len(calls) == 2:
             raise RuntimeError("connection closed by peer")
+        return value
 
     with pytest.raises(RuntimeError, match="closed by peer"):
         merged(columns, moved, dies)
@@ -220,9 +175,9 @@ BAD = [
 
 @pytest.mark.parametrize(("index", "kind", "text"), BAD, ids=range(len(BAD)))
 def test_a_bad_index_is_refused(index, kind, text):
-    table = made()
+    column = made()
     with pytest.raises(kind, match=text):
-        table.look_up("alpha", rows_of(index, X, table, False))
+        look_up(column, rows_of(index, X, column, False))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _errors, _inputs
-from .._errors import refuse
+from .._errors import refuse, whole
 from .._inputs import NOTHING, Batch, Perturbation, Seen
 from .._state import Stateful, reseed
 from .._torch import on_backward
@@ -20,12 +20,12 @@ from .draws import bernoulli, materialized
 from .levels import Levels, Rule, strength_of
 from .measured import agreed, read
 from .rules import Climb, FollowSlope
-from .table import rows_of
+from .table import look_up, rows_of
 
 __all__ = ["AdaptivePerturbation"]
 
 Criterion = TypeVar("Criterion", bound="AdaptivePerturbation")
-Prepared = tuple[Tensor, Tensor, Batch]
+Prepared = tuple[Tensor, Tensor, float | Tensor, Batch]
 
 
 class AdaptivePerturbation(Stateful):
@@ -142,10 +142,8 @@ class AdaptivePerturbation(Stateful):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if num_samples is not None:
-            num_samples = _errors.whole("num_samples", num_samples)
-        if num_labels is not None:
-            num_labels = _errors.whole("num_labels", num_labels)
+        self.num_samples = None if num_samples is None else whole("num_samples", num_samples)
+        self.num_labels = None if num_labels is None else whole("num_labels", num_labels)
         _errors.choice("sampling", sampling, ("expected", "sample", "element"))
         _errors.choice("reduction", reduction, ("none", "mean", "sum"))
         for name, value in (("weight", weight), ("pos_weight", pos_weight)):
@@ -153,14 +151,13 @@ class AdaptivePerturbation(Stateful):
             self.register_buffer(name, value)
         # Samples that share a level have no difficulties to tell apart.
         self.rule: Rule = FollowSlope(level, 0.0 if num_samples is None else focus)
-        self.beta = strength_of(beta, prior, num_labels)
-        self.num_samples, self.num_labels = num_samples, num_labels
-        self.warmup = _errors.whole("warmup", warmup, 0)
+        self.warmup = whole("warmup", warmup, 0)
         self.sampling, self.reduction, self.generator = sampling, reduction, generator
         self.ignore_index = _errors.ignored(ignore_index)
-        self._prior = _inputs.prior_buffer(prior) if isinstance(prior, Tensor) else prior
-        if isinstance(self._prior, Tensor):
-            self.register_buffer("prior", self._prior.clone(), persistent=False)
+        if isinstance(prior, Tensor):
+            prior = _inputs.prior_buffer(prior)
+            self.register_buffer("prior", prior.clone(), persistent=False)
+        self._prior, self.beta = prior, strength_of(beta, prior, self.num_labels)
         self.reset_parameters()
 
     @classmethod
@@ -237,10 +234,9 @@ class AdaptivePerturbation(Stateful):
                 self._history.evaluated += 1 if self.training else 2
             loss = sc_bce_with_logits(input, target, ignore_index=self.ignore_index, **weights)
             return loss if self.training else on_backward(loss, mistakes.warn_of_eval)
-        rows, alpha, batch = self._prepare(input, target, index)
-        levels, prior = self._levels, self._prior_of(input)
-        drawn = self._drawn(alpha, input) if levels.past_warmup else 0.0
-        wanted = levels.wanted(rows, alpha, prior) if update else NOTHING
+        rows, alpha, prior, batch = self._prepare(input, target, index)
+        drawn = self._drawn(alpha, input) if self._levels.past_warmup else 0.0
+        wanted = self._levels.wanted(rows, alpha, prior) if update else NOTHING
         given = Perturbation(drawn, self.beta, prior)
         loss, seen = perturbed_loss(batch, given, wanted=wanted, **weights)
         if update:
@@ -257,24 +253,27 @@ class AdaptivePerturbation(Stateful):
             >>> criterion = AdaptivePerturbation(num_samples=4)
             >>> criterion.update(torch.tensor([[4.0]]), torch.tensor([[1.0]]), torch.tensor([2]))
         """
-        rows, alpha, batch = self._prepare(input, target, index)
-        prior = self._prior_of(input)
+        rows, alpha, prior, batch = self._prepare(input, target, index)
         seen = look(batch, prior, self.weight, self._levels.wanted(rows, alpha, prior))
         self._note(rows, alpha, seen, batch)
 
     def _prepare(self, input: Tensor, target: Tensor, index: Tensor | None) -> Prepared:
-        """Check a batch; return the row of each sample, its level, and the batch."""
-        _inputs.logits(input)
+        """Check a batch; return the row of each sample, its level, the prior, and the batch."""
+        batch = _inputs.batch(input, target, self.ignore_index)
         shared = self.num_samples is None
         if shared and index is not None and not torch.compiler.is_compiling():
             mistakes.warn_of_index()
-        rows = rows_of(index, input, self._levels.table, shared)
-        alpha = self._levels.table.look_up("alpha", rows)
-        batch = _inputs.batch(input, target, self.ignore_index)
+        rows = rows_of(index, input, self.alpha, shared)
+        alpha = look_up(self.alpha, rows)
         if self.num_labels is not None and input.shape[1:2] != (self.num_labels,):
             wanted = f"have num_labels={self.num_labels} along dimension 1"
             refuse("input", wanted, f"shape {tuple(input.shape)}")
-        return rows, alpha, batch
+        prior = self.prior
+        if isinstance(prior, Tensor) and self._levels.counted is None:
+            prior = _inputs.prior_of(prior, input.size())
+        elif isinstance(prior, Tensor) and prior.dim():
+            prior = prior.reshape(1, -1, *(1 for _ in input.shape[2:]))
+        return rows, alpha, prior, batch
 
     def _note(self, rows: Tensor, alpha: Tensor, seen: Seen, batch: Batch) -> None:
         self._levels.note(rows, alpha, seen, batch.void is not None or not batch.input.numel())
@@ -289,13 +288,6 @@ class AdaptivePerturbation(Stateful):
         if torch.compiler.is_compiling():
             alpha = materialized(alpha)
         return alpha.reshape(-1, *(1 for _ in input.shape[1:])) if alpha.dim() == 1 else alpha
-
-    def _prior_of(self, input: Tensor) -> float | Tensor:
-        """The prior, broadcasting to the batch."""
-        prior = self.prior
-        if not isinstance(prior, Tensor) or self._levels.counted is None:
-            return _inputs.prior_of(prior, input.size()) if isinstance(prior, Tensor) else prior
-        return prior.reshape(1, -1, *(1 for _ in input.shape[2:])) if prior.dim() else prior
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -323,14 +315,14 @@ class AdaptivePerturbation(Stateful):
         """
         history, levels = self._history, self._levels
         own = read(measured, isinstance(self.rule, FollowSlope))._replace(
-            trained=not levels.idle, samples=history.samples, batch=history.largest
+            trained=bool(levels.moved.any()), samples=history.samples, batch=history.largest
         )
         reading = agreed(own, group)
         if not reading.trained:
             mistakes.warn_of_idle_step()
             return
         moved = levels.step(reading, group)
-        self._refresh()
+        self.hold({})
         if self.generator is not None:
             reseed(self.generator, self.alpha.device, group)
         # Last, since a warning can be turned into an error.
@@ -345,7 +337,7 @@ class AdaptivePerturbation(Stateful):
             >>> criterion = AdaptivePerturbation(num_samples=2)
             >>> criterion.resize(3)
         """
-        _errors.whole("num_samples", num_samples)
+        whole("num_samples", num_samples)
         if self.num_samples is None or num_samples < self.num_samples:
             wanted, remedy = f"be at least the table's {self.num_samples}", "build a new module"
             refuse("num_samples", wanted, num_samples, remedy)
@@ -359,32 +351,23 @@ class AdaptivePerturbation(Stateful):
         Example:
             >>> AdaptivePerturbation(num_samples=2).reset_parameters()
         """
-        prior, device = self._prior, self.alpha.device if hasattr(self, "_levels") else None
-        labels = prior.numel() if isinstance(prior, Tensor) else self.num_labels or 1
-        rows = self.num_samples or 1
-        self._levels = Levels(self.rule, rows, self.beta, prior, labels, self.warmup, device)
+        device = self.alpha.device if hasattr(self, "_levels") else None
+        setting = self.beta, self._prior, self.num_labels, self.warmup
+        self._levels = Levels(self.rule, self.num_samples or 1, *setting, device)
         self._history = mistakes.History()
-        self._refresh()
+        self.hold({})
 
     def held(self) -> dict[str, Tensor]:
-        return self._levels.tensors()
+        return self._levels.tensors
 
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
         self._levels.hold(tensors)
-        self._refresh()
+        # The prior that follows; a buffer may have been cast, or never filled.
+        prior = self._levels.prior
+        self.prior = prior.to(self.alpha.device) if isinstance(prior, Tensor) else float(prior)
 
     def refusal(self, saved: Mapping[str, Any]) -> str | None:
         return self._levels.refusal(saved)
-
-    def _refresh(self) -> None:
-        """The prior that follows from the state; a buffer may have been cast, or never filled."""
-        if isinstance(self._prior, Tensor):
-            self.prior = self._prior.to(self.alpha.device)
-        elif self._levels.counted is None:
-            self.prior = float(self._prior)
-        else:
-            rate = self._levels.prior
-            self.prior = rate if self.num_labels is not None else rate.reshape(())  # type: ignore[union-attr]
 
     def extra_repr(self) -> str:
         prior = tuple(self._prior.shape) if isinstance(self._prior, Tensor) else self._prior

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from .._torch import readable
 
-__all__ = ["bernoulli", "materialized", "truncated_normal"]
-
 _BYTES_PAY_FROM = 1 << 15  # draws from which bytes are faster than uniform numbers
 _DRAWS_PER_LEVEL = 1 << 4  # the same if each sample has its own level
 
@@ -80,9 +78,7 @@ def _uniform(like: Tensor, shape: torch.Size, generator: torch.Generator | None)
     # Always float32: a bfloat16 uniform has 256 values and would draw 0.001 as 0.004.
     # compile can't trace the keyword `generator` with a dynamic shape, not even as None.
     source: dict[str, Any] = {} if generator is None else {"generator": generator}
-    uniform: Tensor
     if type(like) in (Tensor, nn.Parameter):
-        uniform = torch.rand(shape, device=like.device, dtype=torch.float32, **source)
-    else:  # a fake or distributed tensor creates one of its own kind
-        uniform = like.detach().new_empty(shape, dtype=torch.float32).uniform_(**source)
-    return uniform
+        return torch.rand(shape, device=like.device, dtype=torch.float32, **source)
+    # A fake or distributed tensor creates one of its own kind.
+    return like.detach().new_empty(shape, dtype=torch.float32).uniform_(**source)

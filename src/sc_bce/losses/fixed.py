@@ -134,12 +134,17 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         _errors.tensor_or_none("pos_weight", pos_weight)
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
         _errors.choice("reduction", self.reduction, ("none", "mean", "sum"))
-        for name, value, high in (("alpha", alpha, 1.0), ("beta", beta, 2.0)):
-            if not (name == "beta" and value is None):
-                _errors.number(name, value, 0.0, high)
+        _errors.number("alpha", alpha, 0.0, 1.0)
+        if beta is not None:
+            _errors.number("beta", beta, 0.0, 2.0)
         beta = _inputs.ranges(alpha, beta, prior, every=True)  # type: ignore[assignment]
         _errors.choice("sampling", sampling, ("expected", "sample", "element"))
-        _require_noise(noise, beta, prior, sampling)
+        if noise != 0:
+            _require_half(" if noise is drawn", prior, "drop `noise`")
+            _errors.number("noise", noise, 0.0, min(beta, 2.0 - beta) / 2)  # type: ignore[type-var,operator]
+            if sampling == "expected":
+                remedy = "the expectation has no noise, so drop `noise` or draw"
+                refuse("sampling", "be 'sample' or 'element' with noise", "'expected'", remedy)
         # None is the largest for each element of a prior that is a tensor.
         self.beta = None if beta is None else float(beta)
         self._given = _inputs.prior_buffer(prior) if isinstance(prior, Tensor) else None
@@ -195,8 +200,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
             (0.1, 2.0, 'element')
         """
         _errors.number("rate", rate, 0.0, 1.0)
-        _require_half("disturb_label", kwargs)
-        return cls(alpha=rate / 2, beta=2.0, sampling=sampling, **kwargs)
+        return _around_half(cls, "disturb_label", rate / 2, 2.0, sampling=sampling, **kwargs)
 
     @classmethod
     def hard_inversion(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
@@ -212,8 +216,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
             >>> loss.round(decimals=4).unique()  # under the label, and under the flipped label
             tensor([0.1269, 2.1269])
         """
-        _require_half("hard_inversion", kwargs)
-        return cls(alpha=alpha, beta=2.0, **{"sampling": "sample", **kwargs})
+        return _around_half(cls, "hard_inversion", alpha, 2.0, **kwargs)
 
     @classmethod
     def soft_inversion(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
@@ -224,8 +227,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
             >>> SCBCEWithLogitsLoss.soft_inversion(0.2).flip_rates  # 0.2 * 1.5 / 2 each
             (tensor(0.1500), tensor(0.1500))
         """
-        _require_half("soft_inversion", kwargs)
-        return cls(alpha=alpha, beta=1.5, **{"sampling": "sample", **kwargs})
+        return _around_half(cls, "soft_inversion", alpha, 1.5, **kwargs)
 
     @classmethod
     def moderation(cls: type[Loss], alpha: float, **kwargs: Any) -> Loss:
@@ -248,8 +250,7 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
             >>> criterion.beta, criterion.noise, criterion.sampling
             (1.0, 0.25, 'sample')
         """
-        _require_half("dynamic_moderation", kwargs)
-        return cls(alpha=alpha, beta=1.0, **{"sampling": "sample", "noise": 0.25, **kwargs})
+        return _around_half(cls, "dynamic_moderation", alpha, 1.0, **{"noise": 0.25, **kwargs})
 
     @property
     def flip_rates(self) -> tuple[Tensor, Tensor]:
@@ -278,15 +279,10 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
         if learns and not torch.compiler.is_compiling() and self._looks:  # in this order: a guard
             self._looks -= 1
             mistakes.warn_of_probabilities(input)
+        weights: dict[str, Any] = {"weight": self.weight, "pos_weight": self.pos_weight}
+        weights["reduction"] = self.reduction
         if self.alpha == 0 or not learns:
-            loss = sc_bce_with_logits(
-                input,
-                target,
-                weight=self.weight,
-                pos_weight=self.pos_weight,
-                ignore_index=self.ignore_index,
-                reduction=self.reduction,
-            )
+            loss = sc_bce_with_logits(input, target, ignore_index=self.ignore_index, **weights)
             misplaced = self.alpha > 0 and not self.training
             return on_backward(loss, mistakes.warn_of_eval) if misplaced else loss
         # All checks come before the draw: a refused batch must not advance the generator.
@@ -298,15 +294,13 @@ class SCBCEWithLogitsLoss(nn.BCEWithLogitsLoss):
             if self.sampling == "sample" and torch.compiler.is_compiling():
                 alpha = materialized(alpha)
             if self.noise > 0:
-                noise = truncated_normal(input, self.noise, self.generator)
-                beta = self.beta + 2 * noise  # type: ignore[operator]
+                beta = self.beta + 2 * truncated_normal(input, self.noise, self.generator)  # type: ignore[operator]
         given = _inputs.perturbation(alpha, beta, self.prior, input.size())
-        return perturbed_loss(batch, given, self.weight, self.pos_weight, self.reduction)[0]
+        return perturbed_loss(batch, given, **weights)[0]
 
     def extra_repr(self) -> str:
         prior = tuple(self.prior.shape) if isinstance(self.prior, Tensor) else self.prior
-        shown = [f"alpha={self.alpha}, beta={self.beta}, prior={prior}"]
-        shown.append(f"sampling={self.sampling!r}")
+        shown = [f"alpha={self.alpha}, beta={self.beta}, prior={prior}, sampling={self.sampling!r}"]
         if self.noise:
             shown.append(f"noise={self.noise}")
         if self.ignore_index is not None:
@@ -320,22 +314,16 @@ def _flip_rates(loss: SCBCEWithLogitsLoss, alpha: float) -> tuple[Tensor, Tensor
     return alpha * beta * prior, alpha * beta * (1 - prior)
 
 
-def _require_half(setting: str, kwargs: dict[str, Any]) -> None:
-    prior = kwargs.get("prior", 0.5)
+def _around_half(cls: type[Loss], setting: str, alpha: float, beta: float, **kwargs: Any) -> Loss:
+    """A setting that the prior 1/2 is a part of, drawn by sample unless another way is named."""
+    remedy = "use moderation or label_smoothing"
+    _require_half(f", which {setting} is defined by", kwargs.get("prior", 0.5), remedy)
+    return cls(alpha=alpha, beta=beta, **{"sampling": "sample", **kwargs})
+
+
+def _require_half(why: str, prior: object, remedy: str) -> None:
     if isinstance(prior, Tensor) or prior != 0.5:
-        remedy = "use moderation or label_smoothing"
-        refuse("prior", f"be 1/2, which {setting} is defined by", prior, remedy)
-
-
-def _require_noise(noise: object, beta: float | None, prior: object, sampling: str) -> None:
-    if noise == 0:
-        return
-    if isinstance(prior, Tensor) or prior != 0.5 or beta is None:
-        refuse("prior", "be 1/2 if noise is drawn", prior, "drop `noise`")
-    _errors.number("noise", noise, 0.0, min(beta, 2.0 - beta) / 2)
-    if sampling == "expected":
-        remedy = "the expectation has no noise, so drop `noise` or draw"
-        refuse("sampling", "be 'sample' or 'element' if noise is drawn", "'expected'", remedy)
+        refuse("prior", f"be 1/2{why}", prior, remedy)
 
 
 def _require_lessons(loss: SCBCEWithLogitsLoss, alpha: float) -> None:

@@ -12,14 +12,14 @@ from torch import Tensor
 from .. import _errors, _inputs
 from .._errors import refuse
 from .._inputs import Seen, Wanted
-from .._torch import has_values, reduced
+from .._torch import has_values, reduced, world_size
 from .measured import Reading
 from .rules import Climb, FollowSlope, base_rate, cap
-from .table import SINCE, Table
-
-__all__ = ["Levels", "Rule", "strength_of"]
+from .table import merged, write
 
 Rule = FollowSlope | Climb
+
+NEVER, BEFORE, SINCE = 0, 1, 2  # when a row was last trained, relative to the last step
 
 
 class Levels:
@@ -35,29 +35,37 @@ class Levels:
         rows: int,
         beta: float,
         prior: float | Tensor | str,
-        labels: int,
+        num_labels: int | None,
         warmup: int,
         device: torch.device | None,
     ) -> None:
         self.rule, self.beta, self.warmup = rule, beta, max(warmup, 1)
         self.counted = prior if isinstance(prior, str) else None
         self.prior: float | Tensor = 0.5 if isinstance(prior, str) else prior
+        self.num_labels = num_labels
         self.remembers = isinstance(rule, FollowSlope) and rule.focus > 0
-        start = {"alpha": 0.0, "sample_accuracy": FollowSlope.unknown}
-        self.table = Table(rows, start if self.remembers else {"alpha": 0.0}, device)
-        single: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        slopes = isinstance(rule, FollowSlope)
-        scalars = ("mean_level",) if slopes else ("accuracy", "best_accuracy")
-        self.values = {
-            "steps": torch.zeros((), dtype=torch.int64, device=device),
+        # Whether the prior is the base rate of samples weighted by their levels.
+        self.weighted = self.counted == "level_weighted" and self.remembers
+        labels = prior.numel() if isinstance(prior, Tensor) else num_labels or 1
+        scalars = ("accuracy", "best_accuracy") if isinstance(rule, Climb) else ("mean_level",)
+
+        def new(*shape: int, value: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=device)
+
+        known = {"sample_accuracy": new(rows, value=FollowSlope.unknown)} if self.remembers else {}
+        self.tensors = {
+            "alpha": new(rows),
+            **known,
+            "visited": new(rows, value=NEVER, dtype=torch.uint8),
+            "steps": new(dtype=torch.int64),
             # Numbers of elements and positives up to the last step; since then, in this process.
-            "counts": torch.zeros(2, labels, **single),
-            "elements": torch.zeros(labels, **single),
-            "positives": torch.zeros(labels, **single),
-            "setting": torch.tensor(self.setting, **single),
-            **{name: torch.zeros((), **single) for name in scalars},
+            "counts": new(2, labels),
+            "elements": new(labels),
+            "positives": new(labels),
+            "setting": torch.tensor(self.setting, dtype=torch.float32, device=device),
+            **{name: new() for name in scalars},
         }
-        self.refresh()
+        self.hold({})
 
     @property
     def setting(self) -> tuple[float, float]:
@@ -68,59 +76,67 @@ class Levels:
 
     @property
     def alpha(self) -> Tensor:
-        return self.table.columns["alpha"]
+        return self.tensors["alpha"]
 
     @property
-    def weighted(self) -> bool:
-        """Whether the prior is the base rate of samples weighted by their levels."""
-        return self.counted == "level_weighted" and self.remembers
+    def trained(self) -> Tensor:
+        """The rows that any process trained up to the last step, or this one since then."""
+        return self.tensors["visited"] != NEVER
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {**self.table.tensors(), **self.values}
+    @property
+    def moved(self) -> Tensor:
+        """The rows that this process trained since the last step."""
+        return self.tensors["visited"] == SINCE
 
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if name in self.values:
-                self.values[name] = tensor
-            else:
-                self.table.hold(name, tensor)
-        self.refresh()
-
-    def refresh(self) -> None:
-        """What follows from the state, and what the host must know of it."""
-        counts = self.values["counts"]
+        """Replace some tensors, with what follows from them and what the host must know of it."""
+        self.tensors.update(tensors)
+        counts = self.tensors["counts"]
         if self.counted is not None:
-            self.prior = base_rate(*counts)
+            rate = base_rate(*counts)
+            self.prior = rate.reshape(()) if self.num_labels is None else rate
         if not has_values(counts):
             return  # on the meta device: what the host knew stays
         self.cap = cap(self.beta, self.prior)
-        self.steps = int(self.values["steps"])
+        self.steps = int(self.tensors["steps"])
         self.past_warmup = self.steps >= self.warmup
         if isinstance(self.rule, Climb):
             self.cost = self.rule.cost(self.beta, self.prior, *counts)
             # Tensors, since numbers that change would compile a graph anew.
-            zero = torch.zeros_like(self.values["accuracy"])
+            zero = torch.zeros_like(self.tensors["accuracy"])
             self.limits = zero, zero + self.cap
 
     def mean(self) -> Tensor:
         """Mean level of the rows trained so far; of all rows if there are none."""
-        rows = self.table.trained
+        rows = self.trained
         return self.alpha[rows].mean() if bool(rows.any()) else self.alpha.mean()
+
+    def grow(self, rows: int) -> None:
+        """Add rows that were never trained; by the default rule they have the mean level."""
+        level = self.tensors.get("mean_level", 0.0)
+        start = {"alpha": level, "sample_accuracy": FollowSlope.unknown, "visited": NEVER}
+        for name in start.keys() & self.tensors.keys():
+            column = self.tensors[name]
+            new = column.new_empty(rows - len(column)).fill_(start[name])
+            self.tensors[name] = torch.cat((column, new))
 
     # -- a batch
 
     def wanted(self, rows: Tensor, alpha: Tensor, prior: float | Tensor) -> Wanted:
         """What to look at in a batch of these levels, to which the prior broadcasts."""
-        climbs, share = isinstance(self.rule, Climb), None
-        if self.weighted and isinstance(self.rule, FollowSlope):
-            share = alpha
-            if not self.past_warmup:
-                share = self.rule.hardness(self.table.look_up("sample_accuracy", rows))
+        climbs = isinstance(self.rule, Climb)
         # At 1/2 nothing depends on the labels.
         half = not isinstance(self.prior, Tensor) and self.prior == 0.5
         shape = tuple(prior.shape) if isinstance(prior, Tensor) else ()
         labels = shape if self.counted is not None or (climbs and not half) else None
+        share = self._weights(alpha, rows) if self.weighted else None
         return Wanted(climbs and self.past_warmup, self.remembers, labels, share)
+
+    def _weights(self, alpha: Tensor, rows: Tensor | slice) -> Tensor:
+        """What samples of these levels weigh in the prior; before the first, their hardness."""
+        if isinstance(self.rule, FollowSlope) and not self.past_warmup:
+            return self.rule.hardness(self.tensors["sample_accuracy"][rows])
+        return alpha
 
     @torch.no_grad()
     def note(self, rows: Tensor, alpha: Tensor, seen: Seen, partial: bool) -> None:
@@ -128,142 +144,115 @@ class Levels:
 
         `partial`: a sample may have no valid element.
         """
-        table, values = self.table, self.values
+        tensors = self.tensors
         if seen.counts is not None:
-            values["elements"].add_(seen.counts[0])
-            values["positives"].add_(seen.counts[1])
+            tensors["elements"].add_(seen.counts[0])
+            tensors["positives"].add_(seen.counts[1])
         if seen.hits is not None and isinstance(self.rule, FollowSlope):
-            old = table.look_up("sample_accuracy", rows)
+            old = tensors["sample_accuracy"].index_select(0, rows)
             new = self.rule.remembered(old, seen.hits)
             if partial:  # without a valid element nothing was right or wrong
                 new = torch.where(new.isnan(), old, new)
-            table.write("sample_accuracy", rows, new)
+            write(tensors["sample_accuracy"], rows, new)
         if seen.slopes is not None and isinstance(self.rule, Climb):
-            reached = values["accuracy"], values["best_accuracy"]
+            reached = tensors["accuracy"], tensors["best_accuracy"]
             new = self.rule.climbed(alpha, self.beta * seen.slopes, self.cost, *reached)
-            table.write("alpha", rows, new, self.limits)
-        table.mark(rows)
+            write(self.alpha, rows, new, self.limits)
+        tensors["visited"].index_fill_(0, rows, SINCE)
 
     # -- an epoch
 
-    @property
-    def idle(self) -> bool:
-        """Whether no sample was trained since the last step."""
-        return not bool((self.table.visited == SINCE).any())
-
     def step(self, reading: Reading, group: dist.ProcessGroup | None) -> Tensor:
         """Merge what the processes noted, move by the rule; return the rows that were trained."""
-        # Levels that only a step moves are the same on all ranks.
-        climbs = isinstance(self.rule, Climb)
-        names = [name for name in self.table.columns if name != "alpha" or climbs]
-        moved = self.table.merge(names, group)
-        fresh = reduced(torch.stack((self.values["elements"], self.values["positives"])), group)
-        counts = self.values["counts"]
+        tensors, moved = self.tensors, self.moved
+        if world_size(group) > 1:
+            # Levels that only a step moves are the same on all ranks.
+            own = "alpha" if isinstance(self.rule, Climb) else "sample_accuracy"
+            new, moved = merged({k: v for k, v in tensors.items() if k == own}, moved, group)
+            tensors.update(new)
+        fresh = reduced(torch.stack((tensors["elements"], tensors["positives"])), group)
+        counts = tensors["counts"]
         if not self.weighted:
             counts = counts + fresh
         elif bool((fresh[0] > 0).all()):
             # Of the last epoch alone, as many as there are elements at the mean weight.
-            counts = fresh / self._mean_weight()
-        none = {name: torch.zeros_like(self.values[name]) for name in ("elements", "positives")}
-        self.hold({"counts": counts, "steps": self.values["steps"] + 1, **none})
-        self.hold(self._climbed(reading) if isinstance(self.rule, Climb) else self._shared(reading))
+            counts = fresh / float(self._weights(self.alpha, slice(None)).mean())
+        visited = (moved | self.trained).to(torch.uint8)  # all of them BEFORE
+        none = {name: torch.zeros_like(tensors[name]) for name in ("elements", "positives")}
+        self.hold({"visited": visited, "counts": counts, "steps": tensors["steps"] + 1, **none})
+        self.hold(self._moved(reading))
         return moved
 
-    def _mean_weight(self) -> float:
-        if isinstance(self.rule, FollowSlope) and not self.past_warmup:
-            return float(self.rule.hardness(self.table.columns["sample_accuracy"]).mean())
-        return float(self.alpha.mean())
-
-    def _climbed(self, reading: Reading) -> dict[str, Tensor]:
-        accuracy = torch.full_like(self.values["accuracy"], reading.accuracy)
-        best = torch.maximum(accuracy, self.values["best_accuracy"])
-        alpha = self.alpha.clamp(max=self.cap)
-        return {"accuracy": accuracy, "best_accuracy": best, "alpha": alpha}
-
-    def _shared(self, reading: Reading) -> dict[str, Tensor]:
-        rule = self.rule
-        if not self.past_warmup or not isinstance(rule, FollowSlope):
+    def _moved(self, reading: Reading) -> dict[str, Tensor]:
+        """What the rule makes of a reading."""
+        rule, tensors, alpha = self.rule, self.tensors, self.alpha
+        if isinstance(rule, Climb):
+            accuracy = torch.full_like(tensors["accuracy"], reading.accuracy)
+            best = torch.maximum(accuracy, tensors["best_accuracy"])
+            alpha = alpha.clamp(max=self.cap)
+            return {"accuracy": accuracy, "best_accuracy": best, "alpha": alpha}
+        if not self.past_warmup:
             return {}
-        mean = rule.level if self.steps == self.warmup else float(self.values["mean_level"])
+        mean = rule.level if self.steps == self.warmup else float(tensors["mean_level"])
         mean = rule.after_step(mean, reading.slope, self.beta, self.cap)
-        alpha = torch.full_like(self.alpha, mean)
-        if self.remembers:
-            accuracy = self.table.columns["sample_accuracy"]
-            alpha = rule.levels(mean, self.cap, accuracy, self.table.trained)
-        return {"alpha": alpha, "mean_level": torch.full_like(self.values["mean_level"], mean)}
-
-    def grow(self, rows: int) -> None:
-        """Add rows that were never trained; by the default rule they have the mean level."""
-        before = len(self.table)
-        self.table.grow(rows)
-        if "mean_level" in self.values:
-            self.alpha[before:] = self.values["mean_level"]
+        # Without a focus all samples are alike.
+        accuracy = tensors.get("sample_accuracy", torch.zeros_like(alpha))
+        alpha = rule.levels(mean, self.cap, accuracy, self.trained)
+        return {"alpha": alpha, "mean_level": torch.full_like(tensors["mean_level"], mean)}
 
     # -- loading
 
     def refusal(self, saved: Mapping[str, Any]) -> str | None:
         """Why a saved state does not fit, in a sentence; None if it does."""
-        alpha, setting = saved.get("alpha"), saved.get("setting")
+        alpha, setting, rows = saved.get("alpha"), saved.get("setting"), len(self.alpha)
         if not isinstance(alpha, Tensor):
             return None  # torch says what is missing
         if not isinstance(setting, Tensor) or "climbs" in saved:
             return _expected("be of version 0.3 or later", "one of another version", "train anew")
         if alpha.shape != self.alpha.shape:
-            grow = f", load, then `resize({len(self.alpha)})`" * (len(alpha) < len(self.alpha))
+            grow = f", load, then `resize({rows})`" * (len(alpha) < rows)
             remedy = f"build the criterion with num_samples={len(alpha)}{grow}"
-            return _expected(f"have {len(self.alpha)} levels", f"{alpha.numel()}", remedy)
-        mine = torch.tensor(self.setting, dtype=torch.float32, device="cpu").tolist()
-        if not setting.is_meta and setting.float().tolist() != mine:
-            return _expected(
-                f"be of the rule {self.rule}",
-                "one of " + _rule_of(setting.tolist()), "build the criterion with that rule",
-            )  # fmt: skip
-        return self._too_high(alpha, saved.get("counts"))
-
-    def _too_high(self, alpha: Tensor, counts: Any) -> str | None:
-        if alpha.is_meta or not alpha.numel():
+            return _expected(f"have {rows} levels", f"{alpha.numel()}", remedy)
+        if alpha.is_meta or setting.is_meta:
             return None
-        high = self.cap
+        mine = torch.tensor(self.setting, dtype=torch.float32, device="cpu")
+        if setting.float().tolist() != mine.tolist():
+            got, remedy = _rule_of(*setting.tolist()), "build the criterion with that rule"
+            return _expected(f"be of the rule {self.rule}", got, remedy)
+        counts, high = saved.get("counts"), self.cap
         if self.counted is not None and isinstance(counts, Tensor):
             high = cap(self.beta, base_rate(*counts))
-        low, most = float(alpha.min()), float(alpha.max())
-        if most <= high + 1e-6 and low >= 0:
+        wrong = alpha[~((alpha >= 0) & (alpha <= high + 1e-6))]
+        if not wrong.numel():
             return None
         return _expected(
             f"hold levels in [0, {high:.4g}], the cap at beta={self.beta:g}",
-            f"one of {low if low < 0 else most:.4g}",
+            f"one of {float(wrong[0]):.4g}",
             "build the criterion with the beta and prior that it was trained with",
         )
 
 
 def strength_of(beta: float | None, prior: float | Tensor | str, num_labels: int | None) -> float:
     """The checked strength; None is the largest for a number, and 1 for what may move."""
-    high, most = 1.0, 1.0
-    if isinstance(prior, Tensor):
-        if num_labels is not None and prior.numel() != num_labels:
-            wanted = f"have num_labels={num_labels} values"
-            refuse("prior", wanted, f"{prior.numel()} values")
-        c = _inputs.prior_buffer(prior)
-        high = 1 / float(torch.maximum(c, 1 - c).max()) if c.numel() and not c.is_meta else 2.0
-    elif isinstance(prior, str):
+    if isinstance(prior, str):
         _errors.choice("prior", prior, ("observed", "level_weighted"))
         if isinstance(beta, (int, float)) and 1 < beta <= 2:
             remedy = "a strength of 2, the paper's, needs `prior=0.5`"
             refuse("beta", "be at most 1 with a prior that is counted", beta, remedy)
-    else:
-        _errors.inside("prior", prior, 0.0, 1.0, remedy="pass `torch.as_tensor(prior)`")
-        high = most = 1 / max(prior, 1 - prior)
-    if beta is None:
-        return most
-    _errors.positive("beta", beta, high)
-    return float(beta)
+    elif isinstance(prior, Tensor) and num_labels not in (None, prior.numel()):
+        refuse("prior", f"have num_labels={num_labels} values", f"{prior.numel()} values")
+    if beta is not None:
+        _errors.positive("beta", beta, 1.0 if isinstance(prior, str) else 2.0)
+    if isinstance(prior, Tensor) and has_values(prior):
+        prior = prior.cpu()  # to be looked at on any device
+    chosen = beta if isinstance(prior, str) else _inputs.ranges(0.0, beta, prior, every=True)
+    return 1.0 if chosen is None else float(chosen)
 
 
-def _rule_of(setting: list[float]) -> str:
-    kind, value = setting
+def _rule_of(kind: float, value: float) -> str:
     if kind == 0:
-        return f"the default rule with focus={value:g}"
-    return f"the published rule for {'max_entropy' if value else 'calibration'}"
+        return f"one of the default rule with focus={value:g}"
+    return f"one of the published rule for {'max_entropy' if value else 'calibration'}"
 
 
 def _expected(expected: str, got: str, remedy: str) -> str:

@@ -10,8 +10,6 @@ from .. import _errors
 from .._errors import refuse
 from .._torch import world_size
 
-__all__ = ["Reading", "agreed", "read"]
-
 _EQUAL = 1e-6  # how far the values of the ranks may differ
 
 
@@ -30,7 +28,7 @@ class Reading(NamedTuple):
 def read(measured: Any, follows_slope: bool) -> Reading:
     """The values of a histogram or of an object like it; of the published rule also a number."""
     try:
-        elements, slope = 0, 0.0
+        accuracy, slope, elements = measured, 0.0, 0
         if callable(getattr(measured, "accuracy", None)):
             measured = measured.pooled() if hasattr(measured, "pooled") else measured
             accuracy = measured.accuracy()
@@ -39,8 +37,6 @@ def read(measured: Any, follows_slope: bool) -> Reading:
                 refuse("measured", "have seen an element", "an empty histogram", remedy)
             if hasattr(measured, "reliability"):
                 elements = int(measured.reliability(1).count.sum())
-        else:
-            accuracy = measured
         if follows_slope:
             if not callable(getattr(measured, "slope", None)):
                 refuse(
@@ -62,8 +58,11 @@ def agreed(own: Reading, group: dist.ProcessGroup | None) -> Reading:
         if own.error is not None:
             raise own.error
         return own
+    error = own.error
+    if error is not None and type(error) not in (TypeError, ValueError):
+        error = ValueError(repr(error))  # which every process can receive
     readings: list[Any] = [None] * world_size(group)
-    dist.all_gather_object(readings, _portable(own), group=group)
+    dist.all_gather_object(readings, own._replace(error=error), group=group)
     for reading in readings:  # of several errors the same one on each rank
         if reading.error is not None:
             raise reading.error from own.error
@@ -78,10 +77,3 @@ def agreed(own: Reading, group: dist.ProcessGroup | None) -> Reading:
         samples=sum(reading.samples for reading in readings),
         batch=max(reading.batch for reading in readings),
     )
-
-
-def _portable(reading: Reading) -> Reading:
-    """The same with an error that every process can receive."""
-    if reading.error is None or type(reading.error) in (TypeError, ValueError):
-        return reading
-    return reading._replace(error=ValueError(repr(reading.error)))

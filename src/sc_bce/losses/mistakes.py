@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import _errors, _inputs
 from .._torch import world_size
 from .levels import Levels
 from .measured import Reading
-
-__all__ = [
-    "History",
-    "warn_of_eval",
-    "warn_of_idle_step",
-    "warn_of_index",
-    "warn_of_pos_weight",
-    "warn_of_probabilities",
-]
 
 LOOKS = 4  # training batches whose logits are looked at, in case they are probabilities
 PATIENCE = 10_000  # batches without a step before the warning, if no epoch can be counted
@@ -45,13 +35,13 @@ class History:
             self.epochs += 1
         self.evaluated = 0
         count = input.shape[0] if input.dim() else 1
-        before = self.samples
-        self.batches, self.samples, self.since = self.batches + 1, before + count, self.since + 1
-        self.elements, self.largest = self.elements + input.numel(), max(self.largest, count)
+        self.batches, self.since = self.batches + 1, self.since + 1
+        self.samples, self.elements = self.samples + count, self.elements + input.numel()
+        self.largest = max(self.largest, count)
         if levels.steps or self.steps:
             return
         late = self.epochs > levels.warmup or self.batches > PATIENCE
-        if late if shared else self._passed(before, levels):
+        if late if shared else self._passed(self.samples - count, levels):
             _errors.warn(
                 "AdaptivePerturbation has trained past its warm-up, but step() was never called, "
                 "so the levels don't move and the loss is plain BCE; call "
@@ -60,17 +50,13 @@ class History:
 
     def _passed(self, before: int, levels: Levels) -> bool:
         """Whether this batch begins another pass over the rows, after the warm-up's."""
-        share = -(-len(levels.table) // world_size())  # rounded up, as samplers pad
-        passes = (self.samples - 1) // share
-        if passes == (before - 1) // share or passes not in (
-            levels.warmup,
-            _COPIES * levels.warmup,
-        ):
+        share = -(-len(levels.alpha) // world_size())  # rounded up, as samplers pad
+        passes, first = (self.samples - 1) // share, levels.warmup
+        if passes == (before - 1) // share or passes not in (first, _COPIES * first):
             return False
         # A sampler that repeats samples has not met all rows after as many samples.
-        rows = levels.table.trained
-        met = rows.device.type == "cpu" and int(rows.sum()) >= share
-        return met == (passes == levels.warmup)
+        met = levels.alpha.device.type == "cpu" and int(levels.trained.sum()) >= share
+        return met == (passes == first)
 
     def step(self, reading: Reading, moved: Tensor, levels: Levels, shared: bool) -> None:
         """Look for mistakes in what was trained since the last step."""
@@ -87,7 +73,7 @@ class History:
         elements, touched = self.elements, int(moved.sum())
         self.samples = self.elements = self.largest = self.since = 0
         # A process that resumed within an epoch has seen fewer samples than were touched.
-        known = int(levels.table.trained.sum())
+        known = int(levels.trained.sum())
         often = self.steps > 1 and 0 < 10 * max(reading.samples, touched) < known
         if shared:  # more is measured than trained, each time
             often = self.short >= _OFTEN and reading.elements > 10 * elements
@@ -95,10 +81,9 @@ class History:
             _errors.warn(
                 "step() was called again after few samples; call it once per epoch, not per batch"
             )
-        rows = len(moved)
         # Positions in a batch touch the first rows and no other.
         highest = int(moved.nonzero().max()) if touched else 0
-        if not shared and reading.samples >= rows > 2 * touched and highest < reading.batch:
+        if not shared and reading.samples >= len(moved) > 2 * touched and highest < reading.batch:
             _errors.warn(
                 "since the last step only the first rows of the criterion's table were trained; "
                 "pass the index of each sample in the dataset, as IndexedDataset yields it, not "
@@ -145,7 +130,7 @@ def warn_of_pos_weight(pos_weight: Tensor | None, rates: tuple[Tensor, Tensor]) 
 def warn_of_probabilities(input: object) -> bool:
     """Whether what is passed as logits looks like something else, which is said."""
     like = _inputs.like_probabilities(input) if isinstance(input, Tensor) else ""
-    if like and not torch.compiler.is_compiling():
+    if like:
         _errors.warn(
             f"all logits of a training batch look like {like}; pass the raw output of the network, "
             "without a sigmoid or softmax"

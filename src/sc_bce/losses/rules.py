@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .. import _errors
 
-__all__ = ["Climb", "FollowSlope", "base_rate", "cap"]
-
 _MARGIN = 0.01  # below the level that would take a label to 1/2
 
 

@@ -1,8 +1,6 @@
-"""The table: one row per training sample. Look up, write, mean by row, merge between processes."""
+"""Columns of the table, one row per training sample: look up, write, mean by row, merge."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -10,161 +8,97 @@ from torch import Tensor
 
 from .. import _errors
 from .._errors import refuse
-from .._torch import readable, world_size
-
-__all__ = ["SINCE", "Table", "mean_by_row", "merged", "rows_of"]
-
-NEVER, BEFORE, SINCE = 0, 1, 2  # when a row was last trained, relative to the last step
+from .._torch import readable, reduced
 
 _FEW = 1 << 20  # rows up to which a pass over all costs less than picking some
 CHUNK = 1 << 24  # rows that are merged at a time: bounds the extra memory
 
 
-class Table:
-    """Columns of float32, one row per sample, and a byte that says when a row was trained."""
+def look_up(column: Tensor, rows: Tensor) -> Tensor:
+    try:
+        return column.index_select(0, rows)
+    except IndexError:  # on a CPU torch looks at each
+        _refuse_outside(rows, len(column))
+        raise
 
-    def __init__(self, rows: int, start: dict[str, float], device: torch.device | None) -> None:
-        self.start = start
-        self.columns = {
-            name: torch.full((rows,), value, dtype=torch.float32, device=device)
-            for name, value in start.items()
-        }
-        self.visited = torch.full((rows,), NEVER, dtype=torch.uint8, device=device)
 
-    def __len__(self) -> int:
-        return len(self.visited)
-
-    @property
-    def trained(self) -> Tensor:
-        """The rows that any process trained up to the last step, or this one since then."""
-        return self.visited != NEVER
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {**self.columns, "visited": self.visited}
-
-    def hold(self, name: str, value: Tensor) -> None:
-        """Replace a column."""
-        if name == "visited":
-            self.visited = value
-        else:
-            self.columns[name] = value
-
-    def look_up(self, name: str, rows: Tensor) -> Tensor:
-        try:
-            return self.columns[name].index_select(0, rows)
-        except IndexError:  # on a CPU torch looks at each
-            _refuse_outside(rows, len(self))
-            raise
-
-    def write(
-        self, name: str, rows: Tensor, values: Tensor, limits: tuple[Tensor, Tensor] | None = None
-    ) -> None:
-        """Write a column; a row that occurs more than once gets the mean of its values."""
-        column = self.columns[name]
-        if readable(rows):
-            new = values if limits is None else values.clamp(*limits)
-            column.scatter_(0, rows, new)
-            if torch.equal(column.index_select(0, rows), new):
-                return  # no row occurs again with another value
-        deterministic = column.device.type != "cpu" and torch.are_deterministic_algorithms_enabled()
-        if deterministic or torch.compiler.is_compiling():
-            column.index_copy_(0, rows, mean_by_row(rows, values))
-        else:
-            column.scatter_reduce_(0, rows, values, "mean", include_self=False)
-        if limits is None:
-            return
-        if len(column) <= _FEW:  # after the mean; all other rows are within them
-            column.clamp_(*limits)
-        else:
-            column.index_copy_(0, rows, column.index_select(0, rows).clamp_(*limits))
-
-    def mark(self, rows: Tensor) -> None:
-        """Mark these rows as trained since the last step."""
-        if readable(rows):
-            self.visited.scatter_(0, rows, self.visited.new_full(rows.shape, SINCE))
-        else:
-            self.visited.index_fill_(0, rows, SINCE)
-
-    def grow(self, rows: int) -> None:
-        """Add rows that were never trained."""
-        extra = rows - len(self)
-        for name, column in self.columns.items():
-            self.columns[name] = torch.cat((column, column.new_full((extra,), self.start[name])))
-        self.visited = torch.cat((self.visited, self.visited.new_full((extra,), NEVER)))
-
-    def merge(self, names: list[str], group: dist.ProcessGroup | None) -> Tensor:
-        """Merge columns between processes; return the rows that any of them has trained."""
-        moved = self.visited == SINCE
-        if world_size(group) > 1:
-            columns = {name: self.columns[name] for name in names}
-            new, moved = merged(columns, moved, lambda total: dist.all_reduce(total, group=group))
-            self.columns.update(new)
-        before = torch.where(self.visited == NEVER, NEVER, BEFORE)
-        self.visited = torch.where(moved, BEFORE, before).to(torch.uint8)
-        return moved
+def write(
+    column: Tensor, rows: Tensor, values: Tensor, limits: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """Write into a column; a row that occurs more than once gets the mean of its values."""
+    if readable(rows):
+        new = values if limits is None else values.clamp(*limits)
+        column.scatter_(0, rows, new)
+        if torch.equal(column.index_select(0, rows), new):
+            return  # no row occurs again with another value
+    if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled():
+        column.index_copy_(0, rows, mean_by_row(rows, values))
+    else:
+        column.scatter_reduce_(0, rows, values, "mean", include_self=False)
+    if limits is None:
+        return
+    if len(column) <= _FEW:  # after the mean; all other rows are within them
+        column.clamp_(*limits)
+    else:
+        column.index_copy_(0, rows, column.index_select(0, rows).clamp_(*limits))
 
 
 def merged(
-    columns: dict[str, Tensor], moved: Tensor, all_reduce: Callable[[Tensor], object]
+    columns: dict[str, Tensor], moved: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The merged columns, and the rows that any process moved.
+    """The merged columns, and the rows that any process of the group moved.
 
     A row becomes the mean of its values over the processes that moved it. The result is a copy,
     so that this process keeps a whole table if another dies during the merge.
     """
-    new = {name: column.clone() for name, column in columns.items()}
-    anywhere = moved.clone()
+    new, anywhere = {name: column.clone() for name, column in columns.items()}, moved.clone()
     for start in range(0, len(moved), CHUNK):
         rows = slice(start, start + CHUNK)
         own = moved[rows].float()
-        movers = own.clone()
-        all_reduce(movers)
+        sums = torch.stack((own, *(column[rows] * own for column in columns.values())))
+        movers, *totals = reduced(sums, group)
         anywhere[rows] = movers > 0
-        for name, column in columns.items():
-            total = column[rows] * own
-            all_reduce(total)
-            new[name][rows] = torch.where(movers > 0, total / movers, column[rows])
+        for column, total in zip(new.values(), totals, strict=True):
+            column[rows] = torch.where(movers > 0, total / movers, column[rows])
     return new, anywhere
 
 
 def mean_by_row(rows: Tensor, values: Tensor) -> Tensor:
     """The mean over the places of a batch that share a row, at each of these places.
 
-    By sorting, since torch.unique would wait for its size.
+    By sorting, since torch.unique would wait for its size: the places of a row share the first
+    one that it has in the order.
     """
-    ordered, order = rows.sort(stable=True)
-    starts = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0, dtype=torch.int64)
-    group = torch.empty_like(order).scatter_(0, order, starts)
+    first = torch.searchsorted(rows.sort().values, rows.contiguous())
     total, count = (
-        torch.zeros_like(values).index_add_(0, group, part)
+        torch.zeros_like(values).index_add_(0, first, part)
         for part in (values, torch.ones_like(values))
     )
-    return (total / count.clamp(min=1))[group]
+    return (total / count)[first]
 
 
-def rows_of(index: Tensor | None, input: Tensor, table: Table, shared: bool) -> Tensor:
+def rows_of(index: Tensor | None, input: Tensor, column: Tensor, shared: bool) -> Tensor:
     """The row of each sample of a batch, on the table's device; row 0 if all share it."""
-    device = table.visited.device
+    device = column.device
     if input.device != device:
         remedy = f"move the criterion with `criterion.to({str(input.device)!r})`"
         refuse("input", f"be on the table's device {device}", input.device, remedy)
-    samples = input.shape[0] if input.dim() else 1
     if shared:
+        samples = input.shape[0] if input.dim() else 1
         return torch.zeros(samples, dtype=torch.int64, device=device)
     rows = _checked(index, input.shape[:1])
-    rows = rows if rows.dim() else rows.reshape(1)
     if rows.device != device:
-        _refuse_outside(rows, len(table))
+        _refuse_outside(rows, len(column))
         # Non-blocking only towards an accelerator: what comes from one is read on arrival.
         rows = rows.to(device, non_blocking=rows.device.type == "cpu")
     if torch.compiler.is_compiling():
         # Inductor reads a negative index from the end; past the end, its bounds check catches it.
-        rows = torch.where(rows < 0, len(table), rows)
+        rows = torch.where(rows < 0, len(column), rows)
     return rows
 
 
 def _checked(index: object, shape: torch.Size) -> Tensor:
-    """The index of a training batch, of which the range is not looked at."""
+    """The index of a training batch, one-dimensional, of which the range is not looked at."""
     if index is None:
         refuse(
             "index", "be the sample indices of the batch in training", "None",
@@ -181,7 +115,7 @@ def _checked(index: object, shape: torch.Size) -> Tensor:
     if index.shape != shape:
         wanted = f"have one entry per sample, shape {tuple(shape)}"
         refuse("index", wanted, f"shape {tuple(index.shape)}")
-    return index.to(torch.int64)
+    return index.to(torch.int64).reshape(-1)
 
 
 def _refuse_outside(rows: Tensor, num_samples: int) -> None:
