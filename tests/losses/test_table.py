@@ -180,6 +180,14 @@ def test_a_bad_index_is_refused(index, kind, text):
         look_up(column, rows_of(index, X, column, False))
 
 
+@by_value
+def test_an_index_made_in_inference_mode_is_refused_alike():
+    with torch.inference_mode():
+        index = torch.tensor([0, 5])
+    with pytest.raises(IndexError, match="but got 5; num_samples=5"):
+        look_up(made(), rows_of(index, X, made(), False))
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
 def test_an_index_of_any_integer_dtype(dtype):
     rows = rows_of(torch.tensor([4, 0]).to(dtype), X, made(), False)

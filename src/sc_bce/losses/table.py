@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _errors
 from .._errors import refuse
-from .._torch import readable, reduced
+from .._torch import any_set, readable, reduced
 
 _FEW = 1 << 20  # rows up to which a pass over all costs less than picking some
 CHUNK = 1 << 24  # rows that are merged at a time: bounds the extra memory
@@ -120,12 +120,10 @@ def _checked(index: object, shape: torch.Size) -> Tensor:
 
 def _refuse_outside(rows: Tensor, num_samples: int) -> None:
     """Refuse rows that the table does not have; where they can be read."""
-    if not readable(rows) or not rows.numel():
-        return
-    low, high = (end.item() for end in rows.aminmax())
-    if low < 0 or high >= num_samples:
+    outside = (rows < 0) | (rows >= num_samples)
+    if any_set(outside):
         refuse(
-            "index", f"be in [0, {num_samples - 1}]", low if low < 0 else high,
+            "index", f"be in [0, {num_samples - 1}]", rows[outside][0].item(),
             f"num_samples={num_samples} must count every sample of the indexed dataset, even "
             "if you train on a Subset of it (random_split); `resize` makes room for new ones",
             IndexError,
