@@ -272,7 +272,7 @@ def test_all_ignored_is_zero_and_an_empty_mean_is_nan():
     loss.backward()
     assert loss == 0
     assert_close(x.grad, torch.zeros(3))
-    for ignored in (None, 255):
+    for ignored in (None, 255, math.nan):
         empty = sc_bce_with_logits(torch.empty(0, 2), torch.empty(0, 2), 0.1, ignore_index=ignored)
         assert empty.isnan()
         total = sc_bce_with_logits(
