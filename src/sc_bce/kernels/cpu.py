@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from .._inputs import Batch, Perturbation, Seen, Wanted
 from .._torch import UNREDUCIBLE, readable
@@ -105,13 +105,7 @@ def _takes(batch: Batch, given: Perturbation, weight: Tensor | None, by_sample: 
     return all(
         not value.requires_grad and torch.promote_types(value.dtype, wide) == wide
         for value in constants
-    ) and all(
-        readable(value) and not _is_dual(value) for value in (x, *constants, *given.tensors())
-    )
-
-
-def _is_dual(value: Tensor) -> bool:
-    return forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]
+    ) and all(map(readable, (x, *constants, *given.tensors())))
 
 
 def _void(batch: Batch) -> float | None:
