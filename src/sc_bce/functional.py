@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _errors, _inputs
 from ._errors import refuse
 from ._inputs import NOTHING, Batch, Perturbation, Seen, Wanted
-from ._torch import UNREDUCIBLE, as_bytes, readable
+from ._torch import as_bytes, readable
 from .kernels import cpu, one_pass
 
 __all__ = ["perturb_target", "sc_bce_with_logits"]
@@ -327,39 +327,31 @@ def _slopes(
     # Low precision is accumulated in at least float32, like the labels.
     y = batch.labels(torch.promote_types(batch.input.dtype, torch.float32))
     slope = (y - prior) * batch.input
-    return _sample_means(slope if weight is None else slope * weight, valid, batch.plain)
+    return _sample_means(slope if weight is None else slope * weight, valid)
 
 
 def _hits(batch: Batch, valid: Tensor | None) -> Tensor:
     """Share of each sample's elements that are right at 1/2."""
-    said, true = _at_least(batch.input, 0, batch.plain), _at_least(batch.target, 0.5, batch.plain)
-    if said.dtype == true.dtype:
-        hits = said.eq_(true) if batch.plain else said == true
-    else:
-        hits = (said > 0) == (true > 0)
-    return _sample_means(hits, valid, batch.plain)
+    x, y = batch.input, batch.target
+    if not batch.plain:
+        return _sample_means((x >= 0) == (y if y.dtype == torch.bool else y >= 0.5), valid)
+    # As numbers: bools take many times as long.
+    if y.is_floating_point():
+        y = torch.ge(y, 0.5, out=torch.empty_like(y))
+    y = as_bytes(y) if y.dtype == torch.bool else y
+    return _sample_means(torch.ge(x, 0, out=torch.empty_like(x)).eq_(y), valid)
 
 
-def _at_least(value: Tensor, bound: float, plain: bool) -> Tensor:
-    """1 and 0, in the value's own dtype if possible: bools take many times as long."""
-    if value.dtype == torch.bool:
-        return value
-    if value.dtype in UNREDUCIBLE:  # torch can't compare them either
-        value = value.float()
-    return torch.ge(value, bound, out=torch.empty_like(value)) if plain else value >= bound
-
-
-def _sample_means(value: Tensor, valid: Tensor | None, plain: bool) -> Tensor:
+def _sample_means(value: Tensor, valid: Tensor | None) -> Tensor:
     """Mean over the valid elements of each sample, (N,) float32; nan for a sample without any."""
     if valid is not None:
         value = value & valid if value.dtype == torch.bool else torch.where(valid, value, 0.0)
-    value = _by_sample(value)
-    if valid is None and plain and value.shape[1] == 1:
+    value, wide = _by_sample(value), torch.promote_types(value.dtype, torch.float32)
+    if valid is not None:
+        return (value.sum(1, dtype=wide) / _by_sample(as_bytes(valid)).sum(1)).float()
+    if readable(value) and value.shape[1] == 1:
         return value[:, 0].float()
-    wide = torch.promote_types(value.dtype, torch.float32)
-    if valid is None:
-        return value.mean(1, dtype=wide).float()
-    return (value.sum(1, dtype=wide) / _by_sample(valid).sum(1)).float()
+    return value.mean(1, dtype=wide).float()
 
 
 def _by_sample(value: Tensor) -> Tensor:
@@ -373,13 +365,12 @@ def _counts(
     target = batch.target
     if torch.compiler.is_compiling():
         target = batch.labels(torch.float32)  # as the loss reads them
-    if valid is not None and not target.is_floating_point():
-        target = target * valid
-    elif valid is not None:
-        target = torch.where(valid, target, 0.0)
+    if valid is not None:
+        floating = target.is_floating_point()
+        target = torch.where(valid, target, 0.0) if floating else target * valid
     elif target.dtype == torch.bool:
         target = as_bytes(target)
-    if target.dtype in UNREDUCIBLE or target.dtype in (torch.bfloat16, torch.float16):
+    if target.dtype in (torch.bfloat16, torch.float16):
         target = target.float()
     positive = _column_sums(target, shape, share)
     if valid is not None:
