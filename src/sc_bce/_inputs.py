@@ -215,7 +215,7 @@ def _not_binary(target: Tensor) -> Tensor:
 
 
 def as_labels(target: Tensor, dtype: torch.dtype) -> Tensor:
-    """Labels in a floating dtype."""
+    """Labels, or a draw, in a floating dtype."""
     if target.dtype == torch.bool and readable(target):
         target = as_bytes(target)
     return target.to(dtype)
@@ -290,13 +290,10 @@ class Perturbation(NamedTuple):
         """alpha * beta, in a dtype of at least float32."""
         alpha, beta = self.alpha, self.beta
         if isinstance(alpha, Tensor):
-            if alpha.dtype == torch.bool and readable(alpha):
-                alpha = as_bytes(alpha)
-            alpha = alpha.to(dtype)
+            alpha = as_labels(alpha, dtype)
         if isinstance(beta, Tensor):
-            beta = beta.to(dtype)
-        # A multiplication by 1 would only cost the call.
-        return alpha if not isinstance(beta, Tensor) and beta == 1 else alpha * beta
+            return alpha * beta.to(dtype)
+        return alpha if beta == 1 else alpha * beta  # a multiplication by 1 only costs the call
 
 
 def perturbation(
@@ -388,11 +385,9 @@ def _by_sample(name: str, value: float | Tensor, size: torch.Size) -> float | Te
     """Check the shape of alpha or beta; reshape (N,) so that it broadcasts along dimension 0."""
     if not isinstance(value, Tensor):
         return value if isinstance(value, (int, float)) else float(value)
-    if value.dim() == 0:
-        return value
-    if value.dim() == 1 and len(size) > 0 and value.shape[0] == size[0]:
+    if value.dim() == 1 and value.shape == size[:1]:
         return value.reshape(value.shape[0], *(1 for _ in size[1:]))
-    if value.dim() == len(size) > 1 and broadcasts(value.shape, size):
+    if value.dim() == 0 or (value.dim() == len(size) > 1 and broadcasts(value.shape, size)):
         return value
     samples = f"{size[0]} values, one per sample (dimension 0)" if size else "no dimension"
     wanted = f"be a number, a 0-d tensor, {samples}, or a tensor of {len(size)} dimensions"
