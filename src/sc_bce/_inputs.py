@@ -123,10 +123,8 @@ def same_size(input: Tensor, target: Tensor, name: str = "input") -> None:
         if x[1] == 1:
             remedy = "pass `target.unsqueeze(1)`"
         elif x[1] == 2:
-            remedy = (
-                f"of a softmax over two classes pass `{name}[:, 1] - {name}[:, 0]`, which is the "
-                "logit of class 1"
-            )
+            logit = f"{name}[:, 1] - {name}[:, 0]"
+            remedy = f"of a softmax over two classes pass `{logit}`, which is the logit of class 1"
         else:
             remedy = (
                 "sc-bce is for binary labels, one logit each; a CalibrationHistogram measures "

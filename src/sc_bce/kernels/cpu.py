@@ -47,10 +47,9 @@ def sweep(
     In at least float32; differentiable any number of times in input, strength and prior.
     """
     # Under compile the checks of sizes would specialise a graph.
-    if torch.compiler.is_compiling() or batch.input.numel() < MIN_ELEMENTS:
+    if torch.compiler.is_compiling() or pos_weight is not None or reduction == "none":
         return None
-    plain = given.nothing() and batch.void is None  # torch's own call, bit for bit
-    if pos_weight is not None or reduction == "none" or plain:
+    if given.nothing() and batch.void is None:  # torch's own call, bit for bit
         return None
     by_sample = wanted.slopes or wanted.hits or wanted.share is not None
     if not _takes(batch, given, weight, by_sample):
@@ -59,12 +58,12 @@ def sweep(
     if isinstance(alpha, Tensor) and alpha.dtype == torch.bool and alpha.shape == x.shape:
         drawn, given = alpha.contiguous(), given._replace(alpha=1.0)
     each = weight if weight is not None and weight.shape == x.shape else None
-    shared: float | Tensor = 1.0  # the weight of a row
+    shared = torch.ones((), device="cpu")  # the weight of a row
     if weight is not None and each is None:
         shared = weight[(None,) * (x.dim() - weight.dim())]
     # A row is the elements that share a strength, a prior and a weight: all trailing dimensions
     # along which none of them varies. Only what is wanted of samples keeps them apart.
-    lead = max(int(by_sample), *(_varying(value) for value in (*given, shared)))
+    lead = max(int(by_sample), *map(_varying, (*given.tensors(), shared)))
     shape = x.shape[:lead]
     if x.numel() < MIN_PER_ROW * shape.numel():
         return None
@@ -105,10 +104,9 @@ def _takes(batch: Batch, given: Perturbation, weight: Tensor | None, by_sample: 
     )
 
 
-def _varying(value: float | Tensor) -> int:
+def _varying(value: Tensor) -> int:
     """Number of leading dimensions that include every one along which the value varies."""
-    shape = value.shape if isinstance(value, Tensor) else ()
-    return max((place + 1 for place, size in enumerate(shape) if size > 1), default=0)
+    return max((place + 1 for place, size in enumerate(value.shape) if size > 1), default=0)
 
 
 def _row_values(value: float | Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -158,8 +156,8 @@ def _seen(found: _Found, shape: torch.Size, size: torch.Size, wanted: Wanted) ->
         each, number = (value.view(size[0], -1).sum(1) for value in (total, found.valid))
         return (each / number).float()
 
-    columns = wanted.labels[: len(shape)] if wanted.labels else (1,) * len(shape)
-    over = [place for place, have in enumerate(columns) if have == 1]
+    labels = wanted.labels or (1,) * len(shape)
+    over = [place for place in range(len(shape)) if labels[place] == 1]
 
     def sums(rows: Tensor) -> Tensor:  # one for each element of the shape that is wanted
         rows = rows.view(shape)
