@@ -18,6 +18,8 @@ from .kernels import cpu, one_pass
 
 __all__ = ["perturb_target", "sc_bce_with_logits"]
 
+BLOCK = 1 << 18  # elements for which torch's calls find most of what they make in a CPU's caches
+
 
 def perturb_target(
     target: Tensor,
@@ -248,26 +250,23 @@ def _by_torch(
     dtype, x, bce = batch.dtype(), batch.input, F.binary_cross_entropy_with_logits
     if given.nothing() and batch.void is None:  # torch's own call, in the dtypes that were passed
         return bce(x, batch.labels(dtype), weight, pos_weight=pos_weight, reduction=reduction)
-    wide = torch.promote_types(dtype, torch.float32)
-    whole = pos_weight is None and reduction != "none"
-    if whole and one_pass.applies(x, batch.target, weight, *given.tensors()):
+    y = _inputs.as_labels(batch.target, torch.promote_types(dtype, torch.float32))
+    if batch.void != batch.void:
+        y = y.nan_to_num(0.0)  # nan times a weight of 0 is nan
+    q = y if given.nothing() else towards_prior(y, given)
+    whole, tensors = reduction != "none", (batch.target, weight, *given.tensors())
+    if whole and pos_weight is None and one_pass.applies(x, *tensors):
         # An ignored label may become nan here: what comes of it is replaced.
-        q = towards_prior(_inputs.as_labels(batch.target, wide), given)
         q = _inputs.with_nan(q, batch.target, None, batch.legal)
         return one_pass.reduced_loss(x, q, weight, batch.ignored(), reduction == "mean")
-    y, valid = _inputs.as_labels(batch.target, wide), batch.valid()
-    if valid is not None and batch.void != batch.void:
-        y = torch.where(valid, y, 0.0)  # nan times a weight of 0 is nan
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    q = y if given.nothing() else towards_prior(y, given)
+    x, valid = x.to(torch.promote_types(x.dtype, torch.float32)), batch.valid()
     q = _inputs.with_nan(q, batch.target, batch.void, batch.legal)  # whether drawn or not
-    if valid is None and (reduction == "none" or not torch.compiler.is_compiling()):
+    if valid is None and (not whole or not torch.compiler.is_compiling()):
         return bce(x, q, weight, pos_weight=pos_weight, reduction=reduction)
-    if valid is not None and reduction != "none" and readable(x):
+    if valid is not None and whole and readable(x):
         # The mask as torch's weight: a fifth of the time. Ignored logits must then be finite.
         keep = as_bytes(valid).to(x.dtype)
-        weighted = keep if weight is None else keep * weight
-        total = bce(x, q, weighted, pos_weight=pos_weight, reduction="sum")
+        total = _summed(x, q, keep if weight is None else keep * weight, pos_weight)
         if bool(total.isfinite()):
             return total if reduction == "sum" else total / _number(keep)
     # The logit is replaced before the loss, so that an ignored inf or nan reaches no gradient.
@@ -281,6 +280,15 @@ def _by_torch(
     total = _by_sample(loss).sum(1).sum() if torch.compiler.is_compiling() else loss.sum()
     count = loss.numel() if valid is None else _number(valid)
     return total if reduction == "sum" else total / count
+
+
+def _summed(x: Tensor, q: Tensor, weight: Tensor, pos_weight: Tensor | None) -> Tensor:
+    """The sum, some samples at a time, so that what torch makes stays in a CPU's caches."""
+    bce, number = F.binary_cross_entropy_with_logits, x.numel() // BLOCK
+    if number < 2 or (pos_weight is not None and pos_weight.dim() >= x.dim()):
+        return bce(x, q, weight, pos_weight=pos_weight, reduction="sum")
+    parts = zip(x.chunk(number), q.chunk(number), weight.chunk(number), strict=True)
+    return torch.stack([bce(*part, None, None, "sum", pos_weight) for part in parts]).sum()
 
 
 def _number(valid: Tensor) -> Tensor:
