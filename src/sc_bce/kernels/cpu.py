@@ -25,7 +25,7 @@ __all__ = ["sweep"]
 
 BLOCK = 1 << 19  # elements worked on at a time, by two threads: few enough for their caches
 # Elements for each thread from which this is faster than torch's own calls:
-MIN_ELEMENTS = 1 << 18  # if these make many passes, for the levels of samples or ignored elements
+MIN_ELEMENTS = 1 << 18  # if these make many passes, for the levels of samples
 MIN_FIXED = 1 << 20  # if they make few
 MIN_WEIGHTED = 1 << 21  # the same with a weight: then each element needs its own logarithm
 MIN_PER_ROW = 1 << 10  # elements that share a strength and a prior, from which this is faster
@@ -90,7 +90,7 @@ def _takes(batch: Batch, given: Perturbation, weight: Tensor | None, by_sample: 
     x, void = batch.input, batch.void
     constants = [batch.target] if weight is None else [batch.target, weight]
     least = MIN_FIXED if weight is None else MIN_WEIGHTED
-    if by_sample or void is not None:
+    if by_sample:
         least = MIN_ELEMENTS
     if x.numel() < least * _threads() or (void is not None and not abs(void) <= _EXACT):
         return False
