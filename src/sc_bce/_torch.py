@@ -71,6 +71,17 @@ def as_bytes(mask: Tensor) -> Tensor:
     return mask.to(torch.uint8)
 
 
+def kept(value: Tensor, mask: Tensor) -> Tensor:
+    """The value where the mask is set and 0 elsewhere, even of nan."""
+    if not value.is_floating_point():
+        return value * mask
+    if readable(value):  # a sixth of the time, if all of it is finite
+        product = value * as_bytes(mask)
+        if bool(product.sum().isfinite()):
+            return product
+    return torch.where(mask, value, 0.0)
+
+
 def ends(value: Tensor) -> tuple[Tensor, Tensor]:
     """Minimum and maximum, in one pass unless that would move the tensor to the CPU and back."""
     if value.device.type in _OWN_KERNELS:

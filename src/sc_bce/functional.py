@@ -13,7 +13,7 @@ from torch import Tensor
 from . import _errors, _inputs
 from ._errors import refuse
 from ._inputs import NOTHING, Batch, Perturbation, Seen, Wanted
-from ._torch import as_bytes, readable
+from ._torch import as_bytes, kept, readable
 from .kernels import cpu, one_pass
 
 __all__ = ["perturb_target", "sc_bce_with_logits"]
@@ -352,8 +352,7 @@ def _hits(batch: Batch, valid: Tensor | None) -> Tensor:
 
 def _sample_means(value: Tensor, valid: Tensor | None) -> Tensor:
     """Mean over the valid elements of each sample, (N,) float32; nan for a sample without any."""
-    if valid is not None:
-        value = value & valid if value.dtype == torch.bool else torch.where(valid, value, 0.0)
+    value = value if valid is None else kept(value, valid)
     value, wide = _by_sample(value), torch.promote_types(value.dtype, torch.float32)
     if valid is not None:
         return (value.sum(1, dtype=wide) / _by_sample(as_bytes(valid)).sum(1)).float()
@@ -374,8 +373,7 @@ def _counts(
     if torch.compiler.is_compiling():
         target = batch.labels(torch.float32)  # as the loss reads them
     if valid is not None:
-        floating = target.is_floating_point()
-        target = torch.where(valid, target, 0.0) if floating else target * valid
+        target = kept(target, valid)
     elif target.dtype == torch.bool:
         target = as_bytes(target)
     if target.dtype in (torch.bfloat16, torch.float16):
