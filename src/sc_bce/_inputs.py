@@ -6,7 +6,7 @@ and on accelerators nothing waits, and an illegal integer gives nan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -51,9 +51,10 @@ class Batch(NamedTuple):
 
     def ignored(self) -> Tensor | None:
         """Mask of the other elements."""
-        if self.void is None:
+        target, void = self.target, self.void
+        if void is None:
             return None
-        return self.target.isnan() if self.void != self.void else self.target == self.void
+        return target.isnan() if void != void else _marked(torch.eq, target, void)
 
 
 class Wanted(NamedTuple):
@@ -80,6 +81,8 @@ def batch(input: Tensor, target: Tensor, ignore_index: float | None) -> Batch:
     logits(input)
     label(target)
     same_size(input, target)
+    if target.dtype in UNREDUCIBLE:
+        target = target.long()
     void, plain = held(target, ignore_index), readable(target)
     return Batch(input, target, void, check_labels(target, void, plain), plain and readable(input))
 
@@ -120,10 +123,8 @@ def same_size(input: Tensor, target: Tensor, name: str = "input") -> None:
         if x[1] == 1:
             remedy = "pass `target.unsqueeze(1)`"
         elif x[1] == 2:
-            remedy = (
-                f"of a softmax over two classes pass `{name}[:, 1] - {name}[:, 0]`, which is the "
-                "logit of class 1"
-            )
+            logit = f"{name}[:, 1] - {name}[:, 0]"
+            remedy = f"of a softmax over two classes pass `{logit}`, which is the logit of class 1"
         else:
             remedy = (
                 "sc-bce is for binary labels, one logit each; a CalibrationHistogram measures "
@@ -148,7 +149,13 @@ def valid_elements(target: Tensor, void: float | None) -> Tensor | None:
     """Mask of targets other than `void`; None if all are."""
     if void is None:
         return None
-    return ~target.isnan() if void != void else target != void
+    return ~target.isnan() if void != void else _marked(torch.ne, target, void)
+
+
+def _marked(compare: Callable[..., Tensor], target: Tensor, void: float) -> Tensor:
+    if target.dtype == torch.uint8 and readable(target):  # by bytes: bools take many times as long
+        return compare(target, void, out=torch.empty_like(target)).view(torch.bool)
+    return compare(target, void)
 
 
 def check_labels(target: Tensor, void: float | None, plain: bool) -> bool:
@@ -161,12 +168,9 @@ def check_labels(target: Tensor, void: float | None, plain: bool) -> bool:
     floating = target.is_floating_point()
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         return floating  # nothing waits
-    if plain and target.dtype not in UNREDUCIBLE:
-        for part in _parts(target, void):
-            low, high = part.aminmax()
-            if low.item() < 0 or high.item() > 1:
-                break
-        else:
+    if plain and target.numel() and target.dtype not in UNREDUCIBLE:
+        ends = map(torch.aminmax, _parts(target, void))
+        if not any(low.item() < 0 or high.item() > 1 for low, high in ends):
             return True
     illegal = (target < 0) | (target > 1) if floating else _not_binary(target)
     valid = valid_elements(target, void)
@@ -179,14 +183,13 @@ def check_labels(target: Tensor, void: float | None, plain: bool) -> bool:
 def _parts(target: Tensor, void: float | None) -> Iterator[Tensor]:
     """The labels, ignored ones as 0, a part at a time."""
     if void is None:
-        if target.numel():
-            yield target
+        yield target
         return
     for part in torch.split(target.detach().reshape(-1), _PART):
         # As numbers of its own dtype, since a bool result takes twenty times as long.
         if void != void:
             yield part.nan_to_num(0.0, torch.inf, -torch.inf)
-        elif part.numel():
+        else:
             yield torch.ne(part, void, out=torch.empty_like(part)).mul_(part)
 
 
@@ -210,7 +213,7 @@ def _not_binary(target: Tensor) -> Tensor:
 
 
 def as_labels(target: Tensor, dtype: torch.dtype) -> Tensor:
-    """Labels in a floating dtype."""
+    """Labels, or a draw, in a floating dtype."""
     if target.dtype == torch.bool and readable(target):
         target = as_bytes(target)
     return target.to(dtype)
@@ -285,13 +288,10 @@ class Perturbation(NamedTuple):
         """alpha * beta, in a dtype of at least float32."""
         alpha, beta = self.alpha, self.beta
         if isinstance(alpha, Tensor):
-            if alpha.dtype == torch.bool and readable(alpha):
-                alpha = as_bytes(alpha)
-            alpha = alpha.to(dtype)
+            alpha = as_labels(alpha, dtype)
         if isinstance(beta, Tensor):
-            beta = beta.to(dtype)
-        # A multiplication by 1 would only cost the call.
-        return alpha if not isinstance(beta, Tensor) and beta == 1 else alpha * beta
+            return alpha * beta.to(dtype)
+        return alpha if beta == 1 else alpha * beta  # a multiplication by 1 only costs the call
 
 
 def perturbation(
@@ -343,20 +343,16 @@ def ranges(
 
 def prior_of(value: Tensor, size: torch.Size) -> Tensor:
     """A tensor prior in at least float32, broadcasting from the last dimension, as pos_weight."""
-    if value.is_complex():
-        refuse("prior", "be a real Tensor", value.dtype, error=TypeError)
     along_labels(size, prior=value)
     value = value.to(torch.promote_types(value.dtype, torch.float32))
-    if value.dim() <= len(size) and _broadcasts(value.shape, size[len(size) - value.dim() :]):
-        return value.reshape((1,) * (len(size) - value.dim()) + tuple(value.shape))
+    if broadcasts(value.shape, size):
+        return value[(None,) * (len(size) - value.dim())]
     wanted = f"be a number or a tensor that broadcasts to {tuple(size)} from the last dimension"
     refuse("prior", wanted, f"shape {tuple(value.shape)}")
 
 
 def prior_buffer(prior: Tensor) -> Tensor:
     """A tensor prior as a module keeps it: a checked float32 copy."""
-    if prior.is_complex():
-        refuse("prior", "be a real Tensor", prior.dtype, error=TypeError)
     _in_unit("prior", prior)
     with torch.inference_mode(False):
         return prior.detach().clone().float()
@@ -371,8 +367,10 @@ def flat_prior(prior: float | Tensor) -> Tensor:
 
 def _in_unit(name: str, value: Tensor, remedy: str = "") -> tuple[float, float]:
     """Refuse values outside [0, 1] and nan, if they can be read; return the ends of the others."""
+    if value.is_complex():
+        refuse(name, "be a real Tensor", value.dtype, error=TypeError)
     # `readable` comes before the size, which would specialise a compiled graph.
-    if value.dtype == torch.bool or value.is_complex() or not readable(value) or not value.numel():
+    if value.dtype == torch.bool or not readable(value) or not value.numel():
         return 0.5, 0.5
     low, high = (end.item() for end in value.detach().aminmax())
     if not (low >= 0 and high <= 1):
@@ -385,16 +383,16 @@ def _by_sample(name: str, value: float | Tensor, size: torch.Size) -> float | Te
     """Check the shape of alpha or beta; reshape (N,) so that it broadcasts along dimension 0."""
     if not isinstance(value, Tensor):
         return value if isinstance(value, (int, float)) else float(value)
-    if value.dim() == 0:
-        return value
-    if value.dim() == 1 and len(size) > 0 and value.shape[0] == size[0]:
+    if value.dim() == 1 and value.shape == size[:1]:
         return value.reshape(value.shape[0], *(1 for _ in size[1:]))
-    if value.dim() == len(size) > 1 and _broadcasts(value.shape, size):
+    if value.dim() == 0 or (value.dim() == len(size) > 1 and broadcasts(value.shape, size)):
         return value
     samples = f"{size[0]} values, one per sample (dimension 0)" if size else "no dimension"
     wanted = f"be a number, a 0-d tensor, {samples}, or a tensor of {len(size)} dimensions"
     refuse(name, f"{wanted} that broadcasts to {tuple(size)}", f"shape {tuple(value.shape)}")
 
 
-def _broadcasts(shape: torch.Size, size: torch.Size) -> bool:
-    return all(have in (1, want) for have, want in zip(shape, size, strict=True))
+def broadcasts(shape: torch.Size, size: torch.Size) -> bool:
+    """Whether a tensor of this shape broadcasts to the size."""
+    pairs = zip(reversed(shape), reversed(size), strict=False)
+    return len(shape) <= len(size) and all(have in (1, want) for have, want in pairs)

@@ -76,39 +76,31 @@ class IndexedDataset(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Fetch a batch, at once if the wrapped dataset can; DataLoader calls this."""
-        indices = _as_positions(indices, len(self.dataset))
+        indices = [_as_position(index, len(self.dataset)) for index in indices]
         dataset = self.dataset
         fetch = getattr(dataset, "__getitems__", None)
         items = fetch(indices) if fetch else [dataset[index] for index in indices]
         if not isinstance(items, (list, tuple)) or len(items) != len(indices):
-            raise TypeError(
-                f"Expected the dataset's `__getitems__` to return a list of {len(indices)} items, "
-                f"but got {describe(items)}; a dataset of columns has no item to add an index to"
-            )
-        pairs = zip(items, indices, strict=True)
-        # Most batches hold items of one type, so that one check is enough.
-        kinds = set(map(type, items))
-        if kinds == {tuple}:
-            return list(map(operator.add, items, zip(indices, strict=True)))
-        if kinds == {dict} and not any(self.key in item for item in items):
-            return [{**item, self.key: index} for item, index in pairs]
-        return [self._join(item, index) for item, index in pairs]
+            wanted = f"return a list of {len(indices)} items"
+            remedy = "a dataset of columns has no item to add an index to"
+            refuse("dataset.__getitems__", wanted, describe(items), remedy, TypeError)
+        return list(map(self._join, items, indices))
 
     def _join(self, item: Any, index: int) -> Any:
-        if type(item) is tuple:  # the common case first: the other checks take longer
+        if isinstance(item, tuple) and hasattr(item, "_fields"):
+            _require_new_key(self.key, item._fields, field=True)
+            return _with_index(type(item), self.key)(*item, index)
+        if type(item) is list:
+            return [*item, index]
+        if isinstance(item, (tuple, list)):
             return (*item, index)
         if isinstance(item, Mapping):
             _require_new_key(self.key, item)
-            if not isinstance(item, MutableMapping):
+            if type(item) is dict or not isinstance(item, MutableMapping):
                 return {**item, self.key: index}
             item = copy.copy(item)  # the dataset may keep the original
             item[self.key] = index
             return item
-        if isinstance(item, tuple) and hasattr(item, "_fields"):
-            _require_new_key(self.key, item._fields, field=True)
-            return _with_index(type(item), self.key)(*item, index)
-        if isinstance(item, (tuple, list)):
-            return [*item, index] if type(item) is list else (*item, index)
         return (item, index)
 
 
@@ -130,7 +122,7 @@ def _rebuild(base: type, key: str, values: tuple[Any, ...]) -> Any:
 
 def _as_position(index: object, size: int) -> int:
     """The index as a position in the dataset; a negative one counts from the end."""
-    if type(index) is int and 0 <= index < size:
+    if type(index) is int and 0 <= index < size:  # as samplers draw it: the rest takes far longer
         return index
     if not isinstance(index, SupportsIndex):
         remedy = "a sampler of batches belongs into DataLoader's `batch_sampler`"
@@ -139,13 +131,6 @@ def _as_position(index: object, size: int) -> int:
     if not -size <= place < size:
         refuse("index", f"be in [{-size}, {size - 1}]", place, error=IndexError)
     return place % size
-
-
-def _as_positions(indices: Sequence[int], size: int) -> Sequence[int]:
-    plain = type(indices) is list and set(map(type, indices)) == {int}  # as samplers make it
-    if plain and min(indices) >= 0 and max(indices) < size:
-        return indices
-    return [_as_position(index, size) for index in indices]
 
 
 def _require_map_style(dataset: object) -> None:

@@ -13,10 +13,12 @@ from torch import Tensor
 from . import _errors, _inputs
 from ._errors import refuse
 from ._inputs import NOTHING, Batch, Perturbation, Seen, Wanted
-from ._torch import UNREDUCIBLE, as_bytes, readable
+from ._torch import as_bytes, kept, readable
 from .kernels import cpu, one_pass
 
 __all__ = ["perturb_target", "sc_bce_with_logits"]
+
+BLOCK = 1 << 18  # elements for which torch's calls find most of what they make in a CPU's caches
 
 
 def perturb_target(
@@ -248,26 +250,23 @@ def _by_torch(
     dtype, x, bce = batch.dtype(), batch.input, F.binary_cross_entropy_with_logits
     if given.nothing() and batch.void is None:  # torch's own call, in the dtypes that were passed
         return bce(x, batch.labels(dtype), weight, pos_weight=pos_weight, reduction=reduction)
-    wide = torch.promote_types(dtype, torch.float32)
-    whole = pos_weight is None and reduction != "none"
-    if whole and one_pass.applies(x, batch.target, weight, *given.tensors()):
+    y = _inputs.as_labels(batch.target, torch.promote_types(dtype, torch.float32))
+    if batch.void != batch.void:
+        y = y.nan_to_num(0.0)  # nan times a weight of 0 is nan
+    q = y if given.nothing() else towards_prior(y, given)
+    whole, tensors = reduction != "none", (batch.target, weight, *given.tensors())
+    if whole and pos_weight is None and one_pass.applies(x, *tensors):
         # An ignored label may become nan here: what comes of it is replaced.
-        q = towards_prior(_inputs.as_labels(batch.target, wide), given)
         q = _inputs.with_nan(q, batch.target, None, batch.legal)
         return one_pass.reduced_loss(x, q, weight, batch.ignored(), reduction == "mean")
-    y, valid = _inputs.as_labels(batch.target, wide), batch.valid()
-    if valid is not None and batch.void != batch.void:
-        y = torch.where(valid, y, 0.0)  # nan times a weight of 0 is nan
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    q = y if given.nothing() else towards_prior(y, given)
+    x, valid = x.to(torch.promote_types(x.dtype, torch.float32)), batch.valid()
     q = _inputs.with_nan(q, batch.target, batch.void, batch.legal)  # whether drawn or not
-    if valid is None and (reduction == "none" or not torch.compiler.is_compiling()):
+    if valid is None and (not whole or not torch.compiler.is_compiling()):
         return bce(x, q, weight, pos_weight=pos_weight, reduction=reduction)
-    if valid is not None and reduction != "none" and readable(x):
+    if valid is not None and whole and readable(x):
         # The mask as torch's weight: a fifth of the time. Ignored logits must then be finite.
         keep = as_bytes(valid).to(x.dtype)
-        weighted = keep if weight is None else keep * weight
-        total = bce(x, q, weighted, pos_weight=pos_weight, reduction="sum")
+        total = _summed(x, q, keep if weight is None else keep * weight, pos_weight)
         if bool(total.isfinite()):
             return total if reduction == "sum" else total / _number(keep)
     # The logit is replaced before the loss, so that an ignored inf or nan reaches no gradient.
@@ -281,6 +280,15 @@ def _by_torch(
     total = _by_sample(loss).sum(1).sum() if torch.compiler.is_compiling() else loss.sum()
     count = loss.numel() if valid is None else _number(valid)
     return total if reduction == "sum" else total / count
+
+
+def _summed(x: Tensor, q: Tensor, weight: Tensor, pos_weight: Tensor | None) -> Tensor:
+    """The sum, some samples at a time, so that what torch makes stays in a CPU's caches."""
+    bce, number = F.binary_cross_entropy_with_logits, x.numel() // BLOCK
+    if number < 2 or (pos_weight is not None and pos_weight.dim() >= x.dim()):
+        return bce(x, q, weight, pos_weight=pos_weight, reduction="sum")
+    parts = zip(x.chunk(number), q.chunk(number), weight.chunk(number), strict=True)
+    return torch.stack([bce(*part, None, None, "sum", pos_weight) for part in parts]).sum()
 
 
 def _number(valid: Tensor) -> Tensor:
@@ -327,39 +335,30 @@ def _slopes(
     # Low precision is accumulated in at least float32, like the labels.
     y = batch.labels(torch.promote_types(batch.input.dtype, torch.float32))
     slope = (y - prior) * batch.input
-    return _sample_means(slope if weight is None else slope * weight, valid, batch.plain)
+    return _sample_means(slope if weight is None else slope * weight, valid)
 
 
 def _hits(batch: Batch, valid: Tensor | None) -> Tensor:
     """Share of each sample's elements that are right at 1/2."""
-    said, true = _at_least(batch.input, 0, batch.plain), _at_least(batch.target, 0.5, batch.plain)
-    if said.dtype == true.dtype:
-        hits = said.eq_(true) if batch.plain else said == true
-    else:
-        hits = (said > 0) == (true > 0)
-    return _sample_means(hits, valid, batch.plain)
+    x, y = batch.input, batch.target
+    if not batch.plain:
+        return _sample_means((x >= 0) == (y if y.dtype == torch.bool else y >= 0.5), valid)
+    # As numbers: bools take many times as long.
+    if y.is_floating_point():
+        y = torch.ge(y, 0.5, out=torch.empty_like(y))
+    y = as_bytes(y) if y.dtype == torch.bool else y
+    return _sample_means(torch.ge(x, 0, out=torch.empty_like(x)).eq_(y), valid)
 
 
-def _at_least(value: Tensor, bound: float, plain: bool) -> Tensor:
-    """1 and 0, in the value's own dtype if possible: bools take many times as long."""
-    if value.dtype == torch.bool:
-        return value
-    if value.dtype in UNREDUCIBLE:  # torch can't compare them either
-        value = value.float()
-    return torch.ge(value, bound, out=torch.empty_like(value)) if plain else value >= bound
-
-
-def _sample_means(value: Tensor, valid: Tensor | None, plain: bool) -> Tensor:
+def _sample_means(value: Tensor, valid: Tensor | None) -> Tensor:
     """Mean over the valid elements of each sample, (N,) float32; nan for a sample without any."""
+    value = value if valid is None else kept(value, valid)
+    value, wide = _by_sample(value), torch.promote_types(value.dtype, torch.float32)
     if valid is not None:
-        value = value & valid if value.dtype == torch.bool else torch.where(valid, value, 0.0)
-    value = _by_sample(value)
-    if valid is None and plain and value.shape[1] == 1:
+        return (value.sum(1, dtype=wide) / _by_sample(as_bytes(valid)).sum(1)).float()
+    if readable(value) and value.shape[1] == 1:
         return value[:, 0].float()
-    wide = torch.promote_types(value.dtype, torch.float32)
-    if valid is None:
-        return value.mean(1, dtype=wide).float()
-    return (value.sum(1, dtype=wide) / _by_sample(valid).sum(1)).float()
+    return value.mean(1, dtype=wide).float()
 
 
 def _by_sample(value: Tensor) -> Tensor:
@@ -373,13 +372,11 @@ def _counts(
     target = batch.target
     if torch.compiler.is_compiling():
         target = batch.labels(torch.float32)  # as the loss reads them
-    if valid is not None and not target.is_floating_point():
-        target = target * valid
-    elif valid is not None:
-        target = torch.where(valid, target, 0.0)
+    if valid is not None:
+        target = kept(target, valid)
     elif target.dtype == torch.bool:
         target = as_bytes(target)
-    if target.dtype in UNREDUCIBLE or target.dtype in (torch.bfloat16, torch.float16):
+    if target.dtype in (torch.bfloat16, torch.float16):
         target = target.float()
     positive = _column_sums(target, shape, share)
     if valid is not None:

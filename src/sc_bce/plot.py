@@ -70,7 +70,6 @@ def reliability_diagram(
     """
     named = histogram if isinstance(histogram, Mapping) else {"": histogram}
     _check_histograms(named, ax)
-    _errors.choice("kind", kind, ("top_label", "positive_class"))
     measured = "accuracy" if kind == "top_label" else "share of positives"
     if ax is not None:
         _panel(ax, next(iter(named.values())), num_bins, kind)
@@ -93,20 +92,18 @@ def _figure(
     )
     figure.get_layout_engine().set(wspace=0.08)  # type: ignore[union-attr,call-arg]
     for column, (name, one) in enumerate(named.items()):
-        _counts(axes[1, column], _panel(axes[0, column], one, num_bins, kind), num_bins)
+        _counts(axes[1, column], num_bins, *_panel(axes[0, column], one, num_bins, kind))
         axes[0, column].set_title(textwrap.fill(name, 26))
         axes[1, column].set_xlabel("confidence")
     axes[0, 0].set_ylabel(measured)
     axes[1, 0].set_ylabel("elements")
-    entries = {
-        measured: Patch(**_BAR), "confidence above it": Patch(**_SHORT),
-        "confidence below it": Patch(**_OVER),
-    }  # fmt: skip
+    styles = {measured: _BAR, "confidence above it": _SHORT, "confidence below it": _OVER}
     if kind == "positive_class":
-        entries["isotonic curve"] = Patch(color=_CURVE)
+        styles["isotonic curve"] = {"color": _CURVE}
     figure.legend(
-        list(entries.values()), list(entries), loc="outside upper center",
-        ncols=min(len(entries), 1 + len(named)), fontsize="small", frameon=False,
+        handles=[Patch(label=name, **style) for name, style in styles.items()],
+        loc="outside upper center", ncols=min(len(styles), 1 + len(named)), fontsize="small",
+        frameon=False,
     )  # fmt: skip
     return figure
 
@@ -125,21 +122,19 @@ def _check_histograms(named: Mapping[str, object], ax: Axes | None) -> None:
             refuse("histogram", "be of one label", f"num_labels={one.num_labels}", remedy)
 
 
-def _panel(
-    ax: Axes, histogram: CalibrationHistogram, num_bins: int, kind: str
-) -> list[tuple[float, ...]]:
-    """Draw the bars; return left edge, count, confidence and accuracy of the bins with elements."""
+def _panel(ax: Axes, histogram: CalibrationHistogram, num_bins: int, kind: str) -> tuple[Any, Any]:
+    """Draw the bars; return left edge and count of the bins with elements."""
     table = histogram.reliability(num_bins, kind)
-    rows = zip(table.edges.tolist(), *(part.tolist() for part in table[1:]), strict=False)
-    filled = [row for row in rows if row[1] > 0]
-    lefts, accuracy = [row[0] for row in filled], [row[3] for row in filled]
-    gaps = [row[2] - row[3] for row in filled]
+    filled = table.count.cpu() > 0
+    parts = (table.edges[:-1], table.count, table.confidence, table.accuracy)
+    left, count, confidence, accuracy = (part.cpu()[filled].numpy() for part in parts)
+    gap = confidence - accuracy
     bars: dict[str, Any] = {"width": 1 / num_bins, "align": "edge", "linewidth": 0.6}
-    ax.bar(lefts, accuracy, **_BAR, **bars)
-    ax.bar(lefts, [max(gap, 0) for gap in gaps], bottom=accuracy, **_SHORT, **bars)
-    ax.bar(lefts, [min(gap, 0) for gap in gaps], bottom=accuracy, **_OVER, **bars)
+    ax.bar(left, accuracy, **_BAR, **bars)
+    ax.bar(left, gap.clip(min=0), bottom=accuracy, **_SHORT, **bars)
+    ax.bar(left, gap.clip(max=0), bottom=accuracy, **_OVER, **bars)
     ax.plot([0, 1], [0, 1], linestyle="--", linewidth=1, color=_LINE)
-    if kind == "positive_class" and filled:
+    if kind == "positive_class" and len(left):
         ax.plot(*_isotonic_curve(histogram), linewidth=1.4, color=_CURVE)
     ax.set(xlim=(0.5 if kind == "top_label" else 0.0, 1), ylim=(0, 1))
     ece, oe = float(histogram.ece(num_bins, kind)), float(histogram.oe(num_bins, kind))
@@ -148,7 +143,7 @@ def _panel(
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2},
     )  # fmt: skip
     ax.spines[["top", "right"]].set_visible(False)
-    return filled
+    return left, count
 
 
 def _isotonic_curve(histogram: CalibrationHistogram) -> tuple[list[float], list[float]]:
@@ -161,13 +156,11 @@ def _isotonic_curve(histogram: CalibrationHistogram) -> tuple[list[float], list[
     return torch.sigmoid(cells.logit[filled]).tolist(), [shares[block] for block in owner.tolist()]
 
 
-def _counts(ax: Axes, filled: list[tuple[float, ...]], num_bins: int) -> None:
-    ax.bar(
-        [row[0] for row in filled], [row[1] for row in filled], width=1 / num_bins, align="edge",
-        linewidth=0.6, color="#999999", edgecolor="white",
-    )  # fmt: skip
+def _counts(ax: Axes, num_bins: int, left: Any, count: Any) -> None:
+    shown: dict[str, Any] = {"linewidth": 0.6, "color": "#999999", "edgecolor": "white"}
+    ax.bar(left, count, width=1 / num_bins, align="edge", **shown)
     # Logarithmic: in dense prediction nearly all elements are in the last bin. From below one
     # element, so that a single one is visible, to twice the largest count.
     ax.set_yscale("log")
-    ax.set_ylim(0.7, max(ax.get_ylim()[1], *(2 * row[1] for row in filled), 0.8))
+    ax.set_ylim(0.7, max(ax.get_ylim()[1], 2 * count.max(initial=0.4)))
     ax.spines[["top", "right"]].set_visible(False)

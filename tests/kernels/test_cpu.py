@@ -435,11 +435,11 @@ def test_what_it_can_not_serve_takes_the_reference_path():
         sc_bce_with_logits(x, y, 0.1, reduction="none")
         with mock.patch.object(cpu, "MIN_FIXED", 25):
             sc_bce_with_logits(x, y, 0.1)
+            sc_bce_with_logits(x, y, 0.1, ignore_index=255)
             sc_bce_with_logits(x, y, torch.rand(4, 6) < 0.5)
         with mock.patch.object(cpu, "MIN_WEIGHTED", 25):
             sc_bce_with_logits(x, y, 0.1, weight=torch.full((4, 1), 0.1))
         with mock.patch.object(cpu, "MIN_ELEMENTS", 25):
-            sc_bce_with_logits(x, y, 0.1, ignore_index=255)
             AdaptivePerturbation(4)(x, y, torch.arange(4))
         with mock.patch.object(cpu, "MIN_PER_ROW", 2):
             sc_bce_with_logits(x, y, torch.full((4, 6), 0.1))
@@ -701,13 +701,14 @@ def test_each_thread_has_its_share_of_elements(threads):
         mock.patch.multiple(cpu, BLOCK=8, MIN_FIXED=16, MIN_ELEMENTS=4, MIN_PER_ROW=1),
         watching() as taken,
     ):
-        for share, fixed, void in (
+        for share, fixed, by_sample in (
             (3, False, False), (4, False, True), (15, False, True), (16, True, True),
         ):  # fmt: skip
             x, y = torch.randn(share * counted), torch.ones(share * counted)
             taken.clear()
             got = sc_bce_with_logits(x, y, 0.1)
             ignored = sc_bce_with_logits(x, y, 0.1, ignore_index=255)
-            assert taken == [fixed, void]
+            assert (swept(x, y, 0.1, wanted=Wanted(hits=True)) is not None) == by_sample
+            assert taken == [fixed, fixed, by_sample]
             want = ref.sc_bce(x.numpy(), y.numpy(), 0.1, 2.0)
             assert (float(got), float(ignored)) == pytest.approx((want, want), rel=1e-5)

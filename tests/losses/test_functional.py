@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from sc_bce import perturb_target, sc_bce_with_logits
+from sc_bce import functional, perturb_target, sc_bce_with_logits
 from sc_bce.kernels import cpu
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -272,7 +272,7 @@ def test_all_ignored_is_zero_and_an_empty_mean_is_nan():
     loss.backward()
     assert loss == 0
     assert_close(x.grad, torch.zeros(3))
-    for ignored in (None, 255):
+    for ignored in (None, 255, math.nan):
         empty = sc_bce_with_logits(torch.empty(0, 2), torch.empty(0, 2), 0.1, ignore_index=ignored)
         assert empty.isnan()
         total = sc_bce_with_logits(
@@ -376,6 +376,26 @@ def test_finite_and_non_finite_ignored_logits_give_one_loss(
         assert_close(loss, ends[0][0], rtol=1e-12, atol=1e-12)
         assert_close(grad, ends[0][1], rtol=1e-12, atol=1e-12)
         assert not bool(grad[tensor(~valid)].any())
+
+
+@pytest.mark.parametrize("shape", [(7, 2, 5), (40,)])
+@pytest.mark.parametrize("size", [None, (), (1,), (2, 1), (1, 2, 1), (7, 1, 1)])
+def test_some_samples_at_a_time_are_the_batch(size, shape):
+    if size and len(size) > len(shape):
+        size = (40,)
+    x, y = torch.randn(shape).double().requires_grad_(), torch.randint(0, 2, shape)
+    y[torch.rand(shape) < 0.3] = 255
+    pos_weight = None if size is None else 3 * torch.rand(size).double()
+
+    def run():
+        loss = sc_bce_with_logits(x, y, 0.1, pos_weight=pos_weight, ignore_index=255)
+        return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+    want = run()
+    with mock.patch.object(functional, "BLOCK", 16):
+        got = run()
+    assert_close(got, want, rtol=1e-12, atol=0)
+    assert not bool(got[1][y == 255].any())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

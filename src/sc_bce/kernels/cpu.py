@@ -16,16 +16,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from .._inputs import Batch, Perturbation, Seen, Wanted
-from .._torch import UNREDUCIBLE, readable
+from .._inputs import Batch, Perturbation, Seen, Wanted, broadcasts
+from .._torch import as_bytes, readable
 
 __all__ = ["sweep"]
 
 BLOCK = 1 << 19  # elements worked on at a time, by two threads: few enough for their caches
 # Elements for each thread from which this is faster than torch's own calls:
-MIN_ELEMENTS = 1 << 18  # if these make many passes, for the levels of samples or ignored elements
+MIN_ELEMENTS = 1 << 18  # if these make many passes, for the levels of samples
 MIN_FIXED = 1 << 20  # if they make few
 MIN_WEIGHTED = 1 << 21  # the same with a weight: then each element needs its own logarithm
 MIN_PER_ROW = 1 << 10  # elements that share a strength and a prior, from which this is faster
@@ -47,85 +47,61 @@ def sweep(
     In at least float32; differentiable any number of times in input, strength and prior.
     """
     # Under compile the checks of sizes would specialise a graph.
-    if torch.compiler.is_compiling() or batch.input.numel() < MIN_ELEMENTS:
+    if torch.compiler.is_compiling() or pos_weight is not None or reduction == "none":
         return None
-    plain = given.nothing() and batch.void is None  # torch's own call, bit for bit
-    if pos_weight is not None or reduction == "none" or plain:
+    if given.nothing() and batch.void is None:  # torch's own call, bit for bit
         return None
     by_sample = wanted.slopes or wanted.hits or wanted.share is not None
     if not _takes(batch, given, weight, by_sample):
         return None
-    x, drawn = batch.input, _draw_per_element(given.alpha, batch.input)
-    if drawn is not None:
-        given = given._replace(alpha=1.0)
+    x, alpha, drawn = batch.input, given.alpha, None
+    if isinstance(alpha, Tensor) and alpha.dtype == torch.bool and alpha.shape == x.shape:
+        drawn, given = alpha.contiguous(), given._replace(alpha=1.0)
+    each = weight if weight is not None and weight.shape == x.shape else None
+    shared = torch.ones((), device="cpu")  # the weight of a row
+    if weight is not None and each is None:
+        shared = weight[(None,) * (x.dim() - weight.dim())]
     # A row is the elements that share a strength, a prior and a weight: all trailing dimensions
     # along which none of them varies. Only what is wanted of samples keeps them apart.
-    lead = max(int(by_sample), 0, *(_varying(value) for value in given.tensors()))
-    if weight is not None:
-        weight = weight.reshape((1,) * (x.dim() - weight.dim()) + tuple(weight.shape))
-        lead = lead if weight.shape == x.shape else max(lead, _varying(weight))
+    lead = max(int(by_sample), *map(_varying, (*given.tensors(), shared)))
     shape = x.shape[:lead]
     if x.numel() < MIN_PER_ROW * shape.numel():
         return None
     dtype = torch.promote_types(x.dtype, torch.float32)
     strength = _row_values(given.strength(dtype), shape, dtype)
-    prior = _row_values(given.prior, shape, dtype)
-    if weight is not None and weight.shape != x.shape:
-        weight = _row_values(weight, shape, dtype)
-    data = _Data(x, batch.target, drawn, weight, _void(batch))
+    prior, factor = (_row_values(value, shape, dtype) for value in (given.prior, shared))
+    void = None if batch.void is None else float(batch.target.new_full((), batch.void))
+    parts = [_matrix(part, len(strength)) for part in (x, batch.target, drawn, each)]
+    data = _Data(*parts, void)  # type: ignore[call-arg,arg-type]
     with torch.no_grad():
         found = _found(data, strength, prior, wanted)
     if not bool(found.loss.isfinite().all()):
         return None  # a logit is inf or nan: an ignored one must be replaced, others are torch's
-    total = _Sweep.apply(x, strength, prior, data, found).sum()  # type: ignore[no-untyped-call]
+    rows = _Sweep.apply(data.input, strength, prior, data, found.loss)  # type: ignore[no-untyped-call]
+    total = (rows * factor[:, 0]).sum()
     if reduction == "mean":  # if all elements are ignored, 0 / 1
         total = (total / found.valid.sum().clamp(min=1)).to(total.dtype)
+    found = found._replace(slope=found.slope * factor[:, 0])
     return total, _seen(found, shape, x.shape, wanted)
 
 
 def _takes(batch: Batch, given: Perturbation, weight: Tensor | None, by_sample: bool) -> bool:
     """Whether the sweep is faster than torch's calls and does what they do."""
-    x, y, void = batch.input, batch.target, batch.void
+    x, void = batch.input, batch.void
+    constants = [batch.target] if weight is None else [batch.target, weight]
     least = MIN_FIXED if weight is None else MIN_WEIGHTED
-    if by_sample or void is not None:
+    if by_sample:
         least = MIN_ELEMENTS
     if x.numel() < least * _threads() or (void is not None and not abs(void) <= _EXACT):
         return False
-    if y.dtype in UNREDUCIBLE or not (x.is_contiguous() and y.is_contiguous()):
-        return False
-    constants = [y]
-    if weight is not None:
-        constants.append(weight)
-        pairs = zip(reversed(weight.shape), reversed(x.shape), strict=False)
-        if weight.dim() > x.dim() or any(have not in (1, want) for have, want in pairs):
-            return False  # torch raises its own error
-        if weight.shape == x.shape and not weight.is_contiguous():
-            return False
     wide = torch.promote_types(x.dtype, torch.float32)
-    return all(
-        not value.requires_grad and torch.promote_types(value.dtype, wide) == wide
-        for value in constants
-    ) and all(
-        readable(value) and not _is_dual(value) for value in (x, *constants, *given.tensors())
+    return (
+        all(broadcasts(value.shape, x.shape) for value in constants)  # or torch raises its error
+        and all(value.is_contiguous() for value in (x, *constants) if value.shape == x.shape)
+        and not any(value.requires_grad for value in constants)
+        and all(torch.promote_types(value.dtype, wide) == wide for value in constants)
+        and all(map(readable, (x, *constants, *given.tensors())))
     )
-
-
-def _is_dual(value: Tensor) -> bool:
-    return forward_ad.unpack_dual(value).tangent is not None  # type: ignore[no-untyped-call]
-
-
-def _void(batch: Batch) -> float | None:
-    """The target to ignore, as rounded by the target's own dtype."""
-    if batch.void is None:
-        return None
-    return float(torch.tensor(batch.void, dtype=batch.target.dtype, device="cpu"))
-
-
-def _draw_per_element(alpha: float | Tensor, x: Tensor) -> Tensor | None:
-    """Alpha itself if it is a bool for each element."""
-    if not isinstance(alpha, Tensor) or alpha.dtype != torch.bool or alpha.shape != x.shape:
-        return None
-    return alpha if alpha.is_contiguous() else None
 
 
 def _varying(value: Tensor) -> int:
@@ -141,17 +117,25 @@ def _row_values(value: float | Tensor, shape: torch.Size, dtype: torch.dtype) ->
     return value.expand(shape).reshape(-1, 1)
 
 
+def _matrix(value: Tensor | None, rows: int) -> Tensor | None:
+    """The rows as a view; bools as bytes, which become floats many times faster."""
+    if value is None:
+        return None
+    value = value.view(rows, -1)
+    return as_bytes(value) if value.dtype == torch.bool else value
+
+
 def _threads() -> int:
     return min(torch.get_num_threads(), MOST_THREADS)
 
 
 class _Data(NamedTuple):
-    """The data of each element."""
+    """The data of each element, in rows."""
 
     input: Tensor
     target: Tensor
     drawn: Tensor | None
-    weight: Tensor | None  # of the input's shape, or a column with one value per row
+    weight: Tensor | None
     void: float | None  # the target to ignore
 
 
@@ -172,8 +156,8 @@ def _seen(found: _Found, shape: torch.Size, size: torch.Size, wanted: Wanted) ->
         each, number = (value.view(size[0], -1).sum(1) for value in (total, found.valid))
         return (each / number).float()
 
-    columns = wanted.labels[: len(shape)] if wanted.labels else (1,) * len(shape)
-    over = [place for place, have in enumerate(columns) if have == 1]
+    labels = wanted.labels or (1,) * len(shape)
+    over = [place for place in range(len(shape)) if labels[place] == 1]
 
     def sums(rows: Tensor) -> Tensor:  # one for each element of the shape that is wanted
         rows = rows.view(shape)
@@ -182,15 +166,14 @@ def _seen(found: _Found, shape: torch.Size, size: torch.Size, wanted: Wanted) ->
         return (rows.sum(over) if over else rows).reshape(-1).float()
 
     return Seen(
-        means(found.slope.double()) if wanted.slopes else None,
+        means(found.slope) if wanted.slopes else None,
         means(found.hits) if wanted.hits else None,
         None if wanted.labels is None else (sums(found.valid), sums(found.labels)),
     )
 
 
 def _found(data: _Data, strength: Tensor, prior: Tensor, wanted: Wanted) -> _Found:
-    x, y, z, w = _matrices(len(strength), data)
-    each = w is not None and w.shape == x.shape
+    x, y, z, w, void = data
     work = _Work(x)
     # In float64: over many blocks float32 would lose what its sums within one keep.
     loss, slope, size, labels, hits, valid = torch.zeros(
@@ -200,16 +183,16 @@ def _found(data: _Data, strength: Tensor, prior: Tensor, wanted: Wanted) -> _Fou
     for place in work.blocks:
         r = place[0]
         x_block, y_block, gone = work.wide("x", x[place]), work.wide("y", y[place]), None
-        if data.void is not None:
-            gone, x_block, y_block = work.without(data.void, x_block, y_block, wanted)
+        if void is not None:
+            gone, x_block, y_block = work.without(void, x_block, y_block, wanted)
             valid[r] -= gone.sum(1)
         if wanted.labels is not None:  # of a block: exact in float32
             labels[r] += y_block.sum(1)
         if wanted.hits:  # an ignored element counts as a negative that is called positive
             hits[r] += work.hits(x_block, y_block, y.is_floating_point()).sum(1)
-        w_block = work.wide("w", w[place]) if each else None
-        weighted = x_block
-        if w_block is not None:
+        w_block, weighted = None, x_block
+        if w is not None:
+            w_block = work.wide("w", w[place])
             weighted = torch.mul(x_block, w_block, out=work.like("weighted", x_block))
         if z is None or wanted.slopes:
             # (y - 1/2) x, of which (y - c) x and BCE(x, y) follow.
@@ -220,13 +203,11 @@ def _found(data: _Data, strength: Tensor, prior: Tensor, wanted: Wanted) -> _Fou
             product = work.drawn(y_block, z[place], strength[r], prior[r]).sub_(0.5).mul_(weighted)
         loss[r] += _cross_entropy(x_block, product, w_block, gone, work)
     slope += (0.5 - prior[:, 0].double()) * size
-    if w is not None and not each:
-        loss, slope = w[:, 0] * loss, w[:, 0] * slope
     if z is None:
         s = strength[:, 0]
         # In a row of strength 0 a slope that overflows float32 must not make the loss nan.
         loss = torch.where(s == 0, loss, loss + s * slope)
-    return _Found(loss.to(work.dtype), slope.to(work.dtype), labels, hits, valid)
+    return _Found(loss.to(work.dtype), slope, labels, hits, valid)
 
 
 def _cross_entropy(
@@ -253,25 +234,22 @@ class _Sweep(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, strength: Tensor, prior: Tensor, data: _Data, found: _Found
+        ctx: Any, input: Tensor, strength: Tensor, prior: Tensor, data: _Data, loss: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(input, *data[1:4], strength, prior, found.slope)
+        ctx.save_for_backward(input, *data[1:4], strength, prior)
         ctx.void = data.void
-        return found.loss.view_as(found.loss)
+        return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, drawn, weight, strength, prior, slope = ctx.saved_tensors
-        data = _Data(input, target, drawn, weight, ctx.void)
+        *parts, strength, prior = ctx.saved_tensors
+        data, others = _Data(*parts, ctx.void), (None, None)  # type: ignore[call-arg]
         if torch.is_grad_enabled() or not _has_values(grad):
             # To be differentiated again, or for many gradients at once.
             return (*_by_formula(grad, data, strength, prior), None, None)
-        for_strength = for_prior = None
-        if ctx.needs_input_grad[2] or (ctx.needs_input_grad[1] and drawn is not None):
-            for_strength, for_prior = _by_formula(grad, data, strength, prior)[1:]
-        elif ctx.needs_input_grad[1]:
-            for_strength = (grad * slope)[:, None]
-        return _gradient(grad[:, None], data, strength, prior), for_strength, for_prior, None, None
+        if any(ctx.needs_input_grad[1:3]):
+            others = _by_formula(grad, data, strength, prior)[1:]  # type: ignore[assignment]
+        return _gradient(grad[:, None], data, strength, prior), *others, None, None
 
 
 def _has_values(value: Tensor) -> bool:
@@ -284,16 +262,11 @@ def _has_values(value: Tensor) -> bool:
 
 def _gradient(grad: Tensor, data: _Data, strength: Tensor, prior: Tensor) -> Tensor:
     """grad weight (sigmoid(x) - q)."""
-    x, y, z, w = _matrices(len(strength), data)
-    each = w is not None and w.shape == x.shape
-    if w is not None and not each:
-        grad = grad * w
-    result = torch.empty_like(data.input, memory_format=torch.contiguous_format)
-    out = result.view(x.shape)
-    work = _Work(x)
+    x, y, z, w, void = data
+    result, work = torch.empty_like(x), _Work(x)
     for place in work.blocks:
         r = place[0]
-        x_block, y_block, g = x[place], work.wide("y", y[place]), out[place]
+        x_block, y_block, g = x[place], work.wide("y", y[place]), result[place]
         if g.dtype != work.dtype:
             x_block = g = work.wide("x", x_block)
         torch.sigmoid(x_block, out=g)
@@ -302,12 +275,12 @@ def _gradient(grad: Tensor, data: _Data, strength: Tensor, prior: Tensor) -> Ten
             g.mul_(grad[r]).addcmul_(y_block, (s - 1) * grad[r]).sub_(s * c * grad[r])
         else:
             g.sub_(work.drawn(y_block, z[place], s, c)).mul_(grad[r])
-        if each:
+        if w is not None:
             g.mul_(work.wide("w", w[place]))
-        if data.void is not None:
-            g.mul_(torch.ne(y_block, data.void, out=work.like("other", y_block)))
-        if g.dtype != out.dtype:
-            out[place] = g
+        if void is not None:
+            g.mul_(torch.ne(y_block, void, out=work.like("other", y_block)))
+        if g.dtype != result.dtype:
+            result[place] = g
     return result
 
 
@@ -315,30 +288,17 @@ def _by_formula(
     grad: Tensor, data: _Data, strength: Tensor, prior: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by torch's own operations, which can be differentiated again."""
-    x, y, z, w = _matrices(len(strength), data)
-    x, y = x.to(strength.dtype), y.to(strength.dtype)
-    grad = grad[..., None]
-    share = torch.ones((), dtype=x.dtype, device="cpu")
-    if w is not None:
-        share = share * w.to(x.dtype)
+    x, y = data.input.to(strength.dtype), data.target.to(strength.dtype)
+    grad, share = grad[..., None], torch.ones_like(prior) if data.weight is None else data.weight
     if data.void is not None:
         share = share * (y != data.void)
         y = torch.where(y == data.void, 0.5, y)
-    drawn = share if z is None else share * z.to(x.dtype)
+    drawn = share if data.drawn is None else share * data.drawn
     towards = (y - prior) * drawn
     for_input = (grad * (share * (torch.sigmoid(x) - y) + strength * towards)).to(data.input.dtype)
     for_strength = grad * (towards * x).sum(-1, keepdim=True)
     for_prior = -grad * strength * (drawn * x).sum(-1, keepdim=True)
-    return for_input.view_as(data.input), for_strength, for_prior
-
-
-def _matrices(rows: int, data: _Data) -> list[Any]:
-    """The data with a row per strength; bools as bytes, which become floats many times faster."""
-    views = [None if value is None else value.view(rows, -1) for value in data[:4]]
-    return [
-        view.view(torch.uint8) if view is not None and view.dtype == torch.bool else view
-        for view in views
-    ]
+    return for_input, for_strength, for_prior
 
 
 class _Work:

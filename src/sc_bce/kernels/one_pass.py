@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from .._torch import functional_transform
 
@@ -29,12 +29,10 @@ def applies(x: Tensor, *tensors: Tensor | None) -> bool:
     """Whether this is eager code for which it pays, and only the first tensor needs a gradient."""
     if torch.compiler.is_compiling() or (x.is_cpu and x.dtype.itemsize >= 4):
         return False
-    others = [value for value in tensors if value is not None]
     return (
         type(x) in (Tensor, nn.Parameter)
         and not functional_transform()
-        and not any(value.requires_grad for value in others)
-        and not any(forward_ad.unpack_dual(value).tangent is not None for value in (x, *others))  # type: ignore[no-untyped-call]
+        and not any(value is not None and value.requires_grad for value in tensors)
     )
 
 
