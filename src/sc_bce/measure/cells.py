@@ -115,7 +115,7 @@ def grid(num_cells: int) -> Grid:
 
 
 class Counted(NamedTuple):
-    """The state of a histogram, all float64; each tensor has a row per label.
+    """The parts of a histogram's state, which is one float64 tensor with a row per label.
 
     After the cells of the grid comes one for what is sure, probabilities of 0 and 1.
     """
@@ -130,18 +130,17 @@ class Counted(NamedTuple):
     """(labels, 4) sums of squared error and log loss; the weight of logits; the weight of tame
     logits, which are not in the sums of |logit|"""
 
-    def plus(self, other: Counted) -> Counted:
-        return Counted(*(mine + part for mine, part in zip(self, other, strict=True)))
 
-    def to(self, device: torch.device) -> Counted:
-        return Counted(*(part.to(device) for part in self))
+def nothing(labels: int, cells: Grid, device: torch.device | str = "cpu") -> Tensor:
+    return torch.zeros(labels, 8 * (cells.size + 1) + 4, dtype=torch.float64, device=device)
 
 
-def nothing(labels: int, cells: Grid, device: torch.device | str = "cpu") -> Counted:
-    shapes = ((2, 2, cells.size + 1), (2, cells.size + 1), (2, cells.size + 1), (4,))
-    return Counted(
-        *(torch.zeros(labels, *size, dtype=torch.float64, device=device) for size in shapes)
-    )
+def counted(state: Tensor) -> Counted:
+    """The parts of a state, as views."""
+    rows, size = len(state), state.shape[1] // 8
+    counts, doubts, sizes, totals = torch.split(state, [4 * size, 2 * size, 2 * size, 4], 1)
+    counts, doubts = counts.view(rows, 2, 2, size), doubts.view(rows, 2, size)
+    return Counted(counts, doubts, sizes.view(rows, 2, size), totals)
 
 
 class Batch(NamedTuple):
@@ -209,12 +208,12 @@ def by_label(value: Tensor, num_labels: int | None) -> Tensor:
     return value.movedim(1, 0)
 
 
-def restored(saved: Mapping[str, Tensor], own: Counted) -> Counted:
-    """Copies of a saved state on the device of ``own``, whose sizes it must have."""
-    if set(saved) != set(own._fields):
+def restored(saved: Mapping[str, Tensor], own: Tensor) -> Tensor:
+    """A copy of a saved state on the device of ``own``, whose sizes it must have."""
+    if set(saved) != set(Counted._fields):
         remedy = "pass what `state_dict()` of this version returned; older states don't load"
-        refuse("state_dict", f"have the keys {sorted(own._fields)}", sorted(saved), remedy)
-    for name, part in own._asdict().items():
+        refuse("state_dict", f"have the keys {sorted(Counted._fields)}", sorted(saved), remedy)
+    for name, part in counted(own)._asdict().items():
         shape = getattr(saved[name], "shape", "no tensor")
         if shape != part.shape:
             remedy = "build the histogram with the same num_labels and num_cells"
@@ -222,4 +221,4 @@ def restored(saved: Mapping[str, Tensor], own: Counted) -> Counted:
             refuse(
                 "state_dict", wanted, f"{shape if shape == 'no tensor' else tuple(shape)}", remedy
             )
-    return Counted(*(saved[name].to(part, copy=True) for name, part in own._asdict().items()))
+    return torch.cat([saved[name].to(own).flatten(1) for name in Counted._fields], 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _errors, _inputs
 from .._errors import refuse
 from .._torch import any_set, as_bytes, ends, readable
-from .cells import Batch, Counted, Grid
+from .cells import Batch, Grid
 
 BLOCK = 1 << 17  # elements worked on at a time: half a MiB of float32, inside a CPU's cache
 _THREADS = 4  # at most, that count in parallel
@@ -21,14 +21,11 @@ _FINEST = 100_000  # number of cells up to which float32 separates neighbours
 TAME, _RANGE = 30.0, 0.1
 
 
-def count(cells: Grid, rows: list[Batch], state: Counted | None = None) -> Counted:
-    """The state of a histogram of these rows, one label each, added to ``state``."""
+def count(cells: Grid, rows: list[Batch]) -> Tensor:
+    """The state of a histogram of these rows, one label each."""
     counter = _Counter(cells, rows[0])
-    each = [counter.counted(row) for row in rows]
-    new = Counted(
-        *(torch.stack(part) if len(each) > 1 else part[0][None] for part in zip(*each, strict=True))
-    )
-    return new if state is None else state.to(new.counts.device).plus(new)
+    parts = [part.flatten() for row in rows for part in counter.counted(row)]
+    return torch.cat(parts).view(len(rows), -1)
 
 
 class _Counter:

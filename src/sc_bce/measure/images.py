@@ -12,7 +12,7 @@ from .. import _errors
 from .._arrays import Array
 from .._errors import refuse
 from . import cells as _cells
-from .cells import Counted
+from .cells import counted
 from .counting import count
 from .histogram import CalibrationHistogram, holding, same_kind
 
@@ -133,9 +133,8 @@ class ImageHistograms:
             remedy = "pass one image as `input[None]`, flattened ones as `input[:, None]`"
             refuse("input", wanted, f"shape {tuple(got)}", f"{remedy}, and targets likewise")
         _cells.by_label(batch.input, self.num_labels)
-        new = count(self._grid, batch.rows(self._rows))
         if len(batch.input):
-            self._append(new)
+            self._append(count(self._grid, batch.rows(self._rows)))
         self._looked = False
 
     def _rows(self, part: Tensor) -> Tensor:
@@ -166,9 +165,8 @@ class ImageHistograms:
             >>> images.histogram().accuracy()
             tensor(0.7500, dtype=torch.float64)
         """
-        size = (len(self), self.num_labels or 1)
-        rows = (part.reshape(*size, *part.shape[1:]).sum(0) for part in self._state)
-        return holding(Counted(*rows), self.num_labels, self.num_cells, self._looked)
+        each = self._state.view(len(self), self.num_labels or 1, self._state.shape[1])
+        return holding(each.sum(0), self.num_labels, self.num_cells, self._looked)
 
     def label(self, index: int) -> ImageHistograms:
         """Return the images of one label, without ``num_labels``.
@@ -180,7 +178,7 @@ class ImageHistograms:
             ImageHistograms(num_cells=100, images=8)
         """
         labels, made = range(self.num_labels or 1), ImageHistograms(num_cells=self.num_cells)
-        made._state = Counted(*(part[labels[index] :: len(labels)] for part in self._state))
+        made._state = self._state[labels[index] :: len(labels)]
         made._looked = self._looked
         return made
 
@@ -200,7 +198,7 @@ class ImageHistograms:
         size = (len(self),) if self.num_labels is None else (len(self), self.num_labels)
         if not len(self):
             return {name: one.new_zeros(size) for name, one in self.histogram().measures().items()}
-        each = holding(self._state, len(self._state.counts), self.num_cells)
+        each = holding(self._state, len(self._state), self.num_cells)
         return {name: value.reshape(size) for name, value in each.measures().items()}
 
     def interval(
@@ -261,7 +259,7 @@ class ImageHistograms:
             >>> sorted(ImageHistograms().state_dict())
             ['counts', 'doubts', 'sizes', 'totals']
         """
-        return {name: part.clone() for name, part in self._state._asdict().items()}
+        return {name: part.clone() for name, part in counted(self._state)._asdict().items()}
 
     @torch.inference_mode(False)
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -280,25 +278,21 @@ class ImageHistograms:
         self._state = _cells.restored(state_dict, _cells.nothing(rows, self._grid))
         self._looked = False
 
-    def _append(self, new: Counted) -> None:
-        parts = zip(self._state.to(new.counts.device), new, strict=True)
-        self._state = Counted(*(torch.cat(pair) for pair in parts))
+    def _append(self, new: Tensor) -> None:
+        self._state = torch.cat((self._state.to(new.device), new))
 
     def _resampled(self, of: Measure, resamples: int, seed: int) -> Tensor:
-        shapes = [part.shape[1:] for part in self._state]
-        flat = torch.cat([part.cpu().flatten(1) for part in self._state], 1)
+        state = self._state.cpu()
         # The same seed draws the same images for both networks.
         generator = torch.Generator("cpu").manual_seed(seed)
         images, values = len(self), []
-        together = max(1, min(resamples, TOGETHER // max(images, flat.shape[1])))
+        together = max(1, min(resamples, TOGETHER // max(images, state.shape[1])))
         for first in range(0, resamples, together):
             rows = min(together, resamples - first)
             chosen = torch.randint(images, (rows, images), generator=generator, device="cpu")
             weights = torch.zeros(rows, images, dtype=torch.float64, device="cpu")
             weights.scatter_add_(1, chosen, torch.ones_like(weights))
-            parts = torch.split(weights @ flat, [shape.numel() for shape in shapes], 1)
-            sums = Counted(*(p.reshape(rows, *s) for p, s in zip(parts, shapes, strict=True)))
-            drawn: object = of(holding(sums, rows, self.num_cells))
+            drawn: object = of(holding(weights @ state, rows, self.num_cells))
             if not isinstance(drawn, Tensor) or drawn.shape != (rows,):
                 wanted = f"return a Tensor of shape ({rows},) for a histogram of {rows} labels"
                 remedy = "leave out `float` and `item`"
@@ -311,7 +305,7 @@ class ImageHistograms:
         same_kind(self, other)
         if len(other) != len(self):
             refuse("other", f"hold the same {len(self)} images", f"{len(other)} images")
-        mine, theirs = (one._state.counts.sum((1, 3)).cpu() for one in (self, other))
+        mine, theirs = (counted(one._state).counts.sum((1, 3)).cpu() for one in (self, other))
         differ = ((mine - theirs).abs() > 1e-6 * (1 + mine)).any(1)
         if bool(differ.any()):
             first = int(differ.nonzero()[0, 0])
@@ -319,7 +313,7 @@ class ImageHistograms:
             refuse("other", wanted, f"other labels for image {first}", remedy)
 
     def __len__(self) -> int:
-        return len(self._state.counts) // (self.num_labels or 1)
+        return len(self._state) // (self.num_labels or 1)
 
     def __repr__(self) -> str:
         labels = "" if self.num_labels is None else f"num_labels={self.num_labels}, "
