@@ -149,8 +149,7 @@ class Batch(NamedTuple):
     input: Tensor
     target: Tensor
     weight: Tensor | None
-    valid: Tensor | None
-    """elements that are not masked; those that `void` marks are among them"""
+    """0 where an element is left out; None if all count for 1 but those that `void` marks"""
     void: float | None
     from_logits: bool
     legal: bool
@@ -159,8 +158,8 @@ class Batch(NamedTuple):
     def rows(self, view: Callable[[Tensor], Tensor]) -> list[Batch]:
         """One batch per label or image; `view` turns each tensor into these rows."""
         number = len(view(self.input))
-        parts: list[Any] = [[None] * number if one is None else view(one) for one in self[:4]]
-        return [Batch(*each, *self[4:]) for each in zip(*parts, strict=True)]  # type: ignore[call-arg]
+        parts: list[Any] = [[None] * number if one is None else view(one) for one in self[:3]]
+        return [Batch(*each, *self[3:]) for each in zip(*parts, strict=True)]  # type: ignore[call-arg]
 
 
 def batch(input: Any, target: Any, weight: Any, from_logits: bool, ignore_index: object) -> Batch:
@@ -170,20 +169,23 @@ def batch(input: Any, target: Any, weight: Any, from_logits: bool, ignore_index:
         _inputs.logits(x)
     _inputs.label(y)
     _inputs.same_size(x, y)
-    void = _errors.ignored(ignore_index)
     if y.dtype in UNREDUCIBLE:
         y = y.long()
     if valid is not None:
-        valid = valid.to(y.device).expand(y.shape)
-        y = y.masked_fill(~valid, 0)
-    void = _inputs.held(y, void)
+        y = y.masked_fill(~valid.to(y.device), 0)
+    void = _inputs.held(y, _errors.ignored(ignore_index))
     # Floats are looked at block by block, unless that would round them.
     floating = y.is_floating_point() and y.dtype != torch.float64
     legal = floating or _inputs.check_labels(y, void, readable(y))
     home = float64_device(x.device)
-    x, y, valid = x.to(home), y.to(home), None if valid is None else valid.to(home)
+    x, y = x.to(home), y.to(home)
     w = None if weight is None else _weights(_arrays.tensor(weight, "weight"), x)
-    return Batch(x, y, w, valid, void, from_logits and x.dtype != torch.uint8, legal)
+    if valid is not None:
+        shown = valid.to(home, torch.float64)
+        w = shown if w is None else w * shown
+    if w is not None and void is not None:
+        w = w * _inputs.valid_elements(y, void)  # type: ignore[operator]
+    return Batch(x, y, w, void, from_logits and x.dtype != torch.uint8, legal)
 
 
 def _weights(weight: Any, like: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class _Counter:
         self.sums = x.new_zeros(3, self.threads, 4 * (self.grid.size + 1), dtype=torch.float64)
         self.totals = x.new_zeros(2, dtype=torch.float64)
         self.tame = 0.0
-        parts = [None if one is None else one.reshape(-1) for one in row[:4]]
+        parts = [None if one is None else one.reshape(-1) for one in row[:3]]
         for first in range(0, x.numel(), BLOCK):
             blocks: Any = (None if one is None else one[first : first + BLOCK] for one in parts)
             self._block(*blocks)
@@ -66,24 +66,20 @@ class _Counter:
         totals = torch.stack((squares + wrong, loss, logits, tame))
         return counts, doubts.sum(1), sizes.sum(1), totals
 
-    def _block(self, x: Tensor, y: Tensor, weight: Tensor | None, valid: Tensor | None) -> None:
+    def _block(self, x: Tensor, y: Tensor, weight: Tensor | None) -> None:
         """Look at a block, and leave out what is ignored."""
         row, soft, number = self.row, False, len(x)
         whole = number == len(self.buffers[0])
         self.work = self.buffers if whole else [one[:number] for one in self.buffers]
-        label = y
-        if not row.legal:
-            label = _inputs.with_nan(_inputs.as_labels(y, self.dtype), y, row.void, row.legal)
-        elif y.dtype != self.dtype:
-            label = self.work[4].copy_(as_bytes(y) if y.dtype == torch.bool else y)
+        label = self.work[4].copy_(as_bytes(y) if y.dtype == torch.bool else y)
+        label = _inputs.with_nan(label, y, row.void, row.legal)
         x = x / 255.0 if x.dtype == torch.uint8 else x.to(self.dtype)
-        keep = self._kept(y, weight, valid)
+        keep = self._kept(y, weight)
         if keep is not None:
             label, x = _only(keep, label, self.work[4]), _only(keep, x, self.work[6])
             # What is ignored goes to the mean, so that it widens no range.
             mean = (x.sum() / keep.sum()).nan_to_num(0.5, 0.5, 0.5)
             x.addcmul_(torch.sub(self.one, keep, out=self.work[3]), mean)
-            weight = None if weight is None else weight * keep
         low, high = ends(x) if row.from_logits else torch.logit(torch.stack(ends(x)))
         good = low <= high  # nan is not
         if y.is_floating_point() or not row.legal:
@@ -98,27 +94,22 @@ class _Counter:
         if not soft:
             self._add(x, label, weight, keep, *limits)
             return
-        one = self.one.double() if keep is None else keep.double()
-        one, share = one if weight is None else weight, label.double()
+        some = self.one if keep is None else keep
+        one, share = some.double() if weight is None else weight, label.double()
         self._add(x, torch.ones_like(label), one * share, None, *limits)
         self._add(x, torch.zeros_like(label), one * (1 - share), None, *limits)
 
-    def _kept(self, y: Tensor, weight: Tensor | None, valid: Tensor | None) -> Tensor | None:
-        """1 for what is not ignored, 0 for what is; None if nothing is."""
+    def _kept(self, y: Tensor, weight: Tensor | None) -> Tensor | None:
+        """1 for what counts, 0 for what is left out; None if all counts."""
         void = self.row.void
-        masks = [] if valid is None else [as_bytes(valid)]
-        if weight is not None:
-            masks.append(as_bytes(weight != 0))
-        if void is not None and y.dtype == torch.uint8 and readable(y):
-            masks.append(torch.ne(y, void, out=torch.empty_like(y)))  # faster than as a bool
-        elif void is not None:
-            masks.append(as_bytes(_inputs.valid_elements(y, void)))  # type: ignore[arg-type]
-        if not masks:
-            return None
-        keep = self.work[5].copy_(masks[0])
-        for mask in masks[1:]:
-            keep.mul_(mask)
-        return keep
+        if weight is None and void is not None and y.dtype == torch.uint8 and readable(y):
+            mask = torch.ne(y, void, out=torch.empty_like(y))  # faster than as a bool
+        else:
+            valid = _inputs.valid_elements(y, void) if weight is None else weight != 0
+            if valid is None:
+                return None
+            mask = as_bytes(valid)
+        return self.work[5].copy_(mask)
 
     def _refuse(self, x: Tensor, label: Tensor) -> None:
         if bool(x.isnan().any()):

@@ -257,17 +257,15 @@ def mean_loss(cells: Sequence[Cells], answers: Sequence[Tensor]) -> float:
 
 
 def _looked_at(data: Sequence[Any], from_logits: bool, ignore_index: float | None) -> Batch:
-    """The data on the CPU, where everything is looked at; masks are weights of 0."""
+    """The data on the CPU, where everything is looked at; the largest weight is at least 1."""
     x, y, w = [one.detach().cpu() if isinstance(one, Tensor) else one for one in data]
     seen = batch(x, y, w, from_logits, ignore_index)
     if seen.from_logits and _inputs.like_probabilities(seen.input) == "log-probabilities":
         _errors.warn(_SOFTMAX)
-    scaled = seen.weight
-    if scaled is not None and scaled.numel():
-        scaled = scaled / min(float(scaled.max()) or 1.0, 1.0)
-    if seen.valid is not None:
-        scaled = seen.valid.double() if scaled is None else scaled * seen.valid
-    return seen._replace(weight=scaled, valid=None)
+    if seen.weight is not None and seen.weight.numel():
+        largest = float(seen.weight.max()) or 1.0
+        seen = seen._replace(weight=seen.weight / min(largest, 1.0))
+    return seen
 
 
 def _elements(row: Batch) -> Cells:
