@@ -154,7 +154,7 @@ class Measures:
             tensor(0.1000, dtype=torch.float64)
         """
         rows = zip(*(part.cpu().unbind() for part in self._bins(kind)), strict=True)
-        return self._values([float(scores.sweep(Bins(*row))) for row in rows])
+        return self._values(torch.stack([scores.sweep(Bins(*row)) for row in rows]))
 
     def brier(self) -> Tensor:
         """Brier score: mean squared error of the probability.
@@ -348,7 +348,7 @@ class Measures:
 
     def _refined(self, blocks: list[Blocks], score: str) -> Tensor:
         _errors.choice("score", score, _SCORES)
-        value = self._values([scores.refined(one, score) for one in blocks])
+        value = self._values(torch.stack([scores.refined(one, score) for one in blocks]))
         # To change nothing is monotone too, and tells logits of one cell apart.
         return torch.minimum(value, self.nll() if score == "log" else self.brier())
 
@@ -374,9 +374,8 @@ class Measures:
         ends = torch.arange(num_bins + 1, dtype=torch.float64, device=self._state.device)
         return ends / num_bins
 
-    def _values(self, each: list[float] | Tensor) -> Tensor:
-        value = torch.as_tensor(each, dtype=torch.float64, device=self._state.device)
-        return self._shaped(value)
+    def _values(self, each: Tensor) -> Tensor:
+        return self._shaped(each.to(self._state.device))
 
     def _shaped(self, value: Tensor) -> Tensor:
         return value[0] if self.num_labels is None else value
