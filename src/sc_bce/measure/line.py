@@ -85,18 +85,16 @@ def _shift(z: Tensor, n: Tensor, k: Tensor) -> Tensor:
     total = n.sum(-1, keepdim=True)
     n, k = n / total, k / total
     middle = torch.logit(k.sum(-1))
-    low, high, going = middle - most, middle - least, torch.ones_like(middle, dtype=torch.bool)
+    low, high = middle - most, middle - least
     while True:
         b = (low + high) / 2
         # Each class alone: a difference would lose the digits of what is sure and right.
         over = ((n - k) * torch.sigmoid(z + b[:, None])).sum(-1)
         under = (k * torch.sigmoid(-z - b[:, None])).sum(-1)
-        going = going & (low < b) & (b < high) & (high - low >= 1e-12 * b.abs().clamp(min=1.0))
-        going = going & (over != under)
+        going = (high - low >= 1e-12 * b.abs().clamp(min=1.0)) & (over != under)
         if not bool(going.any()):
             return b
-        low = torch.where(going & (over < under), b, low)
-        high = torch.where(going & (over > under), b, high)
+        low, high = torch.where(over < under, b, low), torch.where(over > under, b, high)
 
 
 def _newton(z: Tensor, n: Tensor, k: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
