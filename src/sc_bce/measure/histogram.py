@@ -216,9 +216,8 @@ class CalibrationHistogram(Measures):
         """
         labels = self.num_labels or 1
         if not -labels <= index < labels:
-            message = _errors.sentence("index", f"be in [{-labels}, {labels - 1}]", index)
-            raise IndexError(message)
-        return holding(self._state[index % labels, None], None, self.num_cells, self._looked)
+            refuse("index", f"be in [{-labels}, {labels - 1}]", index, error=IndexError)
+        return holding(self._state[index, None], None, self.num_cells, self._looked)
 
     @torch.inference_mode(False)
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> CalibrationHistogram:

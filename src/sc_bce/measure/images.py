@@ -134,11 +134,9 @@ class ImageHistograms:
             refuse("input", wanted, f"shape {tuple(got)}", f"{remedy}, and targets likewise")
         _cells.by_label(batch.input, self.num_labels)
         if len(batch.input):
-            self._append(count(self._grid, batch.rows(self._rows)))
+            last = 0 if self.num_labels is None else 1
+            self._append(count(self._grid, batch.rows(lambda part: part.flatten(0, last))))
         self._looked = False
-
-    def _rows(self, part: Tensor) -> Tensor:
-        return part if self.num_labels is None else part.flatten(0, 1)
 
     @torch.inference_mode(False)
     def merge(self, other: ImageHistograms) -> ImageHistograms:
@@ -244,13 +242,15 @@ class ImageHistograms:
             refuse("self", "hold two images or more", len(self), "update it first")
         if other is not None:
             self._check(other)
-        both = [self] if other is None else [self, other]
-        draws = [one._resampled(of, resamples, seed) for one in both]
-        values = [float(of(one.histogram())) for one in both]
+        value, draws = float(of(self.histogram())), self._resampled(of, resamples, seed)
+        may_be_0 = other is None and (measure in _ERRORS or not isinstance(measure, str))
         if other is not None:
-            return _interval(values[0] - values[1], draws[0] - draws[1], level)
-        may_be_0 = measure in _ERRORS or not isinstance(measure, str)
-        return _interval(values[0], draws[0], level, may_be_0)
+            value -= float(of(other.histogram()))
+            draws = draws - other._resampled(of, resamples, seed)
+        low, high = (float(draws.quantile((1 + sign * level) / 2)) for sign in (-1, 1))
+        unlifted = 2 * value - float(draws.mean())
+        near_0 = bool((draws >= 0).all()) and unlifted <= 3 * float(draws.std())
+        return Interval(value, 0.0 if near_0 and may_be_0 else low, high)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the counts and sums, one row per image and label, to be saved.
@@ -318,10 +318,3 @@ class ImageHistograms:
     def __repr__(self) -> str:
         labels = "" if self.num_labels is None else f"num_labels={self.num_labels}, "
         return f"{type(self).__name__}({labels}num_cells={self.num_cells}, images={len(self)})"
-
-
-def _interval(value: float, draws: Tensor, level: float, may_be_0: bool = False) -> Interval:
-    low, high = (float(draws.quantile((1 + sign * level) / 2)) for sign in (-1, 1))
-    unlifted = 2 * value - float(draws.mean())
-    near_0 = bool((draws >= 0).all()) and unlifted <= 3 * float(draws.std())
-    return Interval(value, 0.0 if near_0 and may_be_0 else low, high)
