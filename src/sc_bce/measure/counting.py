@@ -90,14 +90,14 @@ class _Counter:
         if bad:
             self._refuse(x, label)
         self.poison = None if bad is False else torch.where(good, 0.0, torch.nan)
-        limits = (-math.inf, math.inf) if bad is None else (float(low), float(high))
+        self.limits = (-math.inf, math.inf) if bad is None else (float(low), float(high))
         if not soft:
-            self._add(x, label, weight, keep, *limits)
+            self._add(x, label, weight, keep)
             return
         some = self.one if keep is None else keep
         one, share = some.double() if weight is None else weight, label.double()
-        self._add(x, torch.ones_like(label), one * share, None, *limits)
-        self._add(x, torch.zeros_like(label), one * (1 - share), None, *limits)
+        self._add(x, torch.ones_like(label), one * share, None)
+        self._add(x, torch.zeros_like(label), one * (1 - share), None)
 
     def _kept(self, y: Tensor, weight: Tensor | None) -> Tensor | None:
         """1 for what counts, 0 for what is left out; None if all counts."""
@@ -127,11 +127,8 @@ class _Counter:
             _inputs.refuse_labels(label, illegal, self.row.void)
         refuse("target", "hold no nan", "nan", "leave it out with `ignore_index=math.nan`")
 
-    def _add(
-        self, x: Tensor, y: Tensor, weight: Tensor | None, keep: Tensor | None, low: float,
-        high: float,
-    ) -> None:  # fmt: skip
-        """Add hard labels, of logits from ``low`` to ``high``: to the cells and to the totals."""
+    def _add(self, x: Tensor, y: Tensor, weight: Tensor | None, keep: Tensor | None) -> None:
+        """Add hard labels to the cells and to the totals."""
         size, doubt, place, part = self.work[:4]
         wide, far, kept, cell, narrow, ones = self.work[7:]
         if self.row.from_logits:
@@ -141,7 +138,8 @@ class _Counter:
             logit = torch.logit(x)
             torch.abs(logit, out=size)
             torch.minimum(x, torch.sub(1, x, out=part), out=doubt)
-        most = max(-low, high)
+        low, high = self.limits
+        most, whole = max(-low, high), keep is None and weight is None
         self.grid.coordinate(size, doubt, most, self.precision, place, part)
         if keep is not None:
             doubt.mul_(keep)
@@ -150,10 +148,15 @@ class _Counter:
         if weight is not None:
             values = [weight, wide * weight]
         if most < TAME and high - low > _RANGE:
-            whole = keep is None and weight is None
             self.tame += len(x) if whole else float(values[0].sum())
         else:
-            values.append(self._sizes(size, place, far, keep if weight is None else weight, most))
+            far.copy_(size)
+            if most == math.inf:
+                sure = far.isinf()
+                place.add_(sure)
+                # What is sure has no size; those of 8-bit maps are counted in its cell instead.
+                far.masked_fill_(sure, float(self.row.input.dtype == torch.uint8))
+            values.append(far if whole else far * values[0])
         place.add_(torch.ge(logit, 0, out=part), alpha=2 * (self.grid.size + 1))
         place.add_(y, alpha=self.grid.size + 1)
         # Through int32, which is several times faster than directly.
@@ -174,20 +177,6 @@ class _Counter:
         threads = self.threads if len(x) % self.threads == 0 else 1
         for sums, each in zip(self.sums, values, strict=False):
             sums[:threads].scatter_add_(1, cell.view(threads, -1), each.view(threads, -1))
-
-    def _sizes(
-        self, size: Tensor, place: Tensor, far: Tensor, weight: Tensor | None, most: float
-    ) -> Tensor:
-        """|logit| times the weight, with the cell for what is sure."""
-        far.copy_(size)
-        sure = far.isinf() if most == math.inf else None
-        if sure is not None:
-            far.masked_fill_(sure, 0.0)
-            place.add_(sure)
-        some = far if weight is None else far * weight
-        if sure is not None and self.row.input.dtype == torch.uint8:
-            some = some + (sure.double() if weight is None else sure * weight)
-        return some
 
 
 def _only(keep: Tensor, value: Tensor, out: Tensor) -> Tensor:
