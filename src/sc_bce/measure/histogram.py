@@ -297,12 +297,8 @@ class CalibrationHistogram(Measures):
             Over-confident (slope below 1): repair it or stop earlier; smoothing may help too.
         """
         values = {name: value.reshape(-1).tolist() for name, value in self.measures().items()}
-        curves = (isotonic(one.count, one.positive) for one in self.cells())
-        values["blocks"] = [float(len(curve.count)) for curve in curves]
-        labels: list[Any] = [
-            dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)
-        ]
-        return report.summary(labels, self.num_labels is not None)
+        values["blocks"] = [len(isotonic(one.count, one.positive).count) for one in self.cells()]
+        return report.summary(values, self.num_labels is not None)
 
     def __repr__(self) -> str:
         labels = "" if self.num_labels is None else f"num_labels={self.num_labels}, "
