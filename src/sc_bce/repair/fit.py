@@ -15,7 +15,8 @@ from .._arrays import Array
 from .._errors import refuse
 from .._torch import any_set, has_values, transformed
 from ..measure.cells import Batch, Grid, batch, by_label, grid, slack
-from ..measure.histogram import CalibrationHistogram
+from ..measure.counting import count
+from ..measure.histogram import CalibrationHistogram, holding
 from ..measure.scores import Cells
 
 AnyRepair = TypeVar("AnyRepair", bound="Repair")
@@ -25,6 +26,7 @@ Fits = tuple[list[Tensor], list[Cells], dict[str, Tensor]]
 _BLOCK = 1 << 16  # elements answered at a time on a CPU, so that intermediate results stay cached
 _MANY = 10_000  # elements of a label above which raw logits are gathered into cells
 _WORSE = 1e-6  # relative increase of the loss that rounding can cause
+_CELLS = 10_000  # of the histogram of raw values
 _GRID = grid(40_000)  # whose cells are narrow enough for six digits of a slope
 _INFINITE = "it is that of a probability of exactly 0 or 1; pass those with `from_logits=False`"
 _SOFTMAX = (
@@ -109,14 +111,11 @@ class Repair(nn.Module):
                 name, histogram = "histogram", input
                 self._check(input, target, weight)
             else:
-                name, histogram = "target", CalibrationHistogram(self.num_labels)
                 seen = _looked_at((input, target, weight), from_logits, ignore_index)
-                histogram.update(
-                    seen.input, seen.target, weight=seen.weight, from_logits=seen.from_logits,
-                    ignore_index=seen.void,
-                )  # fmt: skip
+                rows = seen.rows(lambda part: by_label(part, self.num_labels))
+                state = count(grid(_CELLS), rows)
+                name, histogram = "target", holding(state, self.num_labels, _CELLS, looked=False)
                 if self._by_element and seen.from_logits:
-                    rows = seen.rows(lambda part: by_label(part, self.num_labels))
                     elements = [_elements(row) for row in rows]
             cells, before = histogram.cells(), float(histogram.pooled().nll())
             _usable(name, cells, self.num_labels)
