@@ -216,11 +216,8 @@ def restored(saved: Mapping[str, Tensor], own: Tensor) -> Tensor:
         remedy = "pass what `state_dict()` of this version returned; older states don't load"
         refuse("state_dict", f"have the keys {sorted(Counted._fields)}", sorted(saved), remedy)
     for name, part in counted(own)._asdict().items():
-        shape = getattr(saved[name], "shape", "no tensor")
+        shape = tuple(getattr(saved[name], "shape", ()))
         if shape != part.shape:
             remedy = "build the histogram with the same num_labels and num_cells"
-            wanted = f"hold `{name}` of shape {tuple(part.shape)}"
-            refuse(
-                "state_dict", wanted, f"{shape if shape == 'no tensor' else tuple(shape)}", remedy
-            )
+            refuse("state_dict", f"hold `{name}` of shape {tuple(part.shape)}", shape, remedy)
     return torch.cat([saved[name].to(own).flatten(1) for name in Counted._fields], 1)
