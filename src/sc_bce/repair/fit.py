@@ -49,7 +49,7 @@ class Repair(nn.Module):
     # Calibrated logits, of logits or probabilities in at least float32.
     _map: Callable[[Tensor], Tensor]
 
-    def __init__(self, num_labels: int | None) -> None:
+    def __init__(self, num_labels: int | None, **sizes: tuple[int, ...]) -> None:
         super().__init__()
         self.num_labels = None if num_labels is None else _errors.whole("num_labels", num_labels)
         self.nll = None
@@ -57,6 +57,8 @@ class Repair(nn.Module):
         with torch.inference_mode(False):
             self.register_buffer("fitted", torch.tensor(False))
             self.register_buffer("from_logits", torch.tensor(True))
+            for name, size in sizes.items():
+                self.register_buffer(name, torch.empty(size))
 
     def fit(
         self: AnyRepair, input: Tensor | CalibrationHistogram | Array,

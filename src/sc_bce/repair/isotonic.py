@@ -80,11 +80,9 @@ class IsotonicCalibration(Repair):
     _if_worse = "the data are too few for a curve; take TemperatureScaling(bias=True)"
 
     def __init__(self, num_labels: int | None = None) -> None:
-        super().__init__(num_labels)
-        self._grid = grid(self.num_cells)
-        labels = () if self.num_labels is None else (self.num_labels,)
-        with torch.inference_mode(False):
-            self.register_buffer("table", torch.empty(*labels, 2 * self._grid.size))
+        cells, labels = grid(self.num_cells), () if num_labels is None else (num_labels,)
+        super().__init__(num_labels, table=(*labels, 2 * cells.size))
+        self._grid = cells
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
