@@ -131,8 +131,8 @@ class Counted(NamedTuple):
     logits, which are not in the sums of |logit|"""
 
 
-def nothing(labels: int, cells: Grid, device: torch.device | str = "cpu") -> Tensor:
-    return torch.zeros(labels, 8 * (cells.size + 1) + 4, dtype=torch.float64, device=device)
+def nothing(labels: int, cells: Grid) -> Tensor:
+    return torch.zeros(labels, 8 * (cells.size + 1) + 4, dtype=torch.float64, device="cpu")
 
 
 def counted(state: Tensor) -> Counted:

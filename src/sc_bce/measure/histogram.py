@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _errors
 from .._arrays import Array
 from .._errors import refuse
-from .._torch import served
+from .._torch import reduced, served, world_size
 from . import cells as _cells
 from . import report
 from .cells import by_label, counted
@@ -230,11 +230,9 @@ class CalibrationHistogram(Measures):
             >>> CalibrationHistogram().all_reduce()  # one process
             CalibrationHistogram(num_cells=10000, count=0)
         """
-        if dist.is_available() and dist.is_initialized():
+        if world_size(group) > 1:
             own = self._state.device
-            # A copy, since the state may share memory with another histogram's.
-            there = self._state.to(served(group, own), copy=True)
-            dist.all_reduce(there, group=group)
+            there = reduced(self._state.to(served(group, own)), group)
             self._state, self._looked = there.to(own), False
         return self
 

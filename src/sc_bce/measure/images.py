@@ -100,7 +100,7 @@ class ImageHistograms:
     def __init__(self, num_labels: int | None = None, *, num_cells: int = 100) -> None:
         like = CalibrationHistogram(num_labels, num_cells=num_cells)
         self.num_labels, self.num_cells = like.num_labels, like.num_cells
-        self._grid, self._looked = _cells.grid(self.num_cells), True
+        self._grid = _cells.grid(self.num_cells)
         self._state = _cells.nothing(0, self._grid)  # a row per image and label
 
     @torch.inference_mode(False)
@@ -136,7 +136,6 @@ class ImageHistograms:
         if len(batch.input):
             last = 0 if self.num_labels is None else 1
             self._append(count(self._grid, batch.rows(lambda part: part.flatten(0, last))))
-        self._looked = False
 
     @torch.inference_mode(False)
     def merge(self, other: ImageHistograms) -> ImageHistograms:
@@ -151,7 +150,6 @@ class ImageHistograms:
         """
         same_kind(self, other)
         self._append(other._state)
-        self._looked = self._looked and other._looked
         return self
 
     def histogram(self) -> CalibrationHistogram:
@@ -164,7 +162,7 @@ class ImageHistograms:
             tensor(0.7500, dtype=torch.float64)
         """
         each = self._state.view(len(self), self.num_labels or 1, self._state.shape[1])
-        return holding(each.sum(0), self.num_labels, self.num_cells, self._looked)
+        return holding(each.sum(0), self.num_labels, self.num_cells, looked=False)
 
     def label(self, index: int) -> ImageHistograms:
         """Return the images of one label, without ``num_labels``.
@@ -177,7 +175,6 @@ class ImageHistograms:
         """
         labels, made = range(self.num_labels or 1), ImageHistograms(num_cells=self.num_cells)
         made._state = self._state[labels[index] :: len(labels)]
-        made._looked = self._looked
         return made
 
     def per_image(self) -> dict[str, Tensor]:
@@ -276,7 +273,6 @@ class ImageHistograms:
         rows = len(counts) if isinstance(counts, Tensor) and counts.dim() else 0
         rows -= rows % (self.num_labels or 1)
         self._state = _cells.restored(state_dict, _cells.nothing(rows, self._grid))
-        self._looked = False
 
     def _append(self, new: Tensor) -> None:
         self._state = torch.cat((self._state.to(new.device), new))
