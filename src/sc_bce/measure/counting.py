@@ -47,13 +47,11 @@ class _Counter:
         dtypes = (*[self.dtype] * 7, wide, wide, wide, torch.int64, torch.int32)
         self.buffers = [x.new_empty(size, dtype=dtype) for dtype in dtypes]
         self.buffers.append(x.new_ones(size, dtype=wide))
-        self.one = x.new_ones((), dtype=self.dtype)
 
     def counted(self, row: Batch) -> tuple[Tensor, ...]:
         self.row, x = row, row.input
         self.sums = x.new_zeros(3, self.threads, 4 * (self.grid.size + 1), dtype=torch.float64)
-        self.totals = x.new_zeros(2, dtype=torch.float64)
-        self.tame = 0.0
+        self.totals = x.new_zeros(4, dtype=torch.float64)
         parts = [None if one is None else one.reshape(-1) for one in row[:3]]
         for first in range(0, x.numel(), BLOCK):
             blocks: Any = (None if one is None else one[first : first + BLOCK] for one in parts)
@@ -61,10 +59,9 @@ class _Counter:
         sums = self.sums[:, 0] if self.threads == 1 else self.sums.sum(1)
         counts, doubts, sizes = sums.view(3, 2, 2, -1)
         wrong = sum((counts[i, 1 - i].sum() - 2 * doubts[i, 1 - i].sum()) for i in (0, 1))
-        squares, loss = self.totals
-        logits, tame = counts.sum() * row.from_logits, torch.full_like(loss, self.tame)
-        totals = torch.stack((squares + wrong, loss, logits, tame))
-        return counts, doubts.sum(1), sizes.sum(1), totals
+        self.totals[0] += wrong
+        self.totals[2] = counts.sum() * row.from_logits
+        return counts, doubts.sum(1), sizes.sum(1), self.totals
 
     def _block(self, x: Tensor, y: Tensor, weight: Tensor | None) -> None:
         """Look at a block, and leave out what is ignored."""
@@ -79,7 +76,7 @@ class _Counter:
             label, x = _only(keep, label, self.work[4]), _only(keep, x, self.work[6])
             # What is ignored goes to the mean, so that it widens no range.
             mean = (x.sum() / keep.sum()).nan_to_num(0.5, 0.5, 0.5)
-            x.addcmul_(torch.sub(self.one, keep, out=self.work[3]), mean)
+            x.addcmul_(torch.sub(1, keep, out=self.work[3]), mean)
         low, high = ends(x) if row.from_logits else torch.logit(torch.stack(ends(x)))
         good = low <= high  # nan is not
         if y.is_floating_point() or not row.legal:
@@ -94,8 +91,8 @@ class _Counter:
         if not soft:
             self._add(x, label, weight, keep)
             return
-        some = self.one if keep is None else keep
-        one, share = some.double() if weight is None else weight, label.double()
+        some = 1.0 if keep is None else keep.double()
+        one, share = some if weight is None else weight, label.double()
         self._add(x, torch.ones_like(label), one * share, None)
         self._add(x, torch.zeros_like(label), one * (1 - share), None)
 
@@ -148,7 +145,7 @@ class _Counter:
         if weight is not None:
             values = [weight, wide * weight]
         if most < TAME and high - low > _RANGE:
-            self.tame += len(x) if whole else float(values[0].sum())
+            self.totals[3] += len(x) if whole else values[0].sum()
         else:
             far.copy_(size)
             if most == math.inf:
@@ -162,7 +159,7 @@ class _Counter:
         # Through int32, which is several times faster than directly.
         cell.copy_(narrow.copy_(place))
         # Not clamp_(min=0), which on XLA turns infinity into the largest finite number.
-        wrong = torch.sub(self.one if keep is None else keep, y, alpha=2, out=part).mul_(logit)
+        wrong = torch.sub(1 if keep is None else keep, y, alpha=2, out=part).mul_(logit)
         wrong.relu_()
         if weight is None:
             loss = wrong.sum() - _sum_log_sure(doubt, place)

@@ -185,12 +185,12 @@ def between(cells: Bins, places: Tensor, edges: Tensor) -> Bins:
 
     The last bin has both its edges.
     """
-    places, num_bins = places.to(cells.count), len(edges) - 1
+    places = places.to(cells.count)
     centre = (places[1:] + places[:-1]) / 2
-    index = torch.bucketize(centre, edges[1:-1].contiguous(), right=True)
-    outside = (centre < edges[0]) | (centre > edges[-1])
-    bins = into_bins(cells, index.masked_fill(outside, num_bins), num_bins + 1)
-    return Bins(*(part[..., :-1] for part in bins))
+    # What lies outside goes into a bin before the first and one after the last.
+    index = torch.bucketize(centre, edges.contiguous(), right=True) - (centre == edges[-1]).long()
+    bins = into_bins(cells, index, len(edges) + 1)
+    return Bins(*(part[..., 1:-1] for part in bins))
 
 
 def gaps(bins: Bins) -> Tensor:
@@ -311,15 +311,12 @@ def _loss(p: Tensor, n: Tensor, k: Tensor) -> float:
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def entropy(p: Tensor) -> Tensor:
-    """Entropy of a share of positives, in nats."""
-    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
-
-
 def least_score(count: Tensor, positive: Tensor, score: str) -> Tensor:
     """The mean score if each cell, or block, predicts its own share of positives."""
     share = torch.where(count > 0, positive / count, 0.5)
-    each = entropy(share) if score == "log" else share * (1 - share)
+    each = share * (1 - share)
+    if score == "log":
+        each = torch.special.entr(share) + torch.special.entr(1 - share)
     return (count * each).sum(-1) / count.sum(-1)
 
 
