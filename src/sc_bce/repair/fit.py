@@ -26,7 +26,7 @@ Fits = tuple[list[Tensor], list[Cells], dict[str, Tensor]]
 _BLOCK = 1 << 16  # elements answered at a time on a CPU, so that intermediate results stay cached
 _MANY = 10_000  # elements of a label above which raw logits are gathered into cells
 _WORSE = 1e-6  # relative increase of the loss that rounding can cause
-_CELLS = 10_000  # of the histogram of raw values
+CELLS = 10_000  # of the histogram that raw values are counted into
 _GRID = grid(40_000)  # whose cells are narrow enough for six digits of a slope
 _INFINITE = "it is that of a probability of exactly 0 or 1; pass those with `from_logits=False`"
 _SOFTMAX = (
@@ -115,8 +115,8 @@ class Repair(nn.Module):
             else:
                 seen = _looked_at((input, target, weight), from_logits, ignore_index)
                 rows = seen.rows(lambda part: by_label(part, self.num_labels))
-                state = count(grid(_CELLS), rows)
-                name, histogram = "target", holding(state, self.num_labels, _CELLS, looked=False)
+                state = count(grid(CELLS), rows)
+                name, histogram = "target", holding(state, self.num_labels, CELLS, looked=False)
                 if self._by_element and seen.from_logits:
                     elements = [_elements(row) for row in rows]
             cells, before = histogram.cells(), float(histogram.pooled().nll())

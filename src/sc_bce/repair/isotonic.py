@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..measure.cells import grid
 from ..measure.scores import Blocks, Cells, isotonic
-from .fit import Fits, Repair, place
+from .fit import CELLS, Fits, Repair, place
 
 __all__ = ["IsotonicCalibration"]
 
@@ -76,7 +76,7 @@ class IsotonicCalibration(Repair):
     """
 
     table: Tensor
-    num_cells = 10_000
+    num_cells = CELLS
     _if_worse = "the data are too few for a curve; take TemperatureScaling(bias=True)"
 
     def __init__(self, num_labels: int | None = None) -> None:
