@@ -233,18 +233,15 @@ def place(cells: Grid, z: Tensor) -> Tensor:
     the logit. Without masks, which take a CPU longer than arithmetic, and with one clamp of each
     tensor, since exporters merge two.
     """
-    size = z.abs()
-    edge = slack(2 * cells.half, z.dtype) - cells.first
-    at = (-size).sigmoid().mul(-2 * cells.half).add(cells.half + edge)
-    at = at.clamp(0, cells.last - cells.first)
-    tail = size
+    tail = z.abs()
+    top = cells.half + slack(2 * cells.half, z.dtype) - cells.first
+    at = (-tail).sigmoid().mul(-2 * cells.half).add(top).clamp(0, cells.last - cells.first)
     for one in reversed(cells.stretches):
         high = one.high - 0.5 / one.density * (one is cells.stretches[-1])
         tail = tail.clamp(max=high)
         at = at + (tail - one.low).relu() * one.density
-    at = at.floor()
     side = z.clamp(-1, 0).floor()  # -1 for negative logits, else 0
-    return (at * (2 * side + 1) + side + cells.size).to(torch.int32)
+    return (at.floor() * (2 * side + 1) + side + cells.size).to(torch.int32)
 
 
 def mean_loss(cells: Sequence[Cells], answers: Sequence[Tensor]) -> float:
