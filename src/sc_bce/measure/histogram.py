@@ -148,7 +148,7 @@ class CalibrationHistogram(Measures):
         batch = _cells.batch(input, target, weight, from_logits, ignore_index)
         rows = batch.rows(lambda part: by_label(part, self.num_labels))
         new = count(self._grid, rows)
-        self._state, self._looked = self._state.to(new.device) + new, False
+        self._state, self._looked = new.add_(self._state.to(new.device)), False
 
     @torch.inference_mode(False)
     def reset(self) -> None:
