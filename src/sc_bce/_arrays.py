@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +38,4 @@ def unmasked(*values: Any) -> Tensor | None:
     """Where none of these is masked, as numpy.ma does it; None if none has a mask."""
     masks = [value.mask for value in values if hasattr(value, "mask") and hasattr(value, "filled")]
     masks = [tensor(mask, "mask") for mask in masks if mask.any()]
-    valid: Tensor | None = None
-    for mask in masks:
-        valid = ~mask if valid is None else valid & ~mask
-    return valid
+    return ~reduce(torch.logical_or, masks) if masks else None

@@ -179,6 +179,14 @@ def test_images_together_are_one_histogram():
     assert len(fresh) == 0
 
 
+def test_a_batch_without_images_changes_nothing():
+    histograms = ImageHistograms()
+    histograms.update(torch.empty(0, 1, 4), torch.empty(0, 1, 4))
+    assert len(histograms) == 0
+    assert histograms.histogram().nll().isnan()
+    assert histograms.per_image()["nll"].shape == (0,)
+
+
 def test_ten_thousand_images_fit():
     state = ImageHistograms().state_dict()
     row = sum(part.element_size() * part[:0].new_empty(part.shape[1:]).numel()

@@ -233,6 +233,14 @@ def test_refinement_knows_a_repair_from_a_better_network():
     assert float(seen(z + noise, y).refinement()) > float(one.refinement()) + 0.01
 
 
+def test_refinement_keeps_the_digits_of_large_counts():
+    """In float32 2^24 + 1 elements would be 2^24."""
+    n, k = 2.0**24 + 1, 2.0**23 - 1
+    blocks = measures.Blocks([0], [n], [k])
+    assert float(measures.refined(blocks, "brier")) == pytest.approx(k / n * (1 - k / n), rel=1e-15)
+    assert measures.refined(measures.Blocks([], [], []), "log").isnan()
+
+
 def test_decomposition_of_labels_is_that_of_each():
     z, y = torch.randn(90, 3), torch.rand(90, 3) < torch.tensor([0.1, 0.5, 0.8])
     histogram = seen(z, y, num_labels=3)

@@ -115,7 +115,7 @@ def grid(num_cells: int) -> Grid:
 
 
 class Counted(NamedTuple):
-    """The state of a histogram, all float64; each tensor has a row per label.
+    """The parts of a histogram's state, which is one float64 tensor with a row per label.
 
     After the cells of the grid comes one for what is sure, probabilities of 0 and 1.
     """
@@ -130,18 +130,17 @@ class Counted(NamedTuple):
     """(labels, 4) sums of squared error and log loss; the weight of logits; the weight of tame
     logits, which are not in the sums of |logit|"""
 
-    def plus(self, other: Counted) -> Counted:
-        return Counted(*(mine + part for mine, part in zip(self, other, strict=True)))
 
-    def to(self, device: torch.device) -> Counted:
-        return Counted(*(part.to(device) for part in self))
+def nothing(labels: int, cells: Grid) -> Tensor:
+    return torch.zeros(labels, 8 * (cells.size + 1) + 4, dtype=torch.float64, device="cpu")
 
 
-def nothing(labels: int, cells: Grid, device: torch.device | str = "cpu") -> Counted:
-    shapes = ((2, 2, cells.size + 1), (2, cells.size + 1), (2, cells.size + 1), (4,))
-    return Counted(
-        *(torch.zeros(labels, *size, dtype=torch.float64, device=device) for size in shapes)
-    )
+def counted(state: Tensor) -> Counted:
+    """The parts of a state, as views."""
+    rows, size = len(state), state.shape[1] // 8
+    counts, doubts, sizes, totals = torch.split(state, [4 * size, 2 * size, 2 * size, 4], 1)
+    counts, doubts = counts.view(rows, 2, 2, size), doubts.view(rows, 2, size)
+    return Counted(counts, doubts, sizes.view(rows, 2, size), totals)
 
 
 class Batch(NamedTuple):
@@ -150,8 +149,7 @@ class Batch(NamedTuple):
     input: Tensor
     target: Tensor
     weight: Tensor | None
-    valid: Tensor | None
-    """elements that are not masked; those that `void` marks are among them"""
+    """0 where an element is left out; None if all count for 1 but those that `void` marks"""
     void: float | None
     from_logits: bool
     legal: bool
@@ -160,8 +158,8 @@ class Batch(NamedTuple):
     def rows(self, view: Callable[[Tensor], Tensor]) -> list[Batch]:
         """One batch per label or image; `view` turns each tensor into these rows."""
         number = len(view(self.input))
-        parts: list[Any] = [[None] * number if one is None else view(one) for one in self[:4]]
-        return [Batch(*each, *self[4:]) for each in zip(*parts, strict=True)]  # type: ignore[call-arg]
+        parts: list[Any] = [[None] * number if one is None else view(one) for one in self[:3]]
+        return [Batch(*each, *self[3:]) for each in zip(*parts, strict=True)]  # type: ignore[call-arg]
 
 
 def batch(input: Any, target: Any, weight: Any, from_logits: bool, ignore_index: object) -> Batch:
@@ -171,20 +169,23 @@ def batch(input: Any, target: Any, weight: Any, from_logits: bool, ignore_index:
         _inputs.logits(x)
     _inputs.label(y)
     _inputs.same_size(x, y)
-    void = _errors.ignored(ignore_index)
     if y.dtype in UNREDUCIBLE:
         y = y.long()
     if valid is not None:
-        valid = valid.to(y.device).expand(y.shape)
-        y = y.masked_fill(~valid, 0)
-    void = _inputs.held(y, void)
+        y = y.masked_fill(~valid.to(y.device), 0)
+    void = _inputs.held(y, _errors.ignored(ignore_index))
     # Floats are looked at block by block, unless that would round them.
     floating = y.is_floating_point() and y.dtype != torch.float64
     legal = floating or _inputs.check_labels(y, void, readable(y))
     home = float64_device(x.device)
-    x, y, valid = x.to(home), y.to(home), None if valid is None else valid.to(home)
+    x, y = x.to(home), y.to(home)
     w = None if weight is None else _weights(_arrays.tensor(weight, "weight"), x)
-    return Batch(x, y, w, valid, void, from_logits and x.dtype != torch.uint8, legal)
+    if valid is not None:
+        shown = valid.to(home, torch.float64)
+        w = shown if w is None else w * shown
+    if w is not None and void is not None:
+        w = w * _inputs.valid_elements(y, void)  # type: ignore[operator]
+    return Batch(x, y, w, void, from_logits and x.dtype != torch.uint8, legal)
 
 
 def _weights(weight: Any, like: Tensor) -> Tensor:
@@ -209,17 +210,14 @@ def by_label(value: Tensor, num_labels: int | None) -> Tensor:
     return value.movedim(1, 0)
 
 
-def restored(saved: Mapping[str, Tensor], own: Counted) -> Counted:
-    """Copies of a saved state on the device of ``own``, whose sizes it must have."""
-    if set(saved) != set(own._fields):
+def restored(saved: Mapping[str, Tensor], own: Tensor) -> Tensor:
+    """A copy of a saved state on the device of ``own``, whose sizes it must have."""
+    if set(saved) != set(Counted._fields):
         remedy = "pass what `state_dict()` of this version returned; older states don't load"
-        refuse("state_dict", f"have the keys {sorted(own._fields)}", sorted(saved), remedy)
-    for name, part in own._asdict().items():
-        shape = getattr(saved[name], "shape", "no tensor")
+        refuse("state_dict", f"have the keys {sorted(Counted._fields)}", sorted(saved), remedy)
+    for name, part in counted(own)._asdict().items():
+        shape = tuple(getattr(saved[name], "shape", ()))
         if shape != part.shape:
             remedy = "build the histogram with the same num_labels and num_cells"
-            wanted = f"hold `{name}` of shape {tuple(part.shape)}"
-            refuse(
-                "state_dict", wanted, f"{shape if shape == 'no tensor' else tuple(shape)}", remedy
-            )
-    return Counted(*(saved[name].to(part, copy=True) for name, part in own._asdict().items()))
+            refuse("state_dict", f"hold `{name}` of shape {tuple(part.shape)}", shape, remedy)
+    return torch.cat([saved[name].to(own).flatten(1) for name in Counted._fields], 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _errors, _inputs
 from .._errors import refuse
 from .._torch import any_set, as_bytes, ends, readable
-from .cells import Batch, Counted, Grid
+from .cells import Batch, Grid
 
 BLOCK = 1 << 17  # elements worked on at a time: half a MiB of float32, inside a CPU's cache
 _THREADS = 4  # at most, that count in parallel
@@ -21,14 +21,11 @@ _FINEST = 100_000  # number of cells up to which float32 separates neighbours
 TAME, _RANGE = 30.0, 0.1
 
 
-def count(cells: Grid, rows: list[Batch], state: Counted | None = None) -> Counted:
-    """The state of a histogram of these rows, one label each, added to ``state``."""
+def count(cells: Grid, rows: list[Batch]) -> Tensor:
+    """The state of a histogram of these rows, one label each."""
     counter = _Counter(cells, rows[0])
-    each = [counter.counted(row) for row in rows]
-    new = Counted(
-        *(torch.stack(part) if len(each) > 1 else part[0][None] for part in zip(*each, strict=True))
-    )
-    return new if state is None else state.to(new.counts.device).plus(new)
+    parts = [part.flatten() for row in rows for part in counter.counted(row)]
+    return torch.cat(parts).view(len(rows), -1)
 
 
 class _Counter:
@@ -50,43 +47,36 @@ class _Counter:
         dtypes = (*[self.dtype] * 7, wide, wide, wide, torch.int64, torch.int32)
         self.buffers = [x.new_empty(size, dtype=dtype) for dtype in dtypes]
         self.buffers.append(x.new_ones(size, dtype=wide))
-        self.one = x.new_ones((), dtype=self.dtype)
 
     def counted(self, row: Batch) -> tuple[Tensor, ...]:
         self.row, x = row, row.input
         self.sums = x.new_zeros(3, self.threads, 4 * (self.grid.size + 1), dtype=torch.float64)
-        self.totals = x.new_zeros(2, dtype=torch.float64)
-        self.tame = 0.0
-        parts = [None if one is None else one.reshape(-1) for one in row[:4]]
+        self.totals = x.new_zeros(4, dtype=torch.float64)
+        parts = [None if one is None else one.reshape(-1) for one in row[:3]]
         for first in range(0, x.numel(), BLOCK):
             blocks: Any = (None if one is None else one[first : first + BLOCK] for one in parts)
             self._block(*blocks)
         sums = self.sums[:, 0] if self.threads == 1 else self.sums.sum(1)
         counts, doubts, sizes = sums.view(3, 2, 2, -1)
         wrong = sum((counts[i, 1 - i].sum() - 2 * doubts[i, 1 - i].sum()) for i in (0, 1))
-        squares, loss = self.totals
-        logits, tame = counts.sum() * row.from_logits, torch.full_like(loss, self.tame)
-        totals = torch.stack((squares + wrong, loss, logits, tame))
-        return counts, doubts.sum(1), sizes.sum(1), totals
+        self.totals[0] += wrong
+        self.totals[2] = counts.sum() * row.from_logits
+        return counts, doubts.sum(1), sizes.sum(1), self.totals
 
-    def _block(self, x: Tensor, y: Tensor, weight: Tensor | None, valid: Tensor | None) -> None:
+    def _block(self, x: Tensor, y: Tensor, weight: Tensor | None) -> None:
         """Look at a block, and leave out what is ignored."""
         row, soft, number = self.row, False, len(x)
         whole = number == len(self.buffers[0])
         self.work = self.buffers if whole else [one[:number] for one in self.buffers]
-        label = y
-        if not row.legal:
-            label = _inputs.with_nan(_inputs.as_labels(y, self.dtype), y, row.void, row.legal)
-        elif y.dtype != self.dtype:
-            label = self.work[4].copy_(as_bytes(y) if y.dtype == torch.bool else y)
+        label = self.work[4].copy_(as_bytes(y) if y.dtype == torch.bool else y)
+        label = _inputs.with_nan(label, y, row.void, row.legal)
         x = x / 255.0 if x.dtype == torch.uint8 else x.to(self.dtype)
-        keep = self._kept(y, weight, valid)
+        keep = self._kept(y, weight)
         if keep is not None:
             label, x = _only(keep, label, self.work[4]), _only(keep, x, self.work[6])
             # What is ignored goes to the mean, so that it widens no range.
             mean = (x.sum() / keep.sum()).nan_to_num(0.5, 0.5, 0.5)
-            x.addcmul_(torch.sub(self.one, keep, out=self.work[3]), mean)
-            weight = None if weight is None else weight * keep
+            x.addcmul_(torch.sub(1, keep, out=self.work[3]), mean)
         low, high = ends(x) if row.from_logits else torch.logit(torch.stack(ends(x)))
         good = low <= high  # nan is not
         if y.is_floating_point() or not row.legal:
@@ -97,31 +87,26 @@ class _Counter:
         if bad:
             self._refuse(x, label)
         self.poison = None if bad is False else torch.where(good, 0.0, torch.nan)
-        limits = (-math.inf, math.inf) if bad is None else (float(low), float(high))
+        self.limits = (-math.inf, math.inf) if bad is None else (float(low), float(high))
         if not soft:
-            self._add(x, label, weight, keep, *limits)
+            self._add(x, label, weight, keep)
             return
-        one = self.one.double() if keep is None else keep.double()
-        one, share = one if weight is None else weight, label.double()
-        self._add(x, torch.ones_like(label), one * share, None, *limits)
-        self._add(x, torch.zeros_like(label), one * (1 - share), None, *limits)
+        some = 1.0 if keep is None else keep.double()
+        one, share = some if weight is None else weight, label.double()
+        self._add(x, torch.ones_like(label), one * share, None)
+        self._add(x, torch.zeros_like(label), one * (1 - share), None)
 
-    def _kept(self, y: Tensor, weight: Tensor | None, valid: Tensor | None) -> Tensor | None:
-        """1 for what is not ignored, 0 for what is; None if nothing is."""
+    def _kept(self, y: Tensor, weight: Tensor | None) -> Tensor | None:
+        """1 for what counts, 0 for what is left out; None if all counts."""
         void = self.row.void
-        masks = [] if valid is None else [as_bytes(valid)]
-        if weight is not None:
-            masks.append(as_bytes(weight != 0))
-        if void is not None and y.dtype == torch.uint8 and readable(y):
-            masks.append(torch.ne(y, void, out=torch.empty_like(y)))  # faster than as a bool
-        elif void is not None:
-            masks.append(as_bytes(_inputs.valid_elements(y, void)))  # type: ignore[arg-type]
-        if not masks:
-            return None
-        keep = self.work[5].copy_(masks[0])
-        for mask in masks[1:]:
-            keep.mul_(mask)
-        return keep
+        if weight is None and void is not None and y.dtype == torch.uint8 and readable(y):
+            mask = torch.ne(y, void, out=torch.empty_like(y))  # faster than as a bool
+        else:
+            valid = _inputs.valid_elements(y, void) if weight is None else weight != 0
+            if valid is None:
+                return None
+            mask = as_bytes(valid)
+        return self.work[5].copy_(mask)
 
     def _refuse(self, x: Tensor, label: Tensor) -> None:
         if bool(x.isnan().any()):
@@ -139,11 +124,8 @@ class _Counter:
             _inputs.refuse_labels(label, illegal, self.row.void)
         refuse("target", "hold no nan", "nan", "leave it out with `ignore_index=math.nan`")
 
-    def _add(
-        self, x: Tensor, y: Tensor, weight: Tensor | None, keep: Tensor | None, low: float,
-        high: float,
-    ) -> None:  # fmt: skip
-        """Add hard labels, of logits from ``low`` to ``high``: to the cells and to the totals."""
+    def _add(self, x: Tensor, y: Tensor, weight: Tensor | None, keep: Tensor | None) -> None:
+        """Add hard labels to the cells and to the totals."""
         size, doubt, place, part = self.work[:4]
         wide, far, kept, cell, narrow, ones = self.work[7:]
         if self.row.from_logits:
@@ -153,7 +135,8 @@ class _Counter:
             logit = torch.logit(x)
             torch.abs(logit, out=size)
             torch.minimum(x, torch.sub(1, x, out=part), out=doubt)
-        most = max(-low, high)
+        low, high = self.limits
+        most, whole = max(-low, high), keep is None and weight is None
         self.grid.coordinate(size, doubt, most, self.precision, place, part)
         if keep is not None:
             doubt.mul_(keep)
@@ -162,16 +145,21 @@ class _Counter:
         if weight is not None:
             values = [weight, wide * weight]
         if most < TAME and high - low > _RANGE:
-            whole = keep is None and weight is None
-            self.tame += len(x) if whole else float(values[0].sum())
+            self.totals[3] += len(x) if whole else values[0].sum()
         else:
-            values.append(self._sizes(size, place, far, keep if weight is None else weight, most))
+            far.copy_(size)
+            if most == math.inf:
+                sure = far.isinf()
+                place.add_(sure)
+                # What is sure has no size; those of 8-bit maps are counted in its cell instead.
+                far.masked_fill_(sure, float(self.row.input.dtype == torch.uint8))
+            values.append(far if whole else far * values[0])
         place.add_(torch.ge(logit, 0, out=part), alpha=2 * (self.grid.size + 1))
         place.add_(y, alpha=self.grid.size + 1)
         # Through int32, which is several times faster than directly.
         cell.copy_(narrow.copy_(place))
         # Not clamp_(min=0), which on XLA turns infinity into the largest finite number.
-        wrong = torch.sub(self.one if keep is None else keep, y, alpha=2, out=part).mul_(logit)
+        wrong = torch.sub(1 if keep is None else keep, y, alpha=2, out=part).mul_(logit)
         wrong.relu_()
         if weight is None:
             loss = wrong.sum() - _sum_log_sure(doubt, place)
@@ -186,20 +174,6 @@ class _Counter:
         threads = self.threads if len(x) % self.threads == 0 else 1
         for sums, each in zip(self.sums, values, strict=False):
             sums[:threads].scatter_add_(1, cell.view(threads, -1), each.view(threads, -1))
-
-    def _sizes(
-        self, size: Tensor, place: Tensor, far: Tensor, weight: Tensor | None, most: float
-    ) -> Tensor:
-        """|logit| times the weight, with the cell for what is sure."""
-        far.copy_(size)
-        sure = far.isinf() if most == math.inf else None
-        if sure is not None:
-            far.masked_fill_(sure, 0.0)
-            place.add_(sure)
-        some = far if weight is None else far * weight
-        if sure is not None and self.row.input.dtype == torch.uint8:
-            some = some + (sure.double() if weight is None else sure * weight)
-        return some
 
 
 def _only(keep: Tensor, value: Tensor, out: Tensor) -> Tensor:

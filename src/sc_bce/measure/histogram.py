@@ -12,10 +12,10 @@ from torch import Tensor
 from .. import _errors
 from .._arrays import Array
 from .._errors import refuse
-from .._torch import served
+from .._torch import reduced, served, world_size
 from . import cells as _cells
 from . import report
-from .cells import Counted, by_label
+from .cells import by_label, counted
 from .counting import count
 from .measures import Measures
 from .scores import isotonic
@@ -147,8 +147,8 @@ class CalibrationHistogram(Measures):
         """
         batch = _cells.batch(input, target, weight, from_logits, ignore_index)
         rows = batch.rows(lambda part: by_label(part, self.num_labels))
-        self._state = count(self._grid, rows, self._state)
-        self._looked = False
+        new = count(self._grid, rows)
+        self._state, self._looked = new.add_(self._state.to(new.device)), False
 
     @torch.inference_mode(False)
     def reset(self) -> None:
@@ -161,7 +161,7 @@ class CalibrationHistogram(Measures):
             >>> histogram
             CalibrationHistogram(num_cells=10000, count=0)
         """
-        self._state, self._looked = Counted(*map(torch.zeros_like, self._state)), True
+        self._state, self._looked = torch.zeros_like(self._state), True
 
     @torch.inference_mode(False)
     def merge(self, other: CalibrationHistogram) -> CalibrationHistogram:
@@ -176,7 +176,7 @@ class CalibrationHistogram(Measures):
             CalibrationHistogram(num_cells=10000, count=6)
         """
         same_kind(self, other)
-        self._state = self._state.plus(other._state.to(self._state.counts.device))
+        self._state = self._state + other._state.to(self._state.device)
         self._looked = self._looked and other._looked
         return self
 
@@ -200,8 +200,7 @@ class CalibrationHistogram(Measures):
             >>> histogram.accuracy(), histogram.pooled().accuracy()
             (tensor([1., 0.], dtype=torch.float64), tensor(0.5000, dtype=torch.float64))
         """
-        state = Counted(*(part.sum(0, keepdim=True) for part in self._state))
-        return holding(state, None, self.num_cells, self._looked)
+        return holding(self._state.sum(0, keepdim=True), None, self.num_cells, self._looked)
 
     def label(self, index: int) -> CalibrationHistogram:
         """Return a histogram of the elements of one label, without ``num_labels``.
@@ -217,10 +216,8 @@ class CalibrationHistogram(Measures):
         """
         labels = self.num_labels or 1
         if not -labels <= index < labels:
-            message = _errors.sentence("index", f"be in [{-labels}, {labels - 1}]", index)
-            raise IndexError(message)
-        state = Counted(*(part[index % labels].unsqueeze(0) for part in self._state))
-        return holding(state, None, self.num_cells, self._looked)
+            refuse("index", f"be in [{-labels}, {labels - 1}]", index, error=IndexError)
+        return holding(self._state[index, None], None, self.num_cells, self._looked)
 
     @torch.inference_mode(False)
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> CalibrationHistogram:
@@ -233,12 +230,9 @@ class CalibrationHistogram(Measures):
             >>> CalibrationHistogram().all_reduce()  # one process
             CalibrationHistogram(num_cells=10000, count=0)
         """
-        if dist.is_available() and dist.is_initialized():
-            own = self._state.counts.device
-            # Copies, since the state may share memory with another histogram's.
-            there = Counted(*(part.to(served(group, own), copy=True) for part in self._state))
-            for part in there:
-                dist.all_reduce(part, group=group)
+        if world_size(group) > 1:
+            own = self._state.device
+            there = reduced(self._state.to(served(group, own)), group)
             self._state, self._looked = there.to(own), False
         return self
 
@@ -249,7 +243,7 @@ class CalibrationHistogram(Measures):
             >>> sorted(CalibrationHistogram().state_dict())
             ['counts', 'doubts', 'sizes', 'totals']
         """
-        return {name: part.clone() for name, part in self._state._asdict().items()}
+        return {name: part.clone() for name, part in counted(self._state)._asdict().items()}
 
     @torch.inference_mode(False)
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -274,8 +268,8 @@ class CalibrationHistogram(Measures):
             >>> histogram.from_logits
             False
         """
-        given = self._state.totals[:, 2].sum()
-        return bool((given > 0) | (self._state.counts.sum() == 0))
+        state = counted(self._state)
+        return bool((state.totals[:, 2].sum() > 0) | (state.counts.sum() == 0))
 
     def to_dict(self) -> dict[str, Any]:
         """Return every measure by name, as numbers (lists with ``num_labels``), for a log.
@@ -301,16 +295,12 @@ class CalibrationHistogram(Measures):
             Over-confident (slope below 1): repair it or stop earlier; smoothing may help too.
         """
         values = {name: value.reshape(-1).tolist() for name, value in self.measures().items()}
-        curves = (isotonic(one.count, one.positive) for one in self.cells())
-        values["blocks"] = [float(len(curve.count)) for curve in curves]
-        labels: list[Any] = [
-            dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)
-        ]
-        return report.summary(labels, self.num_labels is not None)
+        values["blocks"] = [len(isotonic(one.count, one.positive).count) for one in self.cells()]
+        return report.summary(values, self.num_labels is not None)
 
     def __repr__(self) -> str:
         labels = "" if self.num_labels is None else f"num_labels={self.num_labels}, "
-        counts = self._state.counts
+        counts = counted(self._state).counts
         count = "" if counts.is_meta else f", count={float(counts.sum()):.15g}"
         return f"{type(self).__name__}({labels}num_cells={self.num_cells}{count})"
 
@@ -328,7 +318,7 @@ def same_kind(one: Any, other: Any) -> None:
 
 
 def holding(
-    state: Counted, num_labels: int | None, num_cells: int, looked: bool = True
+    state: Tensor, num_labels: int | None, num_cells: int, looked: bool = True
 ) -> CalibrationHistogram:
     """A histogram of a state; ``looked`` if its logits can't turn out to be probabilities."""
     made = CalibrationHistogram(num_labels, num_cells=num_cells)

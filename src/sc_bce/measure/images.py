@@ -12,7 +12,7 @@ from .. import _errors
 from .._arrays import Array
 from .._errors import refuse
 from . import cells as _cells
-from .cells import Counted
+from .cells import counted
 from .counting import count
 from .histogram import CalibrationHistogram, holding, same_kind
 
@@ -100,7 +100,7 @@ class ImageHistograms:
     def __init__(self, num_labels: int | None = None, *, num_cells: int = 100) -> None:
         like = CalibrationHistogram(num_labels, num_cells=num_cells)
         self.num_labels, self.num_cells = like.num_labels, like.num_cells
-        self._grid, self._looked = _cells.grid(self.num_cells), True
+        self._grid = _cells.grid(self.num_cells)
         self._state = _cells.nothing(0, self._grid)  # a row per image and label
 
     @torch.inference_mode(False)
@@ -133,13 +133,9 @@ class ImageHistograms:
             remedy = "pass one image as `input[None]`, flattened ones as `input[:, None]`"
             refuse("input", wanted, f"shape {tuple(got)}", f"{remedy}, and targets likewise")
         _cells.by_label(batch.input, self.num_labels)
-        new = count(self._grid, batch.rows(self._rows))
         if len(batch.input):
-            self._append(new)
-        self._looked = False
-
-    def _rows(self, part: Tensor) -> Tensor:
-        return part if self.num_labels is None else part.flatten(0, 1)
+            last = 0 if self.num_labels is None else 1
+            self._append(count(self._grid, batch.rows(lambda part: part.flatten(0, last))))
 
     @torch.inference_mode(False)
     def merge(self, other: ImageHistograms) -> ImageHistograms:
@@ -154,7 +150,6 @@ class ImageHistograms:
         """
         same_kind(self, other)
         self._append(other._state)
-        self._looked = self._looked and other._looked
         return self
 
     def histogram(self) -> CalibrationHistogram:
@@ -166,9 +161,8 @@ class ImageHistograms:
             >>> images.histogram().accuracy()
             tensor(0.7500, dtype=torch.float64)
         """
-        size = (len(self), self.num_labels or 1)
-        rows = (part.reshape(*size, *part.shape[1:]).sum(0) for part in self._state)
-        return holding(Counted(*rows), self.num_labels, self.num_cells, self._looked)
+        each = self._state.view(len(self), self.num_labels or 1, self._state.shape[1])
+        return holding(each.sum(0), self.num_labels, self.num_cells, looked=False)
 
     def label(self, index: int) -> ImageHistograms:
         """Return the images of one label, without ``num_labels``.
@@ -180,8 +174,7 @@ class ImageHistograms:
             ImageHistograms(num_cells=100, images=8)
         """
         labels, made = range(self.num_labels or 1), ImageHistograms(num_cells=self.num_cells)
-        made._state = Counted(*(part[labels[index] :: len(labels)] for part in self._state))
-        made._looked = self._looked
+        made._state = self._state[labels[index] :: len(labels)]
         return made
 
     def per_image(self) -> dict[str, Tensor]:
@@ -200,7 +193,7 @@ class ImageHistograms:
         size = (len(self),) if self.num_labels is None else (len(self), self.num_labels)
         if not len(self):
             return {name: one.new_zeros(size) for name, one in self.histogram().measures().items()}
-        each = holding(self._state, len(self._state.counts), self.num_cells)
+        each = holding(self._state, len(self._state), self.num_cells)
         return {name: value.reshape(size) for name, value in each.measures().items()}
 
     def interval(
@@ -246,13 +239,15 @@ class ImageHistograms:
             refuse("self", "hold two images or more", len(self), "update it first")
         if other is not None:
             self._check(other)
-        both = [self] if other is None else [self, other]
-        draws = [one._resampled(of, resamples, seed) for one in both]
-        values = [float(of(one.histogram())) for one in both]
+        value, draws = float(of(self.histogram())), self._resampled(of, resamples, seed)
+        may_be_0 = other is None and (measure in _ERRORS or not isinstance(measure, str))
         if other is not None:
-            return _interval(values[0] - values[1], draws[0] - draws[1], level)
-        may_be_0 = measure in _ERRORS or not isinstance(measure, str)
-        return _interval(values[0], draws[0], level, may_be_0)
+            value -= float(of(other.histogram()))
+            draws = draws - other._resampled(of, resamples, seed)
+        low, high = (float(draws.quantile((1 + sign * level) / 2)) for sign in (-1, 1))
+        unlifted = 2 * value - float(draws.mean())
+        near_0 = bool((draws >= 0).all()) and unlifted <= 3 * float(draws.std())
+        return Interval(value, 0.0 if near_0 and may_be_0 else low, high)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the counts and sums, one row per image and label, to be saved.
@@ -261,7 +256,7 @@ class ImageHistograms:
             >>> sorted(ImageHistograms().state_dict())
             ['counts', 'doubts', 'sizes', 'totals']
         """
-        return {name: part.clone() for name, part in self._state._asdict().items()}
+        return {name: part.clone() for name, part in counted(self._state)._asdict().items()}
 
     @torch.inference_mode(False)
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -278,27 +273,22 @@ class ImageHistograms:
         rows = len(counts) if isinstance(counts, Tensor) and counts.dim() else 0
         rows -= rows % (self.num_labels or 1)
         self._state = _cells.restored(state_dict, _cells.nothing(rows, self._grid))
-        self._looked = False
 
-    def _append(self, new: Counted) -> None:
-        parts = zip(self._state.to(new.counts.device), new, strict=True)
-        self._state = Counted(*(torch.cat(pair) for pair in parts))
+    def _append(self, new: Tensor) -> None:
+        self._state = torch.cat((self._state.to(new.device), new))
 
     def _resampled(self, of: Measure, resamples: int, seed: int) -> Tensor:
-        shapes = [part.shape[1:] for part in self._state]
-        flat = torch.cat([part.cpu().flatten(1) for part in self._state], 1)
+        state = self._state.cpu()
         # The same seed draws the same images for both networks.
         generator = torch.Generator("cpu").manual_seed(seed)
         images, values = len(self), []
-        together = max(1, min(resamples, TOGETHER // max(images, flat.shape[1])))
+        together = max(1, min(resamples, TOGETHER // max(images, state.shape[1])))
         for first in range(0, resamples, together):
             rows = min(together, resamples - first)
             chosen = torch.randint(images, (rows, images), generator=generator, device="cpu")
             weights = torch.zeros(rows, images, dtype=torch.float64, device="cpu")
             weights.scatter_add_(1, chosen, torch.ones_like(weights))
-            parts = torch.split(weights @ flat, [shape.numel() for shape in shapes], 1)
-            sums = Counted(*(p.reshape(rows, *s) for p, s in zip(parts, shapes, strict=True)))
-            drawn: object = of(holding(sums, rows, self.num_cells))
+            drawn: object = of(holding(weights @ state, rows, self.num_cells))
             if not isinstance(drawn, Tensor) or drawn.shape != (rows,):
                 wanted = f"return a Tensor of shape ({rows},) for a histogram of {rows} labels"
                 remedy = "leave out `float` and `item`"
@@ -311,7 +301,7 @@ class ImageHistograms:
         same_kind(self, other)
         if len(other) != len(self):
             refuse("other", f"hold the same {len(self)} images", f"{len(other)} images")
-        mine, theirs = (one._state.counts.sum((1, 3)).cpu() for one in (self, other))
+        mine, theirs = (counted(one._state).counts.sum((1, 3)).cpu() for one in (self, other))
         differ = ((mine - theirs).abs() > 1e-6 * (1 + mine)).any(1)
         if bool(differ.any()):
             first = int(differ.nonzero()[0, 0])
@@ -319,15 +309,8 @@ class ImageHistograms:
             refuse("other", wanted, f"other labels for image {first}", remedy)
 
     def __len__(self) -> int:
-        return len(self._state.counts) // (self.num_labels or 1)
+        return len(self._state) // (self.num_labels or 1)
 
     def __repr__(self) -> str:
         labels = "" if self.num_labels is None else f"num_labels={self.num_labels}, "
         return f"{type(self).__name__}({labels}num_cells={self.num_cells}, images={len(self)})"
-
-
-def _interval(value: float, draws: Tensor, level: float, may_be_0: bool = False) -> Interval:
-    low, high = (float(draws.quantile((1 + sign * level) / 2)) for sign in (-1, 1))
-    unlifted = 2 * value - float(draws.mean())
-    near_0 = bool((draws >= 0).all()) and unlifted <= 3 * float(draws.std())
-    return Interval(value, 0.0 if near_0 and may_be_0 else low, high)

@@ -50,18 +50,16 @@ def lines(cells: Cells, *, slope: float | None = None, bias: bool = True) -> tup
         a[:], b[both] = slope, _shift(slope * z[both], n[both], k[both]) if bias else 0.0
         return a, b
     b[both] = math.nan if bias else 0.0
-    (low, high), (least, most) = _ends(z, n > 0), _ends(z, k > 0)
-    # Compared, since the rounded mean of equal logits need not be equal to them.
-    alike = (low == high) if bias else (low == 0) & (high == 0)
+    # Whether some logit (without a bias: 0) separates the classes; both ways if all are alike,
+    # which the scale does not tell: the rounded mean of equal logits need not be equal to them.
+    (low, high), (least, most) = _ends(z, n > k), _ends(z, k > 0)
+    up = high <= least if bias else (high <= 0) & (least >= 0)
+    down = most <= low if bias else (most <= 0) & (low >= 0)
     # Centred, so that logits that differ little beside their mean can be told apart.
     mean = (n * z).sum(-1) / total if bias else torch.zeros_like(total)
     scale = ((n * (z - mean[:, None]) ** 2).sum(-1) / total).sqrt()
-    known = both & ~alike & (scale > 0)
-    # An infinite slope if some logit (without a bias: 0) separates the classes.
-    low, high = _ends(z, n > k)
-    up = high <= least if bias else (high <= 0) & (least >= 0)
-    down = most <= low if bias else (most <= 0) & (low >= 0)
-    a[known & down], a[known & up] = -math.inf, math.inf
+    known = both & (scale > 0)
+    a[known & down & ~up], a[known & up & ~down] = -math.inf, math.inf
     b[known & (up | down)] = math.nan
     fit = known & ~up & ~down
     mean, scale = mean[fit], scale[fit]
@@ -85,18 +83,16 @@ def _shift(z: Tensor, n: Tensor, k: Tensor) -> Tensor:
     total = n.sum(-1, keepdim=True)
     n, k = n / total, k / total
     middle = torch.logit(k.sum(-1))
-    low, high, going = middle - most, middle - least, torch.ones_like(middle, dtype=torch.bool)
+    low, high = middle - most, middle - least
     while True:
         b = (low + high) / 2
         # Each class alone: a difference would lose the digits of what is sure and right.
         over = ((n - k) * torch.sigmoid(z + b[:, None])).sum(-1)
         under = (k * torch.sigmoid(-z - b[:, None])).sum(-1)
-        going = going & (low < b) & (b < high) & (high - low >= 1e-12 * b.abs().clamp(min=1.0))
-        going = going & (over != under)
+        going = (high - low >= 1e-12 * b.abs().clamp(min=1.0)) & (over != under)
         if not bool(going.any()):
             return b
-        low = torch.where(going & (over < under), b, low)
-        high = torch.where(going & (over > under), b, high)
+        low, high = torch.where(over < under, b, low), torch.where(over > under, b, high)
 
 
 def _newton(z: Tensor, n: Tensor, k: Tensor, bias: bool) -> tuple[Tensor, Tensor]:

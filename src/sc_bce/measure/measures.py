@@ -11,7 +11,7 @@ from .. import _errors
 from .._errors import refuse
 from .._torch import has_values
 from . import scores
-from .cells import Counted, Grid
+from .cells import Grid, counted
 from .line import Cells, lines
 from .scores import Bins, Blocks, Decomposition, Reliability
 
@@ -23,7 +23,7 @@ class Measures:
     """The measures of :class:`CalibrationHistogram`, which counts."""
 
     num_labels: int | None
-    _state: Counted
+    _state: Tensor
     _grid: Grid
     _looked: bool  # whether the logits can't turn out to be probabilities
 
@@ -154,7 +154,7 @@ class Measures:
             tensor(0.1000, dtype=torch.float64)
         """
         rows = zip(*(part.cpu().unbind() for part in self._bins(kind)), strict=True)
-        return self._values([float(scores.sweep(Bins(*row))) for row in rows])
+        return self._values(torch.stack([scores.sweep(Bins(*row)) for row in rows]))
 
     def brier(self) -> Tensor:
         """Brier score: mean squared error of the probability.
@@ -166,7 +166,7 @@ class Measures:
             >>> histogram.brier()  # (0.1 ** 2 + 0.2 ** 2) / 2
             tensor(0.0250, dtype=torch.float64)
         """
-        return self._shaped(self._state.totals[:, 0] / self._bins().total)
+        return self._shaped(counted(self._state).totals[:, 0] / self._bins().total)
 
     def nll(self) -> Tensor:
         """Mean negative log-likelihood (NLL) in nats, which is BCE.
@@ -178,7 +178,7 @@ class Measures:
             >>> histogram.nll()  # log 2
             tensor(0.6931, dtype=torch.float64)
         """
-        return self._shaped(self._state.totals[:, 1] / self._bins().total)
+        return self._shaped(counted(self._state).totals[:, 1] / self._bins().total)
 
     def slope(self) -> Tensor:
         r"""Calibration slope: the :math:`a` of the logistic fit :math:`\mathrm{logit} P = az + b`.
@@ -299,7 +299,8 @@ class Measures:
             >>> list(CalibrationHistogram().measures())[:4]
             ['count', 'sure', 'sure_wrong', 'accuracy']
         """
-        positive, sure, blocks = "positive_class", self._state.counts[..., -1], self._blocks()
+        positive, blocks = "positive_class", self._blocks()
+        sure = counted(self._state).counts[..., -1]
         values = {
             "count": self._shaped(self._bins().total),
             "sure": self._shaped(sure.sum((1, 2))),
@@ -336,18 +337,18 @@ class Measures:
         return [Cells(*row) for row in zip(*self._cells(), strict=True)]
 
     def _cells(self) -> Cells:
-        if self._state.counts.is_meta:
+        if self._state.is_meta:
             refuse("histogram", "hold values", "one on device meta")
-        state = self._state.to(torch.device("cpu"))
+        state = self._state.cpu()
         self._suspect(state)
-        return scores.cells_of(state, self._grid)
+        return scores.cells_of(counted(state), self._grid)
 
     def _blocks(self) -> list[Blocks]:
         return [scores.isotonic(one.count, one.positive) for one in self.cells()]
 
     def _refined(self, blocks: list[Blocks], score: str) -> Tensor:
         _errors.choice("score", score, _SCORES)
-        value = self._values([scores.refined(one, score) for one in blocks])
+        value = self._values(torch.stack([scores.refined(one, score) for one in blocks]))
         # To change nothing is monotone too, and tells logits of one cell apart.
         return torch.minimum(value, self.nll() if score == "log" else self.brier())
 
@@ -363,32 +364,31 @@ class Measures:
         """Count, outcomes and summed confidence of each cell, in order of confidence."""
         _errors.choice("kind", kind, _KINDS)
         self._suspect(self._state)
-        return scores.bins_of(self._state, kind)
+        return scores.bins_of(counted(self._state), kind)
 
     def _equal_width(self, num_bins: int, kind: str) -> Bins:
         cells, _ = self._bins(kind), _errors.whole("num_bins", num_bins)
         return scores.between(cells, self._grid.edges(kind), self._ends(num_bins))
 
     def _ends(self, num_bins: int) -> Tensor:
-        device = self._state.counts.device
-        return torch.arange(num_bins + 1, dtype=torch.float64, device=device) / num_bins
+        ends = torch.arange(num_bins + 1, dtype=torch.float64, device=self._state.device)
+        return ends / num_bins
 
-    def _values(self, each: list[float] | Tensor) -> Tensor:
-        device = self._state.counts.device
-        return self._shaped(torch.as_tensor(each, dtype=torch.float64, device=device))
+    def _values(self, each: Tensor) -> Tensor:
+        return self._shaped(each.to(self._state.device))
 
     def _shaped(self, value: Tensor) -> Tensor:
         return value[0] if self.num_labels is None else value
 
-    def _suspect(self, state: Counted) -> None:
+    def _suspect(self, state: Tensor) -> None:
         """Warn if what was passed as logits looks like probabilities.
 
         Counts on an accelerator are not looked at, since that would wait.
         """
-        if self._looked or not has_values(state.counts) or state.counts.device.type != "cpu":
+        if self._looked or not has_values(state) or state.device.type != "cpu":
             return
         self._looked = True
-        together = Counted(*(part.sum(0, keepdim=True) for part in state))
+        together = counted(state.sum(0, keepdim=True))
         if not bool(together.counts.sum() == together.totals[0, 2]):
             return
         (cells,) = zip(*scores.cells_of(together, self._grid), strict=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-Values = Mapping[str, float]
-
 _ROWS = {
     "count": "elements",
     "sure": "exactly 0 or 1",
@@ -31,23 +29,25 @@ _ROWS = {
 _COUNTS = ("count", "sure", "sure_wrong")
 
 
-def summary(labels: list[Values], named: bool) -> str:
+def summary(values: Mapping[str, list[float]], named: bool) -> str:
     """The table, with a column for each label, and what helps; ``named`` shows the labels."""
-    lines = [" " * 20 + "".join(f"{f'label {i}':>12}" for i in range(len(labels)))] * named
-    sure = any(values["sure"] for values in labels)
+    labels = range(len(values["count"]))
+    lines = [" " * 20 + "".join(f"{f'label {i}':>12}" for i in labels)] * named
+    sure = any(values["sure"])
     for key, title in _ROWS.items():
         if sure or key not in _COUNTS[1:]:
             shown = ".10g" if key in _COUNTS else ".4f"
-            lines.append(f"{title:<20}" + "".join(f"{one[key]:>12{shown}}" for one in labels))
+            lines.append(f"{title:<20}" + "".join(f"{one:>12{shown}}" for one in values[key]))
     who: dict[str, list[str]] = {}
-    for label, values in enumerate(labels):
-        who.setdefault(advice(values), []).append(str(label))
+    for label in labels:
+        own = {name: column[label] for name, column in values.items()}
+        who.setdefault(advice(own), []).append(str(label))
     if len(who) > 1:
         who = {f"label {', '.join(some)}: {text}": some for text, some in who.items()}
     return "\n".join((*lines, *who))
 
 
-def advice(values: Values) -> str:
+def advice(values: Mapping[str, float]) -> str:
     """What helps: a repair, perhaps label smoothing, or nothing."""
     slope, nll, elements = values["slope"], values["nll"], values["count"]
     if slope != slope:

@@ -101,13 +101,16 @@ def cells_of(state: Counted, grid: Grid) -> Cells:
     # Rounding must not move a cell's mean across its neighbour's.
     size = size.maximum(low - 1e-3 * (1 + low))
     size = torch.where(seen > 0, size, middle)
-    # From the surest negative to the surest positive.
     signed = torch.stack((-size[:, 0], size[:, 1]), 1)
-    columns = (signed, count[..., :-1], positive[..., :-1])
-    cells = Cells(*(torch.cat((part[:, 0].flip(-1), part[:, 1]), -1) for part in columns))
+    cells = Cells(*_in_order(signed, count[..., :-1], positive[..., :-1]))
     if bool((count[..., -1] > 0).any()):
         _place_sure(cells, low, count[..., -1], positive[..., -1], state.sizes[..., -1])
     return cells
+
+
+def _in_order(*columns: Tensor) -> list[Tensor]:
+    """Both predicted classes in a row, from the surest negative to the surest positive."""
+    return [torch.cat((part[:, 0].flip(-1), part[:, 1]), -1) for part in columns]
 
 
 def _place_sure(cells: Cells, low: Tensor, count: Tensor, positive: Tensor, bytes: Tensor) -> None:
@@ -145,13 +148,8 @@ def bins_of(state: Counted, kind: str) -> Bins:
     if kind == "top_label":
         right, total = counts[:, 0, 0] + counts[:, 1, 1], count.sum(1)
         return Bins(total, right, total - doubts.sum(1))
-    # Below 1/2 the probability is the doubt, so the order of the cells is reversed.
-    columns = (
-        (count[:, 0], count[:, 1]),
-        (positive[:, 0], positive[:, 1]),
-        (doubts[:, 0], count[:, 1] - doubts[:, 1]),
-    )
-    return Bins(*(torch.cat((low.flip(-1), high), -1) for low, high in columns))
+    probability = torch.stack((doubts[:, 0], count[:, 1] - doubts[:, 1]), 1)
+    return Bins(*_in_order(count, positive, probability))
 
 
 # --- bins -----------------------------------------------------------------------------------------
@@ -160,12 +158,8 @@ def bins_of(state: Counted, kind: str) -> Bins:
 def into_bins(cells: Bins, index: Tensor, num_bins: int) -> Bins:
     """Cells summed into the bins that ``index`` names; it has the shape of a row or of all."""
     index = index.expand(cells.count.shape)
-    return Bins(
-        *(
-            part.new_zeros(*part.shape[:-1], num_bins).scatter_add_(-1, index, part)
-            for part in cells
-        )
-    )
+    size = (*index.shape[:-1], num_bins)
+    return Bins(*(part.new_zeros(size).scatter_add_(-1, index, part) for part in cells))
 
 
 def mass_index(cells: Bins, num_bins: int) -> Tensor:
@@ -191,12 +185,12 @@ def between(cells: Bins, places: Tensor, edges: Tensor) -> Bins:
 
     The last bin has both its edges.
     """
-    places, num_bins = places.to(cells.count), len(edges) - 1
+    places = places.to(cells.count)
     centre = (places[1:] + places[:-1]) / 2
-    index = torch.bucketize(centre, edges[1:-1].contiguous(), right=True)
-    outside = (centre < edges[0]) | (centre > edges[-1])
-    bins = into_bins(cells, index.masked_fill(outside, num_bins), num_bins + 1)
-    return Bins(*(part[..., :-1] for part in bins))
+    # What lies outside goes into a bin before the first and one after the last.
+    index = torch.bucketize(centre, edges.contiguous(), right=True) - (centre == edges[-1]).long()
+    bins = into_bins(cells, index, len(edges) + 1)
+    return Bins(*(part[..., 1:-1] for part in bins))
 
 
 def gaps(bins: Bins) -> Tensor:
@@ -263,22 +257,16 @@ class Blocks(NamedTuple):
 
 def isotonic(count: Tensor, positive: Tensor) -> Blocks:
     """Pool adjacent violators over the cells that are not empty."""
-    first: list[int] = []
-    n: list[float] = []
-    k: list[float] = []
-    for cell, (one, ones) in enumerate(zip(count.tolist(), positive.tolist(), strict=True)):
-        if not one > 0:
+    blocks: list[tuple[int, float, float]] = []
+    for first, (n, k) in enumerate(zip(count.tolist(), positive.tolist(), strict=True)):
+        if not n > 0:
             continue
-        first.append(cell)
-        n.append(one)
-        k.append(ones)
         # Compared as products of whole numbers, exact up to 2^53.
-        while len(n) > 1 and k[-2] * n[-1] >= k[-1] * n[-2]:
-            first.pop()
-            last_n, last_k = n.pop(), k.pop()
-            n[-1] += last_n
-            k[-1] += last_k
-    return Blocks(first, n, k)
+        while blocks and blocks[-1][2] * n >= k * blocks[-1][1]:
+            first, before, ones = blocks.pop()
+            n, k = before + n, ones + k
+        blocks.append((first, n, k))
+    return Blocks([b[0] for b in blocks], [b[1] for b in blocks], [b[2] for b in blocks])
 
 
 # --- probabilities passed as logits ---------------------------------------------------------------
@@ -323,21 +311,16 @@ def _loss(p: Tensor, n: Tensor, k: Tensor) -> float:
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def entropy(p: Tensor) -> Tensor:
-    """Entropy of a share of positives, in nats."""
-    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
-
-
 def least_score(count: Tensor, positive: Tensor, score: str) -> Tensor:
     """The mean score if each cell, or block, predicts its own share of positives."""
     share = torch.where(count > 0, positive / count, 0.5)
-    each = entropy(share) if score == "log" else share * (1 - share)
+    each = share * (1 - share)
+    if score == "log":
+        each = torch.special.entr(share) + torch.special.entr(1 - share)
     return (count * each).sum(-1) / count.sum(-1)
 
 
-def refined(blocks: Blocks, score: str) -> float:
+def refined(blocks: Blocks, score: str) -> Tensor:
     """The mean score of one label if each block of the isotonic curve predicts its own share."""
-    if not blocks.count:
-        return math.nan
-    count, positive = (torch.tensor(one, device="cpu").double() for one in blocks[1:])
-    return float(least_score(count, positive, score))
+    count, positive = (torch.tensor(one, dtype=torch.float64, device="cpu") for one in blocks[1:])
+    return least_score(count, positive, score)

@@ -15,7 +15,8 @@ from .._arrays import Array
 from .._errors import refuse
 from .._torch import any_set, has_values, transformed
 from ..measure.cells import Batch, Grid, batch, by_label, grid, slack
-from ..measure.histogram import CalibrationHistogram
+from ..measure.counting import count
+from ..measure.histogram import CalibrationHistogram, holding
 from ..measure.scores import Cells
 
 AnyRepair = TypeVar("AnyRepair", bound="Repair")
@@ -25,6 +26,7 @@ Fits = tuple[list[Tensor], list[Cells], dict[str, Tensor]]
 _BLOCK = 1 << 16  # elements answered at a time on a CPU, so that intermediate results stay cached
 _MANY = 10_000  # elements of a label above which raw logits are gathered into cells
 _WORSE = 1e-6  # relative increase of the loss that rounding can cause
+CELLS = 10_000  # of the histogram that raw values are counted into
 _GRID = grid(40_000)  # whose cells are narrow enough for six digits of a slope
 _INFINITE = "it is that of a probability of exactly 0 or 1; pass those with `from_logits=False`"
 _SOFTMAX = (
@@ -47,7 +49,7 @@ class Repair(nn.Module):
     # Calibrated logits, of logits or probabilities in at least float32.
     _map: Callable[[Tensor], Tensor]
 
-    def __init__(self, num_labels: int | None) -> None:
+    def __init__(self, num_labels: int | None, **sizes: tuple[int, ...]) -> None:
         super().__init__()
         self.num_labels = None if num_labels is None else _errors.whole("num_labels", num_labels)
         self.nll = None
@@ -55,6 +57,8 @@ class Repair(nn.Module):
         with torch.inference_mode(False):
             self.register_buffer("fitted", torch.tensor(False))
             self.register_buffer("from_logits", torch.tensor(True))
+            for name, size in sizes.items():
+                self.register_buffer(name, torch.empty(size))
 
     def fit(
         self: AnyRepair, input: Tensor | CalibrationHistogram | Array,
@@ -109,14 +113,11 @@ class Repair(nn.Module):
                 name, histogram = "histogram", input
                 self._check(input, target, weight)
             else:
-                name, histogram = "target", CalibrationHistogram(self.num_labels)
                 seen = _looked_at((input, target, weight), from_logits, ignore_index)
-                histogram.update(
-                    seen.input, seen.target, weight=seen.weight, from_logits=seen.from_logits,
-                    ignore_index=seen.void,
-                )  # fmt: skip
+                rows = seen.rows(lambda part: by_label(part, self.num_labels))
+                state = count(grid(CELLS), rows)
+                name, histogram = "target", holding(state, self.num_labels, CELLS, looked=False)
                 if self._by_element and seen.from_logits:
-                    rows = seen.rows(lambda part: by_label(part, self.num_labels))
                     elements = [_elements(row) for row in rows]
             cells, before = histogram.cells(), float(histogram.pooled().nll())
             _usable(name, cells, self.num_labels)
@@ -232,18 +233,15 @@ def place(cells: Grid, z: Tensor) -> Tensor:
     the logit. Without masks, which take a CPU longer than arithmetic, and with one clamp of each
     tensor, since exporters merge two.
     """
-    size = z.abs()
-    edge = slack(2 * cells.half, z.dtype) - cells.first
-    at = (-size).sigmoid().mul(-2 * cells.half).add(cells.half + edge)
-    at = at.clamp(0, cells.last - cells.first)
-    tail = size
+    tail = z.abs()
+    top = cells.half + slack(2 * cells.half, z.dtype) - cells.first
+    at = (-tail).sigmoid().mul(-2 * cells.half).add(top).clamp(0, cells.last - cells.first)
     for one in reversed(cells.stretches):
         high = one.high - 0.5 / one.density * (one is cells.stretches[-1])
         tail = tail.clamp(max=high)
         at = at + (tail - one.low).relu() * one.density
-    at = at.floor()
     side = z.clamp(-1, 0).floor()  # -1 for negative logits, else 0
-    return (at * (2 * side + 1) + side + cells.size).to(torch.int32)
+    return (at.floor() * (2 * side + 1) + side + cells.size).to(torch.int32)
 
 
 def mean_loss(cells: Sequence[Cells], answers: Sequence[Tensor]) -> float:
@@ -257,17 +255,15 @@ def mean_loss(cells: Sequence[Cells], answers: Sequence[Tensor]) -> float:
 
 
 def _looked_at(data: Sequence[Any], from_logits: bool, ignore_index: float | None) -> Batch:
-    """The data on the CPU, where everything is looked at; masks are weights of 0."""
+    """The data on the CPU, where everything is looked at; the largest weight is at least 1."""
     x, y, w = [one.detach().cpu() if isinstance(one, Tensor) else one for one in data]
     seen = batch(x, y, w, from_logits, ignore_index)
     if seen.from_logits and _inputs.like_probabilities(seen.input) == "log-probabilities":
         _errors.warn(_SOFTMAX)
-    scaled = seen.weight
-    if scaled is not None and scaled.numel():
-        scaled = scaled / min(float(scaled.max()) or 1.0, 1.0)
-    if seen.valid is not None:
-        scaled = seen.valid.double() if scaled is None else scaled * seen.valid
-    return seen._replace(weight=scaled, valid=None)
+    if seen.weight is not None and seen.weight.numel():
+        largest = float(seen.weight.max()) or 1.0
+        seen = seen._replace(weight=seen.weight / min(largest, 1.0))
+    return seen
 
 
 def _elements(row: Batch) -> Cells:

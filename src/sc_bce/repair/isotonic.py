@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..measure.cells import grid
 from ..measure.scores import Blocks, Cells, isotonic
-from .fit import Fits, Repair, place
+from .fit import CELLS, Fits, Repair, place
 
 __all__ = ["IsotonicCalibration"]
 
@@ -76,15 +76,13 @@ class IsotonicCalibration(Repair):
     """
 
     table: Tensor
-    num_cells = 10_000
+    num_cells = CELLS
     _if_worse = "the data are too few for a curve; take TemperatureScaling(bias=True)"
 
     def __init__(self, num_labels: int | None = None) -> None:
-        super().__init__(num_labels)
-        self._grid = grid(self.num_cells)
-        labels = () if self.num_labels is None else (self.num_labels,)
-        with torch.inference_mode(False):
-            self.register_buffer("table", torch.empty(*labels, 2 * self._grid.size))
+        cells, labels = grid(self.num_cells), () if num_labels is None else (num_labels,)
+        super().__init__(num_labels, table=(*labels, 2 * cells.size))
+        self._grid = cells
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

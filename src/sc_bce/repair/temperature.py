@@ -125,15 +125,12 @@ class TemperatureScaling(Repair):
         self, flip_rate: float | Tensor | Sequence[float | Tensor] | None = 0.0, *,
         bias: bool = False, num_labels: int | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(num_labels)
+        labels = () if num_labels is None else (num_labels,)
+        sizes = ((2, *labels), labels, labels, labels, (2, *labels))
+        super().__init__(num_labels, **dict(zip(_BUFFERS, sizes, strict=True)))
         self.fit_flip_rates = flip_rate is None
         self.fit_bias = bool(bias)
         self._first = flip_rates(0.0 if flip_rate is None else flip_rate, self.num_labels)
-        shape = () if self.num_labels is None else (self.num_labels,)
-        with torch.inference_mode(False):
-            for name in _BUFFERS:
-                size = (2, *shape) if name in ("flip_rates", "ends") else shape
-                self.register_buffer(name, torch.empty(size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
