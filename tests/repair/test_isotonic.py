@@ -25,6 +25,13 @@ def filled(z, y, **options):
     return histogram
 
 
+@given(seeds, st.sampled_from([1e-4, 0.1, 3.0, 30.0, 1e3, 1e5]))
+def test_places_need_no_cells_beyond_the_largest_logit(seed, scale):
+    z = torch.from_numpy(np.random.default_rng(seed).normal(0, scale, 200)).float()
+    cells = grid(10_000)
+    assert torch.equal(place(cells, z, float(z.abs().max())), place(cells, z, math.inf))
+
+
 @given(seeds, st.integers(5, 200))
 def test_the_curve_goes_through_the_blocks_and_rises(seed, n):
     rng = np.random.default_rng(seed)
@@ -41,7 +48,7 @@ def test_the_curve_goes_through_the_blocks_and_rises(seed, n):
     assert got.isfinite().all()
     assert (got.diff() >= 0).all()
     # At each fitted logit the share of its block; of the end blocks, half a count in n + 1.
-    fitted, cell = ref.isotonic(z, y), array(place(grid(10_000), tensor(z)))
+    fitted, cell = ref.isotonic(z, y), array(place(grid(10_000), tensor(z), math.inf))
     values, counts = np.unique(fitted, return_counts=True)
     if len(values) == 1:
         fitted[:] = (y.sum() + 0.5) / (n + 1)

@@ -134,6 +134,19 @@ def test_ignored_elements_and_any_shape_and_dtype():
     assert low(z.bfloat16()).dtype == torch.bfloat16
 
 
+def test_a_flip_that_is_loaded_is_removed_and_none_costs_nothing():
+    z = torch.linspace(-3, 3, 101)
+    fitted = TemperatureScaling((0.05, 0.1))
+    fresh = TemperatureScaling()
+    assert torch.equal(fresh(z), z)
+    none = copy.deepcopy(fresh)
+    none.removes_flip = True  # by the long way it is the same
+    assert torch.equal(none(z), z)
+    fresh.load_state_dict(fitted.state_dict())
+    assert torch.equal(fresh(z), fitted(z))
+    assert not torch.equal(fresh(z), z)
+
+
 def test_state_dict_and_casting():
     fitted = TemperatureScaling(0.1).fit(*overconfident())
     fresh = TemperatureScaling()

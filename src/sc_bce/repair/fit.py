@@ -46,8 +46,8 @@ class Repair(nn.Module):
     _if_worse = ""
     # Of the cells of each label, and whether they hold probabilities of 0 and 1, (labels, 2).
     _fit: Callable[[list[Cells], Tensor], Fits]
-    # Calibrated logits, of logits or probabilities in at least float32.
-    _map: Callable[[Tensor], Tensor]
+    # Calibrated logits, of logits (none beyond the number) or probabilities, in at least float32.
+    _map: Callable[[Tensor, float], Tensor]
 
     def __init__(self, num_labels: int | None, **sizes: tuple[int, ...]) -> None:
         super().__init__()
@@ -172,8 +172,8 @@ class Repair(nn.Module):
             return result
         size = max(_BLOCK * len(pair[0]) // x.numel(), 1)  # with labels, whole samples
         for part, answer in zip(*(torch.split(one, size) for one in pair), strict=True):
-            known = bool(part.amax() >= -math.inf)  # no nan
-            answer.copy_(self._known(part) if known else self._answer(part))
+            most = float(torch.stack(part.aminmax()).abs().amax())
+            answer.copy_(self._answer(part) if math.isnan(most) else self._known(part, most))
         return result
 
     def _answer(self, x: Tensor) -> Tensor:
@@ -182,8 +182,8 @@ class Repair(nn.Module):
         known = x <= x
         return torch.where(known, self._known(x.masked_fill(~known, 0.0)), x)
 
-    def _known(self, x: Tensor) -> Tensor:
-        answer = self._map(x.to(torch.promote_types(x.dtype, torch.float32)))
+    def _known(self, x: Tensor, most: float = math.inf) -> Tensor:
+        answer = self._map(x.to(torch.promote_types(x.dtype, torch.float32)), most)
         if not self.takes_logits:
             # Not sigmoid, which is 0 from -18 on in onnxruntime, and never below 4e-7 in tract.
             low = math.log(torch.finfo(answer.dtype).tiny)  # beyond it the gradient would be nan
@@ -226,8 +226,8 @@ class Repair(nn.Module):
         return ", ".join(filter(None, parts))
 
 
-def place(cells: Grid, z: Tensor) -> Tensor:
-    """The cell of each logit, from the surest negative to the surest positive, int32.
+def place(cells: Grid, z: Tensor, most: float) -> Tensor:
+    """The cell of each logit up to `most`, from the surest negative to the surest positive, int32.
 
     Along |z| it is the sum of cells even in the probability, then of fine and of wide ones even in
     the logit. Without masks, which take a CPU longer than arithmetic, and with one clamp of each
@@ -236,7 +236,7 @@ def place(cells: Grid, z: Tensor) -> Tensor:
     tail = z.abs()
     top = cells.half + slack(2 * cells.half, z.dtype) - cells.first
     at = (-tail).sigmoid().mul(-2 * cells.half).add(top).clamp(0, cells.last - cells.first)
-    for one in reversed(cells.stretches):
+    for one in reversed([one for one in cells.stretches if one.low < most]):
         high = one.high - 0.5 / one.density * (one is cells.stretches[-1])
         tail = tail.clamp(max=high)
         at = at + (tail - one.low).relu() * one.density
@@ -282,7 +282,7 @@ def _elements(row: Batch) -> Cells:
     middle = z.median()
     size = (z - middle).abs()
     scale = float(size.median()) or float(size.mean()) or 1.0
-    index = place(_GRID, (z - middle) / scale)
+    index = place(_GRID, (z - middle) / scale, math.inf)
     logit, count, positive = (torch.bincount(index, part) for part in (w * z, w, w * y))
     some = count > 0
     return Cells((logit / count)[some], count[some], positive[some])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -103,9 +105,11 @@ class IsotonicCalibration(Repair):
         tables = [_curve(one) for one in cells]
         return tables, cells, {"table": torch.stack(tables)}
 
-    def _map(self, x: Tensor) -> Tensor:
-        z = x if self.takes_logits else torch.log(x) - torch.log(1 - x)
-        index = place(self._grid, z)
+    def _map(self, x: Tensor, most: float) -> Tensor:
+        z = x
+        if not self.takes_logits:
+            z, most = torch.log(x) - torch.log(1 - x), math.inf
+        index = place(self._grid, z, most)
         if self.num_labels is not None:
             first = torch.arange(self.num_labels, dtype=index.dtype, device=z.device)
             index = index + (first * self.table.shape[-1]).reshape(-1, *(1 for _ in z.shape[2:]))

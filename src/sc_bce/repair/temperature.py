@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _errors
+from .._torch import has_values
 from ..measure.line import Cells, affine
 from .fit import Fits, Repair, mean_loss
 from .flip import best_pair, flip_rates, without_flip
@@ -162,19 +163,31 @@ class TemperatureScaling(Repair):
         ends = torch.stack([torch.stack(one.logit[one.count > 0].aminmax()) for one in cells])
         ends = torch.where(sure, ends, ends.new_tensor([-math.inf, math.inf])).T
         columns = (torch.stack(column, -1) for column in zip(*lines, strict=True))
-        answers = [_repaired(aim.logit, line) for aim, line in zip(aims, lines, strict=True)]
+        answers = [
+            without_flip(aim.logit, *rates, clip) / temperature + bias
+            for aim, (rates, clip, temperature, bias) in zip(aims, lines, strict=True)
+        ]
         return answers, aims, dict(zip(_BUFFERS, (*columns, ends), strict=True))
 
-    def _map(self, x: Tensor) -> Tensor:
+    def _map(self, x: Tensor, most: float) -> Tensor:
         ones = () if self.num_labels is None else (1,) * (x.dim() - 2)
         buffers = (getattr(self, name).to(x.dtype) for name in _BUFFERS)
-        *line, ends = (part.reshape((*part.shape, *ones)) for part in buffers)
+        buffers = (part.reshape((*part.shape, *ones)) for part in buffers)
+        rates, clip, temperature, bias, ends = buffers
         if not self.takes_logits:
             info = torch.finfo(x.dtype)
             low, high = x.clamp(min=info.tiny), (1 - x).clamp(min=info.eps * _HALF)
             x = torch.log(low) - torch.log(high)
             x = torch.minimum(torch.maximum(x, ends[0]), ends[1])
-        return _repaired(x, line)
+        if self.removes_flip:
+            x = without_flip(x, rates[0], rates[1], clip)
+        return x / temperature + bias
+
+    def store(self, from_logits: bool, fitted: bool, **values: Tensor) -> None:
+        super().store(from_logits, fitted, **values)
+        # A graph without a flip is a line: eight bits, say, would round exp(14) to nothing.
+        known = has_values(self.flip_rates) and not self.fit_flip_rates
+        self.removes_flip = not known or bool(self.flip_rates.any())
 
     def extra_repr(self) -> str:
         if self.temperature.is_meta:
@@ -185,11 +198,6 @@ class TemperatureScaling(Repair):
         if self.fit_bias or bool(self.bias.any()):
             parts.append(f"bias={_shown(self.bias)}")
         return ", ".join(filter(None, (*parts, super().extra_repr())))
-
-
-def _repaired(z: Tensor, line: Sequence[Tensor]) -> Tensor:
-    rates, clip, temperature, bias = line
-    return without_flip(z, rates[0], rates[1], clip) / temperature + bias
 
 
 def _aim(cells: Cells, bias: bool) -> Cells:
