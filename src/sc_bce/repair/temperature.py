@@ -164,16 +164,16 @@ class TemperatureScaling(Repair):
         ends = torch.where(sure, ends, ends.new_tensor([-math.inf, math.inf])).T
         columns = (torch.stack(column, -1) for column in zip(*lines, strict=True))
         answers = [
-            without_flip(aim.logit, *rates, clip) / temperature + bias
+            without_flip(aim.logit, rates[0], rates[1], clip) / temperature + bias
             for aim, (rates, clip, temperature, bias) in zip(aims, lines, strict=True)
         ]
         return answers, aims, dict(zip(_BUFFERS, (*columns, ends), strict=True))
 
     def _map(self, x: Tensor, most: float) -> Tensor:
         ones = () if self.num_labels is None else (1,) * (x.dim() - 2)
-        buffers = (getattr(self, name).to(x.dtype) for name in _BUFFERS)
-        buffers = (part.reshape((*part.shape, *ones)) for part in buffers)
-        rates, clip, temperature, bias, ends = buffers
+        buffers: list[Tensor] = [getattr(self, name).to(x.dtype) for name in _BUFFERS]
+        shaped = (part.reshape((*part.shape, *ones)) for part in buffers)
+        rates, clip, temperature, bias, ends = shaped
         if not self.takes_logits:
             info = torch.finfo(x.dtype)
             low, high = x.clamp(min=info.tiny), (1 - x).clamp(min=info.eps * _HALF)
