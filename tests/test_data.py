@@ -117,12 +117,19 @@ def test_negative_and_numpy_indices():
 
 def test_batches_are_fetched_at_once_where_the_data_set_can():
     class Batched(Numbers):
-        calls = 0
+        calls = asked = 0
+
+        def __len__(self):
+            Batched.asked += 1
+            return super().__len__()
 
         def __getitems__(self, indices):
             Batched.calls += 1
             return [self[i] for i in indices]
 
+    IndexedDataset(Batched("tuple")).__getitems__([1, 2, 3])
+    assert (Batched.calls, Batched.asked) == (1, 1)
+    Batched.calls = 0
     batches = list(DataLoader(IndexedDataset(Batched("tuple")), batch_size=5))
     assert Batched.calls == 2
     assert batches[1][-1].tolist() == [5, 6, 7, 8, 9]

@@ -81,10 +81,10 @@ def batch(input: Tensor, target: Tensor, ignore_index: float | None) -> Batch:
     logits(input)
     label(target)
     same_size(input, target)
-    if target.dtype in UNREDUCIBLE:
-        target = target.long()
     void, plain = held(target, ignore_index), readable(target)
-    return Batch(input, target, void, check_labels(target, void, plain), plain and readable(input))
+    legal = check_labels(target, void, plain)
+    target = target.long() if target.dtype in UNREDUCIBLE else target
+    return Batch(input, target, void, legal, plain and readable(input))
 
 
 def logits(input: object, name: str = "input") -> None:

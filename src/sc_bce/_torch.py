@@ -40,20 +40,27 @@ def readable(value: Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """Whether tracing, forward-mode AD, a functorch transform or a dispatch mode is active.
+    """Whether tracing, a functorch transform or a dispatch mode is active.
 
-    The only use of torch's private names. Without them everything counts as transformed, which
-    only costs speed.
+    Here and below are the only uses of torch's private names. Without them everything counts as
+    transformed, which only costs speed.
     """
     return functional_transform() or getattr(torch._C, "_len_torch_dispatch_stack", object)() != 0
 
 
 def functional_transform() -> bool:
     """The same without the modes, which an autograd.Function does not mind."""
-    tracing = getattr(torch._C, "_get_tracing_state", object)() is not None
-    forward_mode = getattr(forward_ad, "_current_level", 0) >= 0
-    functorch = bool(getattr(torch._C, "_are_functorch_transforms_active", object)())
-    return tracing or forward_mode or functorch
+    return tracing() or bool(getattr(torch._C, "_are_functorch_transforms_active", object)())
+
+
+def tracing() -> bool:
+    """Whether torch.jit, or its exporter of ONNX, records what runs here."""
+    return getattr(torch._C, "_get_tracing_state", object)() is not None
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode AD is on, for which our autograd.Functions have no formula."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def has_values(value: Tensor) -> bool:
@@ -120,7 +127,7 @@ def served(group: dist.ProcessGroup | None, own: torch.device) -> torch.device:
 
 def reduced(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The sum over the processes."""
-    if world_size(group) > 1:
+    if world_size(group) != 1:  # outside of the group, torch says so
         value = value.clone()
         dist.all_reduce(value, group=group)
     return value

@@ -76,14 +76,15 @@ class IndexedDataset(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Fetch a batch, at once if the wrapped dataset can; DataLoader calls this."""
-        indices = [_as_position(index, len(self.dataset)) for index in indices]
-        dataset = self.dataset
+        dataset, size = self.dataset, len(self.dataset)
+        indices = [_as_position(index, size) for index in indices]
         fetch = getattr(dataset, "__getitems__", None)
         items = fetch(indices) if fetch else [dataset[index] for index in indices]
         if not isinstance(items, (list, tuple)) or len(items) != len(indices):
-            wanted = f"return a list of {len(indices)} items"
-            remedy = "a dataset of columns has no item to add an index to"
-            refuse("dataset.__getitems__", wanted, describe(items), remedy, TypeError)
+            raise TypeError(
+                f"Expected the dataset's `__getitems__` to return a list of {len(indices)} items, "
+                f"but got {describe(items)}; a dataset of columns has no item to add an index to"
+            )
         return list(map(self._join, items, indices))
 
     def _join(self, item: Any, index: int) -> Any:

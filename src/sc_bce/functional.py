@@ -252,7 +252,7 @@ def _by_torch(
         return bce(x, batch.labels(dtype), weight, pos_weight=pos_weight, reduction=reduction)
     y = _inputs.as_labels(batch.target, torch.promote_types(dtype, torch.float32))
     if batch.void != batch.void:
-        y = y.nan_to_num(0.0)  # nan times a weight of 0 is nan
+        y = y.nan_to_num(0.0, torch.inf, -torch.inf)  # nan times a weight of 0 is nan
     q = y if given.nothing() else towards_prior(y, given)
     whole, tensors = reduction != "none", (batch.target, weight, *given.tensors())
     if whole and pos_weight is None and one_pass.applies(x, *tensors):
@@ -285,7 +285,8 @@ def _by_torch(
 def _summed(x: Tensor, q: Tensor, weight: Tensor, pos_weight: Tensor | None) -> Tensor:
     """The sum, some samples at a time, so that what torch makes stays in a CPU's caches."""
     bce, number = F.binary_cross_entropy_with_logits, x.numel() // BLOCK
-    if number < 2 or (pos_weight is not None and pos_weight.dim() >= x.dim()):
+    whole = pos_weight is not None and pos_weight.dim() >= x.dim()
+    if number < 2 or whole or weight.shape != x.shape:
         return bce(x, q, weight, pos_weight=pos_weight, reduction="sum")
     parts = zip(x.chunk(number), q.chunk(number), weight.chunk(number), strict=True)
     return torch.stack([bce(*part, None, None, "sum", pos_weight) for part in parts]).sum()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from paths import fusing, watching
+from paths import fusing, plain, watching
 from strategies import FLOATS, MASKS, batches, inner, pairs, seeds
 from torch.testing import assert_close
 
@@ -514,6 +514,36 @@ def test_bytes_saved_for_backward(mask, expected, prior):
         sc_bce_with_logits(x, y, 0.1, 1.0, prior=prior)
     # One value for each row, whatever the batch, is what goes beyond.
     assert expected <= sum(saved.values()) / x.numel() < expected + 0.05
+
+
+def test_a_learned_level_of_each_sample_needs_no_tensor_of_full_size():
+    x, y = torch.randn(4, 50_000, requires_grad=True), torch.rand(4, 50_000) < 0.3
+    alpha = torch.full((4,), 0.2, requires_grad=True)
+    with fusing(1000):
+        loss = sc_bce_with_logits(x, y, alpha, 1.0)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            loss.backward()
+    taken = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
+    assert taken < 1.5 * x.numel() * 4
+    with plain():
+        (want,) = torch.autograd.grad(sc_bce_with_logits(x, y, alpha, 1.0), alpha)
+    assert_close(alpha.grad, want)
+
+
+def test_an_ignored_sample_may_have_any_weight():
+    x, y = torch.randn(4, 1, 6, requires_grad=True), torch.rand(4, 1, 6) < 0.5
+    y = y.byte()
+    y[3] = 255
+    keep = torch.tensor([1.0, 0.5, 2.0, 0.0]).reshape(4, 1, 1)
+    want = sc_bce_with_logits(x, y, 0.2, weight=keep, ignore_index=255)
+    (slope,) = torch.autograd.grad(want, x)
+    for missing in (math.nan, math.inf):
+        weight = keep.clone()
+        weight[3] = missing
+        with fusing():
+            got = sc_bce_with_logits(x, y, 0.2, weight=weight, ignore_index=255)
+        assert_close(got, want)
+        assert_close(torch.autograd.grad(got, x)[0], slope)
 
 
 @pytest.mark.parametrize("bad", [2, 255, -1])

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-from sc_bce import functional, perturb_target, sc_bce_with_logits
+from sc_bce import SCBCEWithLogitsLoss, functional, perturb_target, sc_bce_with_logits
 from sc_bce.kernels import cpu
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -952,3 +952,43 @@ def test_any_real_number_is_a_level():
 def test_levels_of_a_scalar_have_no_dimension():
     with pytest.raises(ValueError, match="0-d tensor, no dimension"):
         sc_bce_with_logits(torch.tensor(0.0), torch.tensor(1.0), torch.ones(1))
+
+
+# --- what only some ways of calling it see ------------------------------------------------------
+
+
+def test_an_infinite_label_is_no_number_where_it_cannot_be_refused():
+    def loss(x, y):
+        return sc_bce_with_logits(x, y, 0.1, ignore_index=math.nan)
+
+    x, y = torch.tensor([0.0, 2.0]), torch.tensor([math.inf, 1.0])
+    assert math.isnan(torch.compile(loss, backend="eager")(x, y))
+    assert torch.vmap(loss)(x[None], y[None]).isnan().all()
+
+
+def test_forward_mode_checks_and_draws_alike():
+    x, y = torch.linspace(-2, 2, 40_000), torch.arange(40_000) % 3 == 0
+    criterion = SCBCEWithLogitsLoss.disturb_label(0.4)
+    torch.manual_seed(0)
+    want = criterion(x, y)
+    with torch.autograd.forward_ad.dual_level():
+        torch.manual_seed(0)
+        assert torch.equal(criterion(x, y), want)
+        with pytest.raises(ValueError, match="`alpha`"):
+            sc_bce_with_logits(x, y, torch.tensor(1.5))
+        with pytest.raises(ValueError, match="`prior`"):
+            sc_bce_with_logits(x, y, 0.1, prior=torch.tensor(-3.0))
+
+
+def test_no_label_wraps_around_to_the_ignored_one():
+    y = torch.tensor([0, 1, 2**64 - 1], dtype=torch.uint64)
+    for alpha in (0.0, 0.1):
+        with pytest.raises(ValueError, match=r"hold only 0 and 1, but got the value 1\.84467e\+19"):
+            sc_bce_with_logits(torch.zeros(3), y, alpha, ignore_index=-1)
+
+
+def test_a_weight_of_too_many_samples_is_torchs_error():
+    x, y = torch.randn(1, 1 << 20), torch.randint(2, (1, 1 << 20))
+    y[:, ::5] = 255
+    with pytest.raises(RuntimeError, match="1048576"):
+        sc_bce_with_logits(x, y, 0.1, weight=torch.rand(4, 1), ignore_index=255)

@@ -333,6 +333,18 @@ def test_measures_of_nothing_are_nan():
     assert histogram.ece().isnan()
 
 
+@pytest.mark.parametrize("sure", [0, 255])
+def test_a_block_of_sure_answers_may_have_ignored_elements(sure):
+    map, y = torch.full((2000,), sure, dtype=torch.uint8), torch.full((2000,), sure > 0).byte()
+    y[:7] = 255
+    for input, options in ((map, {}), (map / 255, {"from_logits": False})):
+        histogram = CalibrationHistogram()
+        histogram.update(input, y, ignore_index=255, **options)
+        assert float(histogram.nll()) == 0.0
+        histogram.update(input, y, weight=(y != 255).double(), ignore_index=255, **options)
+        assert float(histogram.nll()) == 0.0
+
+
 @pytest.mark.parametrize("mask", [torch.bool, torch.uint8, torch.int64, torch.float32])
 def test_target_dtypes_and_ignored_elements(mask):
     x = torch.tensor([2.0, math.nan, -1.0, 0.5])
@@ -445,6 +457,13 @@ def test_all_reduce_sums_over_processes(tmp_path, world):
 
 
 # --- errors -----------------------------------------------------------------------------------
+
+
+def test_a_label_is_counted_from_either_end():
+    histogram = CalibrationHistogram(2)
+    histogram.update(torch.tensor([[2.0, -1.0]]), torch.tensor([[1, 1]]))
+    for index, right in ((0, 1.0), (1, 0.0), (-1, 0.0), (True, 0.0)):
+        assert float(histogram.label(index).accuracy()) == right
 
 
 def update(p, y, **options):

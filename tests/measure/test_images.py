@@ -228,6 +228,7 @@ ERRORS = [
         r"return a Tensor of shape \(1,\) .* but got .* \(float\); leave out `float`",
     ),
     (lambda: ONE.interval(lambda h: h.to_dict()["nll"]), TypeError, "a Tensor .* but got list"),
+    (lambda: ONE.interval(lambda h: h.measures()), TypeError, "a Tensor .* but got dict"),
     (lambda: ONE.interval(level=1.0), ValueError, r"`level` to be between 0 and 1, but got 1.0"),
     (lambda: ONE.interval(resamples=0), ValueError, "`resamples` to be a positive int"),
     (lambda: ONE.interval(other=3), TypeError, "`other` to be ImageHistograms, but got 3"),

@@ -142,9 +142,13 @@ def test_a_flip_that_is_loaded_is_removed_and_none_costs_nothing():
     none = copy.deepcopy(fresh)
     none.removes_flip = True  # by the long way it is the same
     assert torch.equal(none(z), z)
+    parts = dict(fitted.named_buffers())  # not loaded: as DDP broadcasts them
+    assert torch.equal(torch.func.functional_call(fresh, parts, (z,)), fitted(z))
     fresh.load_state_dict(fitted.state_dict())
     assert torch.equal(fresh(z), fitted(z))
     assert not torch.equal(fresh(z), z)
+    compiled = torch.compile(fresh, backend="eager", fullgraph=True)
+    assert_close(compiled(z), fitted(z))
 
 
 def test_state_dict_and_casting():

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .._inputs import Batch, Perturbation, Seen, Wanted, broadcasts
-from .._torch import as_bytes, readable
+from .._torch import as_bytes, forward_mode, readable
 
 __all__ = ["sweep"]
 
@@ -75,9 +75,9 @@ def sweep(
     data = _Data(*parts, void)  # type: ignore[call-arg,arg-type]
     with torch.no_grad():
         found = _found(data, strength, prior, wanted)
-    if not bool(found.loss.isfinite().all()):
-        return None  # a logit is inf or nan: an ignored one must be replaced, others are torch's
-    rows = _Sweep.apply(data.input, strength, prior, data, found.loss)  # type: ignore[no-untyped-call]
+    if not bool((found.loss * factor[:, 0]).isfinite().all()):
+        return None  # a logit or a weight is: if ignored it must be replaced, others are torch's
+    rows = _Sweep.apply(data.input, strength, prior, data, found)  # type: ignore[no-untyped-call]
     total = (rows * factor[:, 0]).sum()
     if reduction == "mean":  # if all elements are ignored, 0 / 1
         total = (total / found.valid.sum().clamp(min=1)).to(total.dtype)
@@ -96,7 +96,10 @@ def _takes(batch: Batch, given: Perturbation, weight: Tensor | None, by_sample: 
         return False
     wide = torch.promote_types(x.dtype, torch.float32)
     return (
-        all(broadcasts(value.shape, x.shape) for value in constants)  # or torch raises its error
+        not forward_mode()
+        and all(
+            broadcasts(value.shape, x.shape) for value in constants
+        )  # or torch raises its error
         and all(value.is_contiguous() for value in (x, *constants) if value.shape == x.shape)
         and not any(value.requires_grad for value in constants)
         and all(torch.promote_types(value.dtype, wide) == wide for value in constants)
@@ -234,20 +237,22 @@ class _Sweep(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, strength: Tensor, prior: Tensor, data: _Data, loss: Tensor
+        ctx: Any, input: Tensor, strength: Tensor, prior: Tensor, data: _Data, found: _Found
     ) -> Tensor:
-        ctx.save_for_backward(input, *data[1:4], strength, prior)
+        ctx.save_for_backward(input, *data[1:4], strength, prior, found.slope)
         ctx.void = data.void
-        return loss.view_as(loss)
+        return found.loss.view_as(found.loss)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *parts, strength, prior = ctx.saved_tensors
+        *parts, strength, prior, slope = ctx.saved_tensors
         data, others = _Data(*parts, ctx.void), (None, None)  # type: ignore[call-arg]
         if torch.is_grad_enabled() or not _has_values(grad):
             # To be differentiated again, or for many gradients at once.
             return (*_by_formula(grad, data, strength, prior), None, None)
-        if any(ctx.needs_input_grad[1:3]):
+        if ctx.needs_input_grad[1] and not ctx.needs_input_grad[2] and data.drawn is None:
+            others = ((grad * slope)[:, None], None)
+        elif any(ctx.needs_input_grad[1:3]):
             others = _by_formula(grad, data, strength, prior)[1:]  # type: ignore[assignment]
         return _gradient(grad[:, None], data, strength, prior), *others, None, None
 

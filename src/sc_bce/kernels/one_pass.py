@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .._torch import functional_transform
+from .._torch import forward_mode, functional_transform
 
 __all__ = ["applies", "reduced_loss"]
 
@@ -31,7 +31,7 @@ def applies(x: Tensor, *tensors: Tensor | None) -> bool:
         return False
     return (
         type(x) in (Tensor, nn.Parameter)
-        and not functional_transform()
+        and not (functional_transform() or forward_mode())
         and not any(value is not None and value.requires_grad for value in tensors)
     )
 

@@ -314,7 +314,9 @@ def _flip_rates(loss: SCBCEWithLogitsLoss, alpha: float) -> tuple[Tensor, Tensor
     return alpha * beta * prior, alpha * beta * (1 - prior)
 
 
-def _around_half(cls: type[Loss], setting: str, alpha: float, beta: float, **kwargs: Any) -> Loss:
+def _around_half(
+    cls: type[Loss], setting: str, alpha: float, beta: float, /, **kwargs: Any
+) -> Loss:
     """A setting that the prior 1/2 is a part of, drawn by sample unless another way is named."""
     remedy = "use moderation or label_smoothing"
     _require_half(f", which {setting} is defined by", kwargs.get("prior", 0.5), remedy)

@@ -216,8 +216,9 @@ def restored(saved: Mapping[str, Tensor], own: Tensor) -> Tensor:
         remedy = "pass what `state_dict()` of this version returned; older states don't load"
         refuse("state_dict", f"have the keys {sorted(Counted._fields)}", sorted(saved), remedy)
     for name, part in counted(own)._asdict().items():
-        shape = tuple(getattr(saved[name], "shape", ()))
+        shape = getattr(saved[name], "shape", None)
         if shape != part.shape:
             remedy = "build the histogram with the same num_labels and num_cells"
-            refuse("state_dict", f"hold `{name}` of shape {tuple(part.shape)}", shape, remedy)
+            wanted = f"hold `{name}` of shape {tuple(part.shape)}"
+            refuse("state_dict", wanted, tuple(shape) if shape else "no tensor", remedy)
     return torch.cat([saved[name].to(own).flatten(1) for name in Counted._fields], 1)

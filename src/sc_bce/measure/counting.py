@@ -76,6 +76,8 @@ class _Counter:
             label, x = _only(keep, label, self.work[4]), _only(keep, x, self.work[6])
             # What is ignored goes to the mean, so that it widens no range.
             mean = (x.sum() / keep.sum()).nan_to_num(0.5, 0.5, 0.5)
+            if not row.from_logits:  # of sure ones alone it would have a logit of infinity
+                mean = mean.clamp(torch.finfo(self.dtype).tiny, 1 - torch.finfo(self.dtype).eps)
             x.addcmul_(torch.sub(1, keep, out=self.work[3]), mean)
         low, high = ends(x) if row.from_logits else torch.logit(torch.stack(ends(x)))
         good = low <= high  # nan is not

@@ -217,7 +217,8 @@ class CalibrationHistogram(Measures):
         labels = self.num_labels or 1
         if not -labels <= index < labels:
             refuse("index", f"be in [{-labels}, {labels - 1}]", index, error=IndexError)
-        return holding(self._state[index, None], None, self.num_cells, self._looked)
+        one = self._state.narrow(0, index % labels, 1)
+        return holding(one, None, self.num_cells, self._looked)
 
     @torch.inference_mode(False)
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> CalibrationHistogram:

@@ -239,7 +239,8 @@ class ImageHistograms:
             refuse("self", "hold two images or more", len(self), "update it first")
         if other is not None:
             self._check(other)
-        value, draws = float(of(self.histogram())), self._resampled(of, resamples, seed)
+        draws = self._resampled(of, resamples, seed)
+        value = float(of(self.histogram()))
         may_be_0 = other is None and (measure in _ERRORS or not isinstance(measure, str))
         if other is not None:
             value -= float(of(other.histogram()))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _errors
-from .._torch import has_values
+from .._torch import has_values, tracing
 from ..measure.line import Cells, affine
 from .fit import Fits, Repair, mean_loss
 from .flip import best_pair, flip_rates, without_flip
@@ -179,13 +179,13 @@ class TemperatureScaling(Repair):
             low, high = x.clamp(min=info.tiny), (1 - x).clamp(min=info.eps * _HALF)
             x = torch.log(low) - torch.log(high)
             x = torch.minimum(torch.maximum(x, ends[0]), ends[1])
-        if self.removes_flip:
+        if self.removes_flip or not (torch.compiler.is_compiling() or tracing()):
             x = without_flip(x, rates[0], rates[1], clip)
         return x / temperature + bias
 
     def store(self, from_logits: bool, fitted: bool, **values: Tensor) -> None:
         super().store(from_logits, fitted, **values)
-        # A graph without a flip is a line: eight bits, say, would round exp(14) to nothing.
+        # A graph can't look, and without a flip is a line: 8 bits would round exp(14) to nothing.
         known = has_values(self.flip_rates) and not self.fit_flip_rates
         self.removes_flip = not known or bool(self.flip_rates.any())
 
