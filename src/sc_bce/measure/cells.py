@@ -220,5 +220,5 @@ def restored(saved: Mapping[str, Tensor], own: Tensor) -> Tensor:
         if shape != part.shape:
             remedy = "build the histogram with the same num_labels and num_cells"
             wanted = f"hold `{name}` of shape {tuple(part.shape)}"
-            refuse("state_dict", wanted, tuple(shape) if shape else "no tensor", remedy)
+            refuse("state_dict", wanted, "no tensor" if shape is None else tuple(shape), remedy)
     return torch.cat([saved[name].to(own).flatten(1) for name in Counted._fields], 1)
