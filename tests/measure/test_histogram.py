@@ -437,6 +437,10 @@ def _sum_over_ranks(rank, world, store, out):
     p, y = predictions(rank, 100 * (rank + 1), 2.0)
     histogram = measured(p, y).all_reduce()
     torch.save(histogram.state_dict(), f"{out}/{rank}.pt")
+    first = dist.new_group([0])
+    if rank > 0:  # outside of it
+        with pytest.raises(ValueError, match="group"):
+            histogram.all_reduce(first)
     time.sleep(0.3)  # as in test_distributed.py
     dist.destroy_process_group()
 

@@ -231,7 +231,7 @@ class CalibrationHistogram(Measures):
             >>> CalibrationHistogram().all_reduce()  # one process
             CalibrationHistogram(num_cells=10000, count=0)
         """
-        if world_size(group) > 1:
+        if world_size(group) != 1:
             own = self._state.device
             there = reduced(self._state.to(served(group, own)), group)
             self._state, self._looked = there.to(own), False
