@@ -296,6 +296,10 @@ REFUSED = {
     "version 0.1": (dict(), without("setting"),
                     LEVELS + "be of version 0.3 or later, but got one of another version; train "
                     "anew"),
+    "another setting": (dict(), spoilt(setting=torch.zeros(1)), "be of version 0.3 or later, but"),
+    "one level": (dict(), spoilt(alpha=torch.tensor(0.1)), LEVELS + "have 6 levels, but got 1; "),
+    "other counts": (dict(), spoilt(counts=torch.zeros(3)),
+                     "`counts` to be of shape (2, 3) in the saved state, but got of shape (3,); "),
     "version 0.2": (dict(), spoilt(climbs=torch.tensor(True)), "be of version 0.3 or later, but"),
     "labels": (dict(num_labels=None), lambda: whole().state_dict(),
                "Expected argument `counts` to be of shape (2, 1) in the saved state, but got of "

@@ -207,11 +207,11 @@ class Levels:
         alpha, setting, rows = saved.get("alpha"), saved.get("setting"), len(self.alpha)
         if not isinstance(alpha, Tensor):
             return None  # torch says what is missing
-        if not isinstance(setting, Tensor) or "climbs" in saved:
+        if not isinstance(setting, Tensor) or setting.shape != (2,) or "climbs" in saved:
             return _expected("be of version 0.3 or later", "one of another version", "train anew")
         if alpha.shape != self.alpha.shape:
-            grow = f", load, then `resize({rows})`" * (len(alpha) < rows)
-            remedy = f"build the criterion with num_samples={len(alpha)}{grow}"
+            grow = f", load, then `resize({rows})`" * (alpha.numel() < rows)
+            remedy = f"build the criterion with num_samples={alpha.numel()}{grow}"
             return _expected(f"have {rows} levels", f"{alpha.numel()}", remedy)
         if alpha.is_meta or setting.is_meta:
             return None
@@ -219,8 +219,8 @@ class Levels:
         if setting.float().tolist() != mine.tolist():
             got, remedy = _rule_of(*setting.tolist()), "build the criterion with that rule"
             return _expected(f"be of the rule {self.rule}", got, remedy)
-        counts, high = saved.get("counts"), self.cap
-        if self.counted is not None and isinstance(counts, Tensor):
+        counts, own, high = saved.get("counts"), self.tensors["counts"], self.cap
+        if self.counted and isinstance(counts, Tensor) and counts.shape == own.shape:
             high = cap(self.beta, base_rate(*counts))
         wrong = alpha[~((alpha >= 0) & (alpha <= high + 1e-6))]
         if not wrong.numel():
