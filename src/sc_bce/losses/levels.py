@@ -165,12 +165,13 @@ class Levels:
     def step(self, reading: Reading, group: dist.ProcessGroup | None) -> Tensor:
         """Merge what the processes noted, move by the rule; return the rows that were trained."""
         tensors, moved = self.tensors, self.moved
+        # Nothing changes before all processes have answered.
+        fresh = reduced(torch.stack((tensors["elements"], tensors["positives"])), group)
         if world_size(group) > 1:
             # Levels that only a step moves are the same on all ranks.
             own = "alpha" if isinstance(self.rule, Climb) else "sample_accuracy"
             new, moved = merged({k: v for k, v in tensors.items() if k == own}, moved, group)
             tensors.update(new)
-        fresh = reduced(torch.stack((tensors["elements"], tensors["positives"])), group)
         counts = tensors["counts"]
         if not self.weighted:
             counts = counts + fresh
